@@ -1,0 +1,1 @@
+"""The methods Vision-OPD is compared with, one module each."""

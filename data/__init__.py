@@ -1,0 +1,1 @@
+"""The triplets (full image, crop, question): their schema and the generated miniature."""

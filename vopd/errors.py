@@ -1,0 +1,7 @@
+"""The one exception for mistakes a person can mend; every command line turns it into exit code 2."""
+
+
+class UserError(Exception):
+    """Bad input. The message is one sentence naming the file, row or key and what to do about it."""
+
+    exit_code = 2
