@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs a recipe from a bare clone: bash scripts/run_recipe.sh NAME|PATH [key=value ...]; --help lists the keys.
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/setup.sh"
+# -P: a folder named `data` where the user stands must not hide ours.
+exec "$root/.venv/bin/python" -P -m vopd.run "$@"

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Runs every check: lint, format, types, unit tests, tests with several processes, end-to-end tests.
+# With arguments only pytest, with these: bash scripts/test.sh -k divergence; ... -m e2e
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bash scripts/setup.sh
+
+step() {
+    echo "== $*"
+    ".venv/bin/$1" "${@:2}"
+}
+
+if (($#)); then
+    step pytest "$@"
+    exit
+fi
+step ruff check .
+step ruff format --check .
+step mypy
+step pytest -q
+step pytest -q -m distributed
+step pytest -q -m e2e
+echo "== all checks passed in $SECONDS s"
