@@ -1,0 +1,339 @@
+"""The training engine: verl's FSDP2 engine, with `score` run inside the model's head.
+
+verl's engine projects prompt and response onto the vocabulary and hands the logits to a loss. Here the head is
+replaced before sharding (`vopd.backbone.head`), so that only response positions are projected, chunk by chunk, and
+"logits" are already a method's per-token numbers. Teachers are weight stores that change places with the student's
+weights (`vopd.teacher`); their hidden states are kept for the update, their logits exist per chunk only.
+
+Legend: B rows, R response tokens of a row, N response tokens of a micro-batch, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from vopd.backbone import seams
+from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
+from vopd.backbone.rendering import with_response
+from vopd.method import Method, UpdateBatch
+from vopd.teacher import TeacherWeights, components, stores
+
+LOG_PROB = "log_prob"  # always scored beside a method's own outputs: it shows whether rollout and trainer agree
+
+
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Share of the learning rate at update `step` (from 0). Never 0: a first step at 0 trains nothing."""
+    return min(1.0, (step + 1) / max(warmup_steps, 1))
+
+
+class ScoringEngine(seams.FSDPEngineWithLMHead):
+    """verl's engine plus `attach(method)`; without a method it behaves like verl's."""
+
+    method: Method | None = None
+
+    def _build_module(self) -> nn.Module:
+        module = super()._build_module()
+        self.head = install_head(module)
+        return module
+
+    def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
+        config = self.optimizer_config
+        if config.lr_scheduler_type != "constant":
+            return super()._build_lr_scheduler(optimizer)
+        return LambdaLR(optimizer, lambda step: warmup_factor(step, config.lr_warmup_steps))
+
+    def attach(self, method: Method, chunk: int) -> None:
+        """Train with `method` from here on. Call after `initialize`, before the first update."""
+        self.method = method
+        self.chunk = chunk
+        self.store_names = stores(method.scorers.values())
+        self.teachers = TeacherWeights(self.module, self.store_names)
+        self.update_in_batch = 0
+
+    # ---- one optimiser update -----------------------------------------------------------------------------------
+
+    def train_batch(self, data: TensorDict, loss_function: Callable[..., Any]) -> dict[str, Any]:
+        """Score with the teachers, update the student, then move the teachers; `data` is one mini-batch."""
+        if self.method is None:
+            return super().train_batch(data, loss_function)
+        start = time.perf_counter()
+        self.optimizer_zero_grad()
+        rows = list(data["rendered"])
+        self._rows = rows
+        data["row_index"] = torch.arange(len(rows))
+        self._sums: dict[str, float] = defaultdict(float)
+        self._scorer_hidden, self._scorer_head = self._score_with_teachers(data)
+        scored = time.perf_counter()
+        outputs = self.forward_backward_batch(data, loss_function, forward_only=False)
+        norm = self.optimizer_step()
+        applied = bool(torch.isfinite(torch.tensor(norm)))
+        if applied:
+            self._reshard()
+            self.teachers.update(self.module)
+        outputs["metrics"] = self._metrics(norm, applied)
+        outputs["metrics"]["seconds/scorers"] = [scored - start]
+        outputs["metrics"]["seconds/student"] = [time.perf_counter() - scored]
+        self.update_in_batch += 1
+        return outputs
+
+    def forward_step(
+        self, micro_batch: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
+    ) -> tuple[torch.Tensor, dict[str, Any]]:
+        """Forward of one micro-batch; with a method attached, its share of the loss."""
+        if self.method is None:
+            return super().forward_step(micro_batch, loss_function, forward_only)
+        index_B = micro_batch["row_index"].tolist()
+        responses = _rows_of(micro_batch["responses"])
+        extras_N = {
+            name: torch.cat(_rows_of(micro_batch[name])).to(self._device())
+            for name in ("old_log_probs", "advantages")
+            if name in micro_batch.keys()
+        }
+        context = ScoringContext(
+            score=self._score,
+            names=(*self.method.outputs, LOG_PROB),
+            tokens_N=torch.cat(responses).to(self._device()),
+            scorers={name: self._scorer(name, index_B) for name in self.method.scorers},
+            chunk=self.chunk,
+            extras=extras_N,
+        )
+        numbers_NM = self._forward(micro_batch, [self._rows[i][self.method.rollout.view] for i in index_B], context)
+        lengths = [len(r) for r in responses]
+        per_token = {
+            name: _pad(numbers_NM[:, m], lengths) for m, name in enumerate((*self.method.outputs, LOG_PROB))
+        }
+        mask_BT = _pad(torch.cat(_rows_of(micro_batch["response_mask"])).to(numbers_NM), lengths)
+        batch = UpdateBatch(
+            rows=int(micro_batch["global_batch_size"]),
+            tokens=int(micro_batch["batch_num_tokens"]),
+            ranks=int(micro_batch["dp_size"]),
+            advantages_BT=_pad(extras_N["advantages"], lengths) if "advantages" in extras_N else None,
+            old_log_probs_BT=_pad(extras_N["old_log_probs"], lengths) if "old_log_probs" in extras_N else None,
+        )
+        loss = self.method.loss(per_token, mask_BT, batch)
+        self._count(loss / batch.ranks, per_token, mask_BT, micro_batch, lengths)
+        return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": {}}
+
+    def _score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
+        assert self.method is not None
+        numbers = self.method.score(chunk)
+        with torch.no_grad():
+            log_prob_C = chunk.student_logits_CV.log_softmax(-1).gather(-1, chunk.tokens_C[:, None])[:, 0]
+        return {**numbers, LOG_PROB: log_prob_C}
+
+    # ---- scorers ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _score_with_teachers(
+        self, data: TensorDict
+    ) -> tuple[dict[tuple[str, str], list[torch.Tensor]], dict[str, torch.Tensor]]:
+        """Hidden states per (store, view) and row at response positions, and each store's head weight."""
+        assert self.method is not None
+        wanted: dict[str, set[str]] = defaultdict(set)
+        for scorer in self.method.scorers.values():
+            for store, _ in components(scorer):
+                wanted[store].add(scorer.view)
+        hidden: dict[tuple[str, str], list[torch.Tensor]] = {}
+        head: dict[str, torch.Tensor] = {}
+        for store in self.store_names:
+            self._reshard()
+            with self.teachers.in_place_of(self.module, store):
+                for view in sorted(wanted[store]):
+                    hidden[store, view] = self._hidden(data, view)
+                self._reshard()
+                head[store] = seams.full_tensor(self.head.weight.detach().to(self._autocast_dtype))
+        return hidden, head
+
+    def _hidden(self, data: TensorDict, view: str) -> list[torch.Tensor]:
+        """Last hidden states (R, H) of every row's response behind this view's prompt, in the order of rows."""
+        responses = _rows_of(data["responses"])
+        rendered = [row[view] for row in self._rows]
+        ids = [with_response(v, r)[0] for v, r in zip(rendered, responses, strict=True)]
+        view_data = TensorDict(
+            {"input_ids": _nested(ids), "row_index": data["row_index"]}, batch_size=[len(ids)]
+        )
+        for key in ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "sp_size"):
+            if key in data.keys():
+                seams.assign_non_tensor(view_data, **{key: data[key]})
+        micro_batches, _ = seams.prepare_micro_batches(
+            data=view_data, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
+        )
+        hidden: list[torch.Tensor | None] = [None] * len(ids)
+        for micro_batch in micro_batches:
+            index_B = micro_batch["row_index"].tolist()
+            for key in ("temperature", "use_remove_padding"):
+                seams.assign_non_tensor(micro_batch, **{key: data[key]})
+            batch = TensorDict(
+                {"responses": _nested([responses[i] for i in index_B])}, batch_size=[len(index_B)]
+            )
+            seams.assign_non_tensor(batch, temperature=1.0, use_remove_padding=data["use_remove_padding"])
+            hidden_NH = self._forward(batch, [rendered[i] for i in index_B], GatherContext())
+            for i, rows_RH in zip(index_B, hidden_NH.split([len(responses[i]) for i in index_B]), strict=True):
+                hidden[i] = rows_RH
+        return hidden  # type: ignore[return-value]  # every row is in exactly one micro-batch
+
+    def _scorer(self, name: str, index_B: list[int]) -> tuple[Component, ...]:
+        assert self.method is not None
+        scorer = self.method.scorers[name]
+        return tuple(
+            Component(
+                torch.cat([self._scorer_hidden[store, scorer.view][i] for i in index_B]),
+                self._scorer_head[store],
+                coefficient,
+            )
+            for store, coefficient in components(scorer)
+        )
+
+    # ---- the model's forward ------------------------------------------------------------------------------------
+
+    def _forward(
+        self, micro_batch: TensorDict, rendered: list[dict[str, Any]], context: ScoringContext | GatherContext
+    ) -> torch.Tensor:
+        """Run the model on prompt + response of these rows; the head sees response positions only."""
+        responses = _rows_of(micro_batch["responses"])
+        pairs = [with_response(v, r) for v, r in zip(rendered, responses, strict=True)]
+        inputs = TensorDict({"input_ids": _nested([ids for ids, _ in pairs])}, batch_size=[len(pairs)])
+        inputs["multi_modal_inputs"] = NonTensorStack(*[v["multi_modal_inputs"] for v in rendered])
+        packed = bool(micro_batch["use_remove_padding"])
+        seams.assign_non_tensor(inputs, temperature=1.0, use_remove_padding=packed)
+        inputs = inputs.to(self._device())
+        inputs["position_ids"] = seams.nested_positions([p.to(self._device()) for _, p in pairs])
+        model_inputs, _ = self.prepare_model_inputs(inputs)
+        context.positions_N = response_positions(
+            [len(ids) for ids, _ in pairs], [len(r) for r in responses], packed
+        ).to(self._device())
+        with self._autocast(), active(self.head, context):
+            return self.module(**model_inputs, use_cache=False).logits[0]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self._autocast_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(device_type=seams.get_device_name(), dtype=self._autocast_dtype)
+
+    def _device(self) -> Any:
+        return seams.get_device_id()
+
+    def _reshard(self) -> None:
+        """Drop gathered parameters, so that the next forward gathers what the shards hold now."""
+        for module in self.module.modules():
+            if isinstance(module, seams.FSDPModule):
+                module.reshard()
+
+    # ---- what is recorded ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _count(
+        self,
+        loss: torch.Tensor,
+        per_token: dict[str, torch.Tensor],
+        mask_BT: torch.Tensor,
+        micro_batch: TensorDict,
+        lengths: list[int],
+    ) -> None:
+        self._sums["loss"] += loss.item()
+        self._sums["tokens"] += mask_BT.sum().item()
+        for name, values_BT in per_token.items():
+            self._sums[f"token/{name}"] += (values_BT * mask_BT).sum().item()
+        if "rollout_log_probs" in micro_batch.keys() and self.update_in_batch == 0:
+            rollout_BT = _pad(torch.cat(_rows_of(micro_batch["rollout_log_probs"])).to(mask_BT), lengths)
+            difference_BT = (rollout_BT - per_token[LOG_PROB]) * mask_BT
+            self._sums["rollout/k3"] += ((difference_BT.exp() - 1 - difference_BT) * mask_BT).sum().item()
+            probs_BT = ((rollout_BT.exp() - per_token[LOG_PROB].exp()) * mask_BT).abs()
+            self._sums["rollout/probs_diff"] += probs_BT.sum().item()
+            self._sums["max/rollout/probs_diff"] = max(self._sums["max/rollout/probs_diff"], probs_BT.max().item())
+
+    def _metrics(self, norm: float, applied: bool) -> dict[str, Any]:
+        """Means over the update's tokens on all ranks; a rank's maximum stays a maximum."""
+        group = self.get_data_parallel_group()
+        sums = {k: v for k, v in self._sums.items() if not k.startswith("max/")}
+        sum_S = torch.tensor([sums[k] for k in sorted(sums)], dtype=torch.float64, device=self._device())
+        torch.distributed.all_reduce(sum_S, group=group)
+        total = dict(zip(sorted(sums), sum_S.tolist(), strict=True))
+        tokens = max(total.pop("tokens"), 1.0)
+        metrics: dict[str, Any] = {k: [v if k == "loss" else v / tokens] for k, v in total.items()}
+        metrics["update_loss"] = metrics.pop("loss")
+        metrics["update_tokens"] = [tokens]
+        metrics["skipped_updates"] = [0.0 if applied else 1.0]
+        for key in (k for k in self._sums if k.startswith("max/")):
+            value = torch.tensor(self._sums[key], device=self._device())
+            torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
+            metrics[key.removeprefix("max/") + "_max"] = [value.item()]
+        metrics["grad_norm"] = norm
+        return metrics
+
+    # ---- checkpoints --------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """verl's checkpoint (weights, optimiser, schedule, RNG) plus every teacher's shards."""
+        super().save_checkpoint(local_path, *args, **kwargs)
+        if self.method is not None:
+            torch.save(self.teachers.state_dict(), self._teacher_file(local_path))
+            torch.distributed.barrier()
+
+    def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
+        """Counterpart of `save_checkpoint`; a checkpoint without its teacher is an error, not a silent reset."""
+        super().load_checkpoint(local_path, *args, **kwargs)
+        if self.method is not None:
+            state = torch.load(self._teacher_file(local_path), map_location="cpu", weights_only=True)
+            self.teachers.load_state_dict(state)
+
+    def _teacher_file(self, local_path: str) -> Path:
+        return Path(local_path) / f"teacher_rank_{self.rank}.pt"
+
+    def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter gathered, one after another; all ranks must iterate together."""
+        self._reshard()
+        parameters, _ = self.get_per_tensor_param()
+        yield from parameters
+
+    @contextmanager
+    def teacher_in_place(self, store: str) -> Iterator[None]:
+        """The module holds a teacher's weights within the block (evaluation of a teacher, tests)."""
+        self._reshard()
+        with self.teachers.in_place_of(self.module, store):
+            yield
+            self._reshard()
+
+
+def response_positions(lengths_B: list[int], responses_B: list[int], packed: bool) -> torch.Tensor:
+    """Where the hidden states that predict response tokens lie in the flattened (B * L or packed) sequence.
+
+    Response token at position t is predicted at t - 1, the end-of-sequence token included; offsets are those of
+    the view at hand, whose prompt has a length of its own.
+    """
+    width = max(lengths_B)
+    starts, total = [], 0
+    for row, length in enumerate(lengths_B):
+        starts.append(total if packed else row * width)
+        total += length
+    return torch.cat(
+        [
+            torch.arange(start + length - response - 1, start + length - 1)
+            for start, length, response in zip(starts, lengths_B, responses_B, strict=True)
+        ]
+    )
+
+
+def _rows_of(nested: torch.Tensor) -> list[torch.Tensor]:
+    """The rows of a jagged or dense (B, R) tensor."""
+    return list(nested.unbind())
+
+
+def _nested(rows: list[torch.Tensor]) -> torch.Tensor:
+    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+
+
+def _pad(values_N: torch.Tensor, lengths: list[int]) -> torch.Tensor:
+    """Per-token values as (B, T), right padded with zeros."""
+    return nn.utils.rnn.pad_sequence(list(values_N.split(lengths)), batch_first=True)

@@ -1,0 +1,97 @@
+"""From chat messages to model inputs: token ids, pixels and 3-D rotary positions, once per triplet and view.
+
+Every view of every policy goes through `render`, so student and teacher share template, processor and image
+resizing, and the prompt ids that vLLM samples from are the ids the trainer scores.
+
+Legend: P prompt tokens, R response tokens, L = P + R.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from vopd.errors import UserError
+from vopd.views import Messages
+
+ROWS_OF_POSITIONS = 4  # text, then the three mrope axes (time, height, width): verl's layout for Qwen VL models
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """One prompt as the model sees it.
+
+    Attributes:
+        prompt_ids_P: token ids, image placeholders expanded.
+        position_ids_4P: rotary positions of the prompt.
+        multi_modal_inputs: pixel_values, image_grid_thw, ... as the processor made them.
+        images: the images in the order of their placeholders, for vLLM.
+    """
+
+    prompt_ids_P: torch.Tensor
+    position_ids_4P: torch.Tensor
+    multi_modal_inputs: dict[str, torch.Tensor]
+    images: list[Image.Image]
+
+    def for_training(self) -> dict[str, Any]:
+        """What travels to the workers (images stay behind)."""
+        return {
+            "prompt_ids": self.prompt_ids_P,
+            "position_ids": self.position_ids_4P,
+            "multi_modal_inputs": self.multi_modal_inputs,
+        }
+
+
+def render(processor: Any, messages: Messages, row_id: str, limit: int, template: dict[str, Any]) -> Rendered:
+    """Tokenise one view of one triplet.
+
+    Args:
+        processor: HF processor with verl's `get_rope_index` bound to it (`verl.utils.tokenizer.hf_processor`).
+        limit: most prompt tokens allowed. A longer prompt is an error, never cut (pitfall 8).
+        template: extra arguments of the chat template, e.g. `enable_thinking`.
+
+    Raises:
+        UserError: the prompt is longer than `limit`; names the row.
+    """
+    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
+    images = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
+    inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
+    ids_1P, mask_1P = inputs.pop("input_ids"), inputs.pop("attention_mask")
+    inputs.pop("mm_token_type_ids", None)
+    if ids_1P.shape[1] > limit:
+        raise UserError(
+            f"Row {row_id}: its prompt has {ids_1P.shape[1]} tokens, the limit is {limit}; raise "
+            "rollout.max_prompt_tokens or drop the row."
+        )
+    return Rendered(ids_1P[0], _positions(processor, ids_1P, mask_1P, inputs), inputs, images)
+
+
+def _positions(
+    processor: Any, ids_1P: torch.Tensor, mask_1P: torch.Tensor, inputs: dict[str, torch.Tensor]
+) -> torch.Tensor:
+    text_1P = torch.arange(ids_1P.shape[1])[None]
+    types_1P = torch.zeros_like(ids_1P)
+    types_1P[ids_1P == processor.image_token_id] = 1
+    vision_31P, _ = processor.get_rope_index(
+        input_ids=ids_1P,
+        attention_mask=mask_1P,
+        image_grid_thw=inputs.get("image_grid_thw"),
+        video_grid_thw=None,
+        mm_token_type_ids=types_1P,
+    )
+    return torch.cat([text_1P, vision_31P[:, 0]])
+
+
+def with_response(rendered: dict[str, Any], response_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (L,) and positions (4, L) of prompt + response.
+
+    The response is text, so each of its positions follows the last one by one on all axes; the text row counts
+    tokens. The prompt is this view's own: positions of another view's image would be wrong (pitfall 7).
+    """
+    prompt_P, position_4P = rendered["prompt_ids"], rendered["position_ids"]
+    steps_R = torch.arange(1, response_R.shape[0] + 1)
+    start = torch.cat([position_4P[:1, -1], position_4P[1:].max().repeat(ROWS_OF_POSITIONS - 1)])
+    return torch.cat([prompt_P, response_R]), torch.cat([position_4P, start[:, None] + steps_R], dim=1)

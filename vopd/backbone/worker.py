@@ -1,0 +1,74 @@
+"""The training worker: verl's, with the scoring engine, a method attached to it, and an export of the weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from omegaconf import OmegaConf
+from tensordict import TensorDict
+
+from vopd.backbone import seams
+from vopd.backbone.engine import ScoringEngine
+from vopd.method import build
+
+
+class ScoringTrainingWorker(seams.TrainingWorker):
+    """verl's TrainingWorker on our engine, on CPU as on GPU."""
+
+    def __init__(self, config: Any) -> None:
+        if seams.get_device_name() == "cpu":
+            # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it skips that once a group exists.
+            seams.initialize_global_process_group_ray(backend="cpu:gloo")
+        seams.register_engine(ScoringEngine)
+        super().__init__(config)
+
+
+class Worker(seams.ActorRolloutRefWorker):
+    """Student, teachers and the weight sync to the rollout, in one process per device."""
+
+    actor_worker_cls = ScoringTrainingWorker
+
+    @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)
+    def init_model(self) -> None:
+        super().init_model()
+        self._attach()
+
+    def _attach(self) -> None:
+        settings = OmegaConf.to_container(self.config.vopd.method, resolve=True)
+        beside = self.config.vopd.recipe_folder
+        method = build(settings, Path(beside) if beside else None)  # type: ignore[arg-type]
+        self.actor.engine.attach(method, self.config.vopd.train.chunk)
+
+    @seams.register(dispatch_mode=seams.make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    def update_actor(self, data: TensorDict) -> TensorDict:
+        self.actor.engine.update_in_batch = 0
+        return super().update_actor(data)
+
+    @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)
+    def export(self, folder: str, dtype: str) -> None:
+        """Write the student as a Hugging Face folder that transformers and vLLM load.
+
+        Args:
+            folder: created if missing.
+            dtype: of the written weights, e.g. `bfloat16`.
+        """
+        engine = self.actor.engine
+        target = getattr(torch, dtype)
+        state: dict[str, torch.Tensor] = {}
+        for name, tensor in engine.full_state():
+            if self.rank == 0:
+                state[name] = tensor.detach().to("cpu", target).contiguous().clone()
+        if self.rank == 0:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            if engine.model_config.hf_config.tie_word_embeddings:
+                state.pop("lm_head.weight", None)
+            save_torch_state_dict(state, folder)
+            hf_config = engine.module.config
+            hf_config.dtype = target
+            hf_config.save_pretrained(folder)
+            engine.module.generation_config.save_pretrained(folder)
+            engine.model_config.processor.save_pretrained(folder)
+        torch.distributed.barrier()

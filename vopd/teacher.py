@@ -1,0 +1,109 @@
+"""Teacher weights: fp32 copies of the student's own shards, moved after each applied optimiser step.
+
+A teacher lives on the worker as the local shard of every parameter, so a moving average needs no communication.
+To score, a teacher's shards change places with the student's in the one sharded module: no second model is built,
+student and teacher run the same code, and nothing (embedding, head, norm) can be forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from vopd.method import Scorer
+
+Component = tuple[str, float]
+"""(name of a weight store, coefficient of its log-probs in the scorer's distribution)."""
+
+
+def components(scorer: Scorer) -> tuple[Component, ...]:
+    """The weight stores a scorer mixes; coefficients add up to one (geometric mixture, then normalised)."""
+    if scorer.weights == "trust_region":
+        return (("initial", 1.0 - scorer.rate), ("current", scorer.rate))
+    if scorer.weights == "ema":
+        return ((f"ema:{scorer.rate}", 1.0),)
+    return ((scorer.weights, 1.0),)
+
+
+def stores(scorers: Iterable[Scorer]) -> tuple[str, ...]:
+    """Names of all distinct stores that these scorers read, `current` included, in a fixed order."""
+    return tuple(sorted({name for scorer in scorers for name, _ in components(scorer)}))
+
+
+def local(parameter: torch.Tensor) -> torch.Tensor:
+    """The shard of a parameter that this rank owns (the tensor itself where it is not sharded)."""
+    data = parameter.detach()
+    return data.to_local() if hasattr(data, "to_local") else data
+
+
+class TeacherWeights:
+    """All weight stores but `current`, as {store: {parameter name: fp32 shard}}.
+
+    Args:
+        module: the (sharded) student; read at construction, so make this before the first update.
+        names: stores to keep, e.g. `("ema:0.05", "initial")`.
+    """
+
+    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+        self.shards: dict[str, dict[str, torch.Tensor]] = {
+            name: {key: local(p).to(torch.float32, copy=True) for key, p in module.named_parameters()}
+            for name in names
+            if name != "current"
+        }
+
+    @torch.no_grad()
+    def update(self, module: nn.Module) -> None:
+        """theta_T <- (1 - rate) theta_T + rate theta_S for every ema store; call after an applied step only."""
+        for name, shards in self.shards.items():
+            if not name.startswith("ema:"):
+                continue
+            rate = float(name.removeprefix("ema:"))
+            for key, parameter in module.named_parameters():
+                shards[key].lerp_(local(parameter).to(shards[key].dtype), rate)
+
+    @contextmanager
+    def in_place_of(self, module: nn.Module, name: str) -> Iterator[None]:
+        """Within the block the module holds store `name`; the student's weights come back afterwards.
+
+        Values are exchanged, not copied: with an fp32 student the exchange is exact and costs one tensor of memory.
+        """
+        if name == "current":
+            yield
+            return
+        self._exchange(module, name)
+        try:
+            yield
+        finally:
+            self._exchange(module, name)
+
+    @torch.no_grad()
+    def _exchange(self, module: nn.Module, name: str) -> None:
+        for key, parameter in module.named_parameters():
+            shard, student = self.shards[name][key], local(parameter)
+            if student.dtype != shard.dtype:
+                raise TypeError(f"{key} is {student.dtype}; keep the student's master weights in fp32 (pitfall 2).")
+            kept = student.clone()
+            student.copy_(shard)
+            shard.copy_(kept)
+
+    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
+        """The shards, for a checkpoint."""
+        return self.shards
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
+        """Take shards from a checkpoint of the same method and number of ranks.
+
+        Raises:
+            ValueError: stores or parameters differ.
+        """
+        if state.keys() != self.shards.keys():
+            raise ValueError(f"checkpoint holds teachers {sorted(state)}, this method keeps {sorted(self.shards)}")
+        for name, shards in self.shards.items():
+            if state[name].keys() != shards.keys():
+                raise ValueError(f"teacher '{name}': parameters differ from the checkpoint's")
+            for key, shard in shards.items():
+                shard.copy_(state[name][key])
