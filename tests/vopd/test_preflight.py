@@ -1,0 +1,223 @@
+"""Every bad input is refused in one sentence that names it; good input passes without a word."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from transformers import AutoProcessor
+
+from vopd import preflight
+from vopd.errors import UserError
+from vopd.views import VIEWS
+
+BASE = Path(__file__).parents[2] / "data" / "miniature" / "base"
+COLUMNS = ("id", "image", "crop", "question")
+
+
+def refused(check, *args, **kwargs) -> str:
+    """The sentence with which `check` refuses, after the rules for such sentences were asserted."""
+    with pytest.raises(UserError) as caught:
+        check(*args, **kwargs)
+    assert caught.value.exit_code == 2
+    message = str(caught.value)
+    assert message.endswith(".")
+    assert "\n" not in message
+    return message
+
+
+def png(width: int = 40, height: int = 24) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def write_rows(file: Path, count: int, **changed: dict[int, bytes | None]) -> Path:
+    """`count` rows of good images but for `changed[column][row]`."""
+
+    def cells(column: str) -> list[dict]:
+        return [{"bytes": changed.get(column, {}).get(i, png()), "path": None} for i in range(count)]
+
+    image = pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    table = pa.table(
+        {
+            "id": [f"row-{i}" for i in range(count)],
+            "image": pa.array(cells("image"), image),
+            "crop": pa.array(cells("crop"), image),
+            "question": ["Which?"] * count,
+        }
+    )
+    pq.write_table(table, file, row_group_size=10)
+    return file
+
+
+def test_disk(tmp_path):
+    preflight.check_disk(tmp_path / "not" / "yet", 0.0)
+    message = refused(preflight.check_disk, tmp_path / "not" / "yet", 1e9)
+    assert str(tmp_path / "not" / "yet") in message
+
+
+def test_memory():
+    preflight.check_memory(0.001, "miniature")
+    assert "profile miniature" in refused(preflight.check_memory, 1e6, "miniature")
+
+
+def test_memory_of_a_container_counts(tmp_path):
+    (tmp_path / "memory.max").write_text(f"{preflight.GIB // 2}\n")
+    (tmp_path / "memory.current").write_text(f"{preflight.GIB // 2}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {preflight.GIB // 4}\n")
+    assert preflight.available_memory_gib(tmp_path) == pytest.approx(0.25)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert preflight.available_memory_gib(tmp_path) > 0.25
+
+
+def test_temp_dir():
+    preflight.check_temp_dir(Path("/tmp/vopd-ray"))
+    assert "xxxx" in refused(preflight.check_temp_dir, Path("/tmp") / ("x" * 60))
+
+
+def test_temp_dir_limit_is_rays():
+    from ray._private.utils import validate_socket_filepath
+
+    longest = "/" + "x" * (preflight.SOCKET_LIMIT_BYTES - len(preflight.RAY_SOCKET_TAIL) - 1)
+    preflight.check_temp_dir(Path(longest))
+    validate_socket_filepath(longest + preflight.RAY_SOCKET_TAIL)
+    refused(preflight.check_temp_dir, Path(longest + "x"))
+    with pytest.raises(OSError, match="AF_UNIX"):
+        validate_socket_filepath(longest + "x" + preflight.RAY_SOCKET_TAIL)
+
+
+@pytest.fixture
+def model(tmp_path):
+    return shutil.copytree(BASE, tmp_path / "model")
+
+
+def test_model_folder(model):
+    preflight.check_model_folder(model)
+
+
+def test_missing_model_folder(tmp_path):
+    assert str(tmp_path / "absent") in refused(preflight.check_model_folder, tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"]
+)
+def test_model_file_missing(model, name):
+    (model / name).unlink()
+    assert name in refused(preflight.check_model_folder, model)
+
+
+def test_model_without_processor(model):
+    (model / "processor_config.json").unlink()
+    assert "preprocessor_config.json" in refused(preflight.check_model_folder, model)
+
+
+def test_model_config_is_not_json(model):
+    (model / "config.json").write_text("{")
+    assert "config.json" in refused(preflight.check_model_folder, model)
+
+
+def test_model_without_weights(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    assert "safetensors" in refused(preflight.check_model_folder, model)
+
+
+@pytest.mark.parametrize("content", [b"version https://git-lfs", b""])
+def test_weights_are_no_weights(model, content):
+    (model / "model.safetensors").write_bytes(content)
+    assert "model.safetensors" in refused(preflight.check_model_folder, model)
+
+
+def test_truncated_weights(model):
+    weights = model / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10])
+    assert "model.safetensors" in refused(preflight.check_model_folder, model)
+
+
+def test_shard_missing(model):
+    (model / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-2.safetensors"}}'
+    )
+    assert "model-00001-of-2.safetensors" in refused(preflight.check_model_folder, model)
+
+
+def test_parquet(tmp_path):
+    preflight.check_parquet(write_rows(tmp_path / "train.parquet", 50), COLUMNS)
+    preflight.check_parquet(write_rows(tmp_path / "one.parquet", 1), COLUMNS)
+
+
+def test_parquet_missing_or_not_parquet(tmp_path):
+    assert "absent.parquet" in refused(preflight.check_parquet, tmp_path / "absent.parquet", COLUMNS)
+    (tmp_path / "text.parquet").write_text("hello")
+    assert "text.parquet" in refused(preflight.check_parquet, tmp_path / "text.parquet", COLUMNS)
+
+
+def test_parquet_lacks_a_column(tmp_path):
+    file = write_rows(tmp_path / "train.parquet", 3)
+    message = refused(preflight.check_parquet, file, (*COLUMNS, "answer"))
+    assert "train.parquet" in message
+    assert "'answer'" in message
+
+
+def test_parquet_is_empty(tmp_path):
+    assert "no row" in refused(preflight.check_parquet, write_rows(tmp_path / "train.parquet", 0), COLUMNS)
+
+
+@pytest.mark.parametrize("content", [b"not an image", png()[:100], b"", None])
+@pytest.mark.parametrize(("column", "row"), [("image", 0), ("crop", 49)])
+def test_image_is_no_image(tmp_path, column, row, content):
+    file = write_rows(tmp_path / "train.parquet", 50, **{column: {row: content}})
+    message = refused(preflight.check_parquet, file, COLUMNS)
+    assert f"{file}: row row-{row}, column {column}" in message
+
+
+@pytest.mark.parametrize(
+    "pixels", [100, 500]
+)  # 40 * 24 lies above twice the first limit, and below it for the second
+def test_image_too_large(tmp_path, monkeypatch, pixels):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    file = write_rows(tmp_path / "train.parquet", 2)
+    assert "row row-0, column image" in refused(preflight.check_parquet, file, COLUMNS)
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return AutoProcessor.from_pretrained(BASE)
+
+
+def triplet(name: str, full: tuple[int, int], crop: tuple[int, int], question: str) -> dict:
+    return {"id": name, "image": Image.new("RGB", full), "crop": Image.new("RGB", crop), "question": question}
+
+
+def true_length(row, view, processor) -> int:
+    """Length found by processing the pixels, as the rollout does."""
+    messages = VIEWS[view](row)
+    text = processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    images = [part["image"] for part in messages[0]["content"] if part["type"] == "image"]
+    return len(processor(text=[text], images=images)["input_ids"][0])
+
+
+@pytest.mark.parametrize("view", ["full", "crop"])
+def test_prompt_length_is_the_processors(processor, view):
+    row = triplet("row-7", (200, 90), (33, 65), "Which is the colour of the thing?\n(A) red\n(B) blue")
+    length = true_length(row, view, processor)
+    preflight.check_prompt_lengths([row], processor, length, views=(view,))
+    message = refused(preflight.check_prompt_lengths, [row], processor, length - 1, views=(view,))
+    assert "row row-7" in message
+    assert f"{length} tokens in the {view} view" in message
+
+
+def test_each_view_and_row_is_counted(processor):
+    small = triplet("small", (32, 32), (32, 32), "Which?")
+    long_crop = triplet("long-crop", (32, 32), (200, 200), "Which?")
+    limit = true_length(small, "full", processor)
+    preflight.check_prompt_lengths([small] * 300, processor, limit)
+    message = refused(preflight.check_prompt_lengths, [small] * 300 + [long_crop], processor, limit)
+    assert "row long-crop" in message
+    assert "crop view" in message

@@ -1,0 +1,217 @@
+"""Checks made before Ray starts, so that a mistake costs a second and one sentence instead of a trace.
+
+Each check takes what it judges and raises `UserError` (exit code 2) naming the file, row or key, or returns
+nothing. None of them writes, downloads or loads weights.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pyarrow as pa
+import pyarrow.dataset as pads
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+
+from vopd.errors import UserError
+from vopd.views import VIEWS
+
+GIB = 2**30
+# Ray puts <temp>/session_<26 characters of time>_<pid>/sockets/plasma_store into a socket address.
+SOCKET_LIMIT_BYTES = 107
+RAY_SOCKET_TAIL = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+
+
+def check_disk(folder: Path, needed_gb: float) -> None:
+    """Refuse when the file system that holds (or will hold) `folder` has less than `needed_gb` (1e9 bytes)."""
+    existing = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
+    free_gb = shutil.disk_usage(existing).free / 1e9
+    if free_gb < needed_gb:
+        raise UserError(
+            f"{folder}: {free_gb:.1f} GB free, the run needs {needed_gb:g} GB; "
+            "make room or choose another folder."
+        )
+
+
+def available_memory_gib(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Memory that a new process may take, in GiB: the machine's, or the container's (cgroup v2) if less."""
+    available = psutil.virtual_memory().available
+    limit = cgroup / "memory.max"
+    if limit.exists() and (most := limit.read_text().strip()) != "max":
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        # Cached file pages count as used but are given back on demand.
+        used = int((cgroup / "memory.current").read_text()) - int(stat["inactive_file"])
+        available = min(available, int(most) - used)
+    return available / GIB
+
+
+def check_memory(needed_gib: float, profile: str) -> None:
+    """Refuse when less than `needed_gib` (2**30 bytes) of memory is available to this process."""
+    available = available_memory_gib()
+    if available < needed_gib:
+        raise UserError(
+            f"profile {profile}: needs {needed_gib:g} GiB of memory, {available:.1f} GiB are available; "
+            "stop other programs or choose a smaller profile."
+        )
+
+
+def check_temp_dir(temp_dir: Path) -> None:
+    """Refuse a folder for Ray's session whose path makes its socket addresses too long for Linux."""
+    most = SOCKET_LIMIT_BYTES - len(RAY_SOCKET_TAIL)
+    if len(os.fsencode(temp_dir.absolute())) > most:
+        raise UserError(
+            f"{temp_dir.absolute()}: too long for Ray's sockets; use a folder of at most {most} bytes."
+        )
+
+
+def check_model_folder(folder: Path) -> None:
+    """Refuse a folder that is not a whole Hugging Face model: config, safetensors, tokenizer, processor, template."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such model folder; give the folder that holds config.json.")
+    processor = folder / "processor_config.json"
+    if not processor.exists():
+        processor = folder / "preprocessor_config.json"
+    tokenizer_config = folder / "tokenizer_config.json"
+    for file in (folder / "config.json", folder / "tokenizer.json", tokenizer_config, processor):
+        _read_json(file)
+    if not (folder / "chat_template.jinja").exists() and "chat_template" not in _read_json(tokenizer_config):
+        raise UserError(f"{folder}: no chat_template.jinja; copy it from the model's original folder.")
+    for file in _weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as weights:
+                names = weights.keys()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"{file}: not a whole safetensors file ({error}); "
+                "fetch it again (a Git LFS pointer needs `git lfs pull`)."
+            ) from error
+        if not names:
+            raise UserError(f"{file}: holds no tensor; fetch it again.")
+
+
+def check_parquet(
+    file: Path, columns: Iterable[str], image_columns: Sequence[str] = ("image", "crop"), sample: int = 16
+) -> None:
+    """Refuse a parquet file that is unreadable, empty, lacks a column, or holds something that is no image.
+
+    Images are opened in `sample` rows spread evenly over the file, none above Pillow's pixel limit.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such data file.")
+    try:
+        table = pads.dataset(file, format="parquet")
+        count = table.count_rows()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file ({error}); prepare it again.") from error
+    missing = sorted({*columns, "id", *image_columns} - set(table.schema.names))
+    if missing:
+        raise UserError(f"{file}: lacks the column {missing[0]!r}; prepare it again with all columns.")
+    if count == 0:
+        raise UserError(f"{file}: holds no row; prepare it again.")
+    chosen = sorted({i * count // sample for i in range(sample)} | {count - 1})
+    for row in table.take(chosen, columns=["id", *image_columns]).to_pylist():
+        for column in image_columns:
+            _check_image(row[column], f"{file}: row {row['id']}, column {column}")
+
+
+def check_prompt_lengths(
+    rows: Iterable[Mapping[str, Any]],
+    processor: Any,
+    limit: int,
+    views: Sequence[str] = ("full", "crop"),
+) -> None:
+    """Refuse the first row whose prompt, in any of `views`, takes more than `limit` tokens; never truncate.
+
+    `processor` is a Hugging Face processor with a chat template; an image counts as the tokens the processor
+    will put in its place, found from its size without processing its pixels.
+    """
+    for batch in _batches(rows, 256):
+        for view in views:
+            for row, length in zip(batch, _prompt_lengths(batch, processor, view), strict=True):
+                if length > limit:
+                    raise UserError(
+                        f"row {row['id']}: its prompt takes {length} tokens in the {view} view "
+                        f"and the limit is {limit}; raise data.max_prompt_length or leave the row out."
+                    )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{file}: missing; copy the whole model folder, tokenizer and processor included."
+        ) from error
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error}); copy it again.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: holds no JSON object; copy it again.")
+    return content
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        absent = [file for file in files if not file.exists()]
+        if absent:
+            raise UserError(f"{absent[0]}: missing although {index.name} lists it; fetch the whole model.")
+        return files
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: no *.safetensors weights (pickled weights are not loaded); convert them.")
+    return files
+
+
+def _check_image(cell: Mapping[str, Any] | None, where: str) -> None:
+    content = cell["bytes"] if isinstance(cell, dict) and "bytes" in cell else None
+    if not content:
+        raise UserError(f"{where}: holds no image bytes; prepare the data again.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content)) as image:
+                image.load()
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise UserError(
+            f"{where}: has more than {Image.MAX_IMAGE_PIXELS} pixels; shrink the image."
+        ) from error
+    # Pillow reports some broken PNG files as SyntaxError.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"{where}: not an image ({error}); replace it or leave the row out.") from error
+
+
+def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
+    rest = iter(rows)
+    while batch := list(islice(rest, size)):
+        yield batch
+
+
+def _prompt_lengths(batch: list[Mapping[str, Any]], processor: Any, view: str) -> list[int]:
+    texts, image_tokens = [], []
+    for row in batch:
+        messages = VIEWS[view](row)
+        texts.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
+        # The template writes one placeholder an image, which the text's own count already holds.
+        image_tokens.append(
+            sum(_image_tokens(part["image"], processor.image_processor) - 1 for part in parts)
+        )
+    return [
+        len(ids) + extra
+        for ids, extra in zip(processor.tokenizer(texts)["input_ids"], image_tokens, strict=True)
+    ]
+
+
+def _image_tokens(image: Image.Image, image_processor: Any) -> int:
+    patches: int = image_processor.get_number_of_image_patches(image.height, image.width, {})
+    return patches // image_processor.merge_size**2
