@@ -31,7 +31,7 @@ class Component:
 
 
 Scorer = tuple[Component, ...]
-"""Logits of a scorer: those of one component, or the sum of coefficient * log_softmax (geometric mixture)."""
+"""One component: its logits. Several: the sum of coefficient * log_softmax, a geometric mixture."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ScoreChunk:
 
 
 Score = Callable[[ScoreChunk], Mapping[str, Tensor]]
-"""Per-token numbers by name, each (C,). Called twice per chunk (forward, backward): it must be deterministic."""
+"""Per-token numbers by name, each (C,). Called in forward and again in backward: must be deterministic."""
 
 
 @dataclass
@@ -166,7 +166,7 @@ def _at_positions(hidden: Tensor, positions_N: Tensor | None) -> Tensor:
 
 
 class _ChunkedScore(torch.autograd.Function):
-    """(N, H), (V, H) -> (N, M). The weight is an input: its gradient goes the usual way of FSDP2 and tying."""
+    """(N, H), (V, H) -> (N, M). The weight is an input, so its gradient goes FSDP2's and tying's usual way."""
 
     @staticmethod
     def forward(ctx: Any, hidden_NH: Tensor, weight_VH: Tensor, context: ScoringContext) -> Tensor:
@@ -198,14 +198,11 @@ class _ChunkedScore(torch.autograd.Function):
                 logits_CV = student.logits(rows).requires_grad_()
                 with torch.enable_grad():
                     numbers = _numbers(_score_chunk(logits_CV, scorers, context, rows), context)
-                moved = [
-                    (number_C, grad_NM[rows, i])
-                    for i, number_C in enumerate(numbers)
-                    if number_C.requires_grad
-                ]
-                if moved:
-                    outputs, grads = zip(*moved, strict=True)
-                    (grad_logits_CV,) = torch.autograd.grad(outputs, logits_CV, grads)
+                columns = [i for i, number_C in enumerate(numbers) if number_C.requires_grad]
+                if columns:
+                    (grad_logits_CV,) = torch.autograd.grad(
+                        [numbers[i] for i in columns], logits_CV, [grad_NM[rows, i] for i in columns]
+                    )
                     student.accumulate(grad_logits_CV, rows, grad_hidden_NH, grad_weight_VH)
         return grad_hidden_NH.to(hidden_NH.dtype), grad_weight_VH.to(weight_VH.dtype), None
 
@@ -213,8 +210,8 @@ class _ChunkedScore(torch.autograd.Function):
 class _Projection:
     """hidden @ weight.T row by row with float32 accumulation and result, and its gradient.
 
-    Half-precision operands stay as they are on CUDA, whose matmul can return float32; elsewhere they are converted.
-    float64 stays float64.
+    Half-precision operands stay as they are on CUDA, whose matmul can return float32 (a float32 copy of the
+    weight would be gigabytes); elsewhere they are converted. float64 stays float64.
     """
 
     def __init__(self, hidden_NH: Tensor, weight_VH: Tensor) -> None:
