@@ -1,0 +1,1 @@
+"""Evaluation: the one answer parser, per-question records and the statistics on them."""

@@ -1,0 +1,185 @@
+"""The phrases by which responses state an option letter, in English and Chinese; `letters` gives them their rank.
+
+Every repeat is bounded or over one character class, so that matching stays linear on any text. Each pattern's
+last group is the letter.
+"""
+
+from __future__ import annotations
+
+import re
+
+from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN
+
+
+def _any(phrases: str) -> str:
+    """Alternatives from a list separated by " | ", the longest first."""
+    return "|".join(sorted(phrases.split(" | "), key=len, reverse=True))
+
+
+NO_WORD_AFTER = r"(?![A-Za-z0-9_+#]|'[a-z]|-[A-Za-z0-9]|\.[A-Za-z]\.)"
+LETTER = r"[(" + BOX_OPEN + r"]?\s?([A-Za-z])" + NO_WORD_AFTER
+WORD_START = r"(?<![A-Za-z])"
+
+# Words that may stand between a cue and its letter without changing what is claimed.
+_FILL_EN = _any(
+    "the | correct | right | best | final | most | likely | probably | definitely | clearly | obviously | option"
+    " | choice | letter | answer | is | it | it's | would | be | should | must | has to | simply | just | indeed"
+    " | actually | both | either | i | i'd | think | believe | choose | select | pick | say | my | so | therefore"
+    " | thus | that"
+)
+_FILL_ZH = _any("选项 | 選項 | 选择 | 選擇 | 选 | 選 | 应该是 | 應該是 | 应为 | 應為 | 是 | 为 | 為")
+FILL = r"(?i:(?:" + _FILL_EN + r")(?:[,:]\s?|\s)|(?:" + _FILL_ZH + r") ?){0,8}"
+FILL_LETTER = re.compile(FILL + LETTER)
+
+_BE = _any(
+    "is | was | would be | should be | must be | will be | has to be | seems to be | appears to be | 's"
+)
+_DECISION = _any("answer | choice | option | decision | selection | response | verdict")
+FINAL = re.compile(
+    WORD_START
+    + r"(?i:final (?:"
+    + _DECISION
+    + r")(?: (?:"
+    + _BE
+    + r"))?|最[终終]答案(?:是|为|為|选|選)?) ?[:=\-–—]?\s?"
+    + FILL
+    + LETTER
+)
+_SEPARATOR = r" ?(?::|=|->|=>|→|[-–—](?= ))\s?"
+MARK = re.compile(
+    WORD_START
+    + r"(?i:(?<!wrong )(?<!incorrect )(?:answer|ans)(?: choice| option| letter)?(?: is)?"
+    + r"|(?:答案|答)(?:是|为|為|选|選)?)"
+    + _SEPARATOR
+)
+# These words also introduce other things than answers, so what follows them must be a letter or an option.
+SOFT_MARK = re.compile(
+    WORD_START
+    + r"(?i:(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict"
+    + r"|correct)(?: option| choice)?(?: is)?|(?:正确选项|正確選項|选项|選項)(?:是|为|為)?)"
+    + _SEPARATOR
+)
+MARK_NO_COLON = re.compile(WORD_START + r"(?i:answer|ans\.)[ \n]\(?([A-Zb-h])(?=\)?[.!]?(?:\n|$))")
+ANSWER_IS = re.compile(WORD_START + r"(?i:answer|option|choice) (?:is|would be|should be)[: ]{1,2}")
+
+_NOUN = (
+    _any("answer | option | choice | selection | pick | guess | conclusion")
+    + r"|(?:correct|right|best|matching) (?:one|match|description|statement|letter)"
+)
+_CHOOSE = _any(
+    "choose | chose | choosing | pick | picked | select | selected | selecting | go with | going with | went with"
+    " | opt for | settle on | conclude | guess | vote for | lean toward | lean towards | leaning toward"
+    " | leaning towards"
+)
+_POINTS_TO = _any(
+    "corresponds to | correspond to | corresponding to | matches | matching | which is | that is | this is"
+    " | that's | points to | leads to | gives | indicates | means"
+)
+THE_ANSWER_IS = re.compile(
+    WORD_START
+    + r"(?i:(?:"
+    + _NOUN
+    + r")(?: (?:here|choice|option|letter|(?:to|for) (?:this|the) question(?: '[^'\n]{1,200}')?))?(?: ?(?:"
+    + _BE
+    + r")[:,]?\s?))"
+    + FILL
+    + LETTER
+)
+I_CHOOSE = re.compile(WORD_START + r"(?i:(?:" + _CHOOSE + r")[,:]? )" + FILL + LETTER)
+POINTS_TO = re.compile(
+    WORD_START
+    + r"(?i:(?:"
+    + _POINTS_TO
+    + r") (?:the )?(?:correct )?(?:option|choice|answer|letter) )"
+    + LETTER
+)
+ANSWER_IS_ZH = re.compile(
+    r"(?:答案|正确选项|正確選項|正确的是|结论)(?:应该|应当|应|應該|應|就)?(?:是|为|為|选|選) ?(?:选项|選項)? ?"
+    + LETTER
+)
+CHOOSE_ZH = re.compile(r"(?:选择|選擇|选定|选|選)(?:的?是)? ?(?:选项|選項|答案)? ?" + LETTER)
+
+_CLAUSE_END = (
+    r"(?= ?[)" + BOX_CLOSE + r"]? ?(?:[.,;:!。、\n" + BOX_CLOSE + r"]|$|because|since|to me|for me))"
+)
+_SO = _any(
+    "so | therefore | thus | hence | consequently | it is | it's | it must be | it has to be | it should be"
+    " | that's | i think | i believe | i'd say | i would say | must be | has to be | we get | probably | likely"
+    " | definitely | maybe | leaving | leaves | only | looks like | seems like | appears to be | but | but rather"
+    " | but it's | no | yes | ok | okay | sure | certainly"
+)
+SO = re.compile(
+    r"(?:"
+    + WORD_START
+    + r"(?i:"
+    + _SO
+    + r")[,:]? |(?:=>|->|→|⇒) ?|(?:所以|因此|故|应该|就|觉得|认为|^(?=是))(?:是|为)? ?)"
+    + FILL
+    + LETTER
+    + _CLAUSE_END
+)
+_EMPHASIS = _any(
+    "the | most | clearly | definitely | indeed | probably | likely | therefore | thus | obviously | my | only"
+    " | best | correct | right"
+)
+_SIDE = "next|above|below|beside|behind|in|of|on|at|under|side|hand"  # "A is right next to the tree"
+IS_CORRECT = re.compile(
+    r"(?<![A-Za-z0-9'._-])(?i:(?:option|choice) )?\(?([A-Za-z])\)?(?:(?i: (?:is|seems|looks|appears|would be|must be"
+    r"|has to be|should be)(?: to be)?(?: (?:"
+    + _EMPHASIS
+    + r")){0,4} (?:correct|right|best|true|answer|choice|accurate|match)(?! (?:"
+    + _SIDE
+    + r")))(?![a-z])"
+    + r"|(?i: it is)(?![a-z ])|(?i: the (?:correct|right|best) (?:answer|choice|option|one))"
+    + r"|(?i: (?:fits|matches|describes \w{1,20} \w{1,20}) best(?![a-z]))"
+    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的))"
+)
+
+OPENING = re.compile(
+    r"(?i:(?:option|choice|选项|選項) ?)?\(?([A-Za-z])"
+    + NO_WORD_AFTER
+    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since ))"
+)
+CLOSING_SENTENCE = re.compile(r"[.!?。] ?\(?([A-Z])\)?[.!。]?$")
+BARE_LINE = re.compile(
+    r"^(?i:(?:the )?(?:option|choice|letter|选项|選項|so|therefore|选|選) ?[:,]? ?)?\(?([A-Za-z])[)\]]?[.!,。:;]{0,2}$",
+    re.M,
+)
+LABELLED = re.compile(r"(?<![A-Za-z0-9'._-])\(?([A-Z])(?:\)|[.:](?=[ \n]|[^\W\d_]{2})) ?(?=[^\n])")
+BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(([A-Z])\)")
+
+# After "A", a lower-case word other than these makes it the article.
+_NOT_A_NOUN = _any(
+    "because | since | is | as | which | for | and | or | based | the | this | that | due | if | with | was | would"
+    " | it | there | given | seems | looks | so | but | not | in | on | according | are | will | should | has | i"
+    " | to | where | while | rather | instead | fits | matches | over | from | by | at | than | after"
+)
+ARTICLE_TAIL = re.compile(r" (?!(?:" + _NOT_A_NOUN + r")(?![a-z]))[a-z]")
+LOWER_TAIL = re.compile(r" ?(?:[.,;:!?)}\n。" + BOX_CLOSE + r"]|$|because |since |is )")
+CLOSING = re.compile(r" ?[)" + BOX_CLOSE + r"]")
+OTHER_LETTER = re.compile(
+    r"[.]?\s?(?:[,/&?;:、]|或者?|还是|還是|和|与|與|"
+    + WORD_START
+    + r"(?:or|and|vs\.?)(?![a-z])|\((?=or |and ))\s?"
+    r"(?:(?:or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
+    r"\(?([A-Z])(?![A-Za-z0-9'])"
+)
+_WRONG = _any("incorrect | wrong | false | impossible | excluded | eliminated | ruled out | unlikely")
+DENIED_AFTER = re.compile(
+    r" (?:option )?(?:(?:is|was|are|seems|looks|would be|must be|can be|could be)"
+    r"(?:n't| not| clearly| definitely| also)? )?(?:"
+    + _WRONG
+    + r"|not(?! \(?[A-Z](?![A-Za-z])))(?![a-z])"
+    + r"|(?:,? [a-z]{1,12}){0,2} (?:are|is) (?:wrong|incorrect|not)(?![a-z])"
+    + r"| (?:isn't|wasn't|can't|cannot|doesn't|can not|does not)(?![a-z])| ?是?(?:错|錯|不|排除)"
+)
+CLAUSE_BREAK = re.compile(
+    r"[.,;:!?\n。、—]|(?<![a-z])(?:but|so|therefore|thus|hence|and|because)(?![a-z])", re.I
+)
+_DENIAL = _any(
+    "not | never | cannot | neither | nor | doubt | unlikely | unless | if | whether | suppose | assuming | wrong"
+    " | incorrect | rather than | instead of | except | without | would have been"
+)
+DENIED_BEFORE = re.compile(
+    r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|若|如果|是否|排除", re.I
+)

@@ -1,0 +1,89 @@
+"""Yes/no questions (POPE and the like): only a committed "yes" or "no" counts.
+
+Rule order: FINAL (box, "final answer"), MARKED ("Answer: yes", "the answer is no"), LAST (last line is only
+yes/no), SENTENCE (a sentence that opens with or consists of yes/no). The strongest present decides; two
+different words within it, or another one stated later, leave the response unparsed. "No" as a determiner
+("no dog", "no idea") is no answer.
+"""
+
+from __future__ import annotations
+
+import re
+
+from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN
+from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
+
+_WORD = r"(?i:(yes|no)(?![a-z'/]))"
+_CHINESE = {
+    "是": "yes",
+    "是的": "yes",
+    "有": "yes",
+    "对": "yes",
+    "否": "no",
+    "不是": "no",
+    "没有": "no",
+    "不": "no",
+}
+_ENDS = (
+    r"(?= ?(?:[.,;:!)}\n。、"
+    + BOX_CLOSE
+    + r"]| ?[–—]| -|$| ?\(|(?i: (?:because|since|as|there|it|this|that|the|i|they|he|she"
+    r"|we|these|those|a|an)(?![a-z]))))"
+)
+_FILL = (
+    r"(?i:(?:definitely|clearly|simply|probably|most likely|likely|therefore|a|is|it is|so|that)[,:]? ){0,4}"
+)
+_FINAL = re.compile(
+    BOX_OPEN
+    + r" ?"
+    + _WORD
+    + r"[. ]{0,2}"
+    + BOX_CLOSE
+    + r"|(?i:final answer)(?: is)? ?[:\-]?\s?"
+    + _FILL
+    + _WORD
+    + _ENDS
+)
+_MARKED = re.compile(
+    r"(?<![A-Za-z])(?i:(?:answer|response|conclusion|ans)(?: here)?(?: ?[:=]| is:?|\n| -)|(?:答案|答)(?:是|为"
+    r"|:)) ?\(?" + _FILL + _WORD + _ENDS
+)
+_LAST = re.compile(r"(?:^|\n)\(?" + _WORD + r"\)?[.!。]?$")
+_SENTENCE = re.compile(
+    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|or|it's"
+    r"|it is|i'd say|i would say|i think|i believe),? (?:a )?)\(?" + _WORD + _ENDS
+)
+_NOT_AN_ANSWER = re.compile(
+    r"(?<![a-z])(?:yes ?(?:/|or|and) ?no|no ?(?:/|or|and) ?yes)(?![a-z])"
+    r"|^no,? i (?:cannot|can't|am unable to|won't|am not able to) "
+    r"(?:answer|help|assist|determine|tell|comply|say|provide)",
+    re.I,
+)
+
+
+def parse_yes_no(text: str) -> Parsed:
+    """ "yes" or "no" of a cleaned response."""
+    bare = text.strip(" .!。,\n" + BOX_OPEN + BOX_CLOSE)
+    if bare in _CHINESE:
+        return parsed(_CHINESE[bare], "whole response")
+    chinese = re.match(r"(是的|不是|没有|是|否|有|对)[,。.!\n]", text) or re.search(
+        r"答案(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
+    )
+    if chinese:
+        return parsed(_CHINESE[chinese[1]], "Chinese yes/no")
+    final_claims = [(m.end(), "final answer", (m[1] or m[2]).lower()) for m in _FINAL.finditer(text)]
+    marked = [(m.end(), "marked answer", m[1].lower()) for m in _MARKED.finditer(text)]
+    if not final_claims and not marked and _NOT_AN_ANSWER.search(text):
+        return unparsed("both words, or a refusal")
+    last = [(m.end(), "last line", m[1].lower()) for m in _LAST.finditer(text)]
+    sentence = [(m.end(), "opening word of a sentence", m[1].lower()) for m in _SENTENCE.finditer(text)]
+    for claims in (final_claims, marked, last, sentence):
+        if not claims:
+            continue
+        end, reason, word = claims[-1]
+        later = [c for c in (*final_claims, *marked, *last, *sentence) if c[0] > end]
+        said = {c[2] for c in claims} | {c[2] for c in later}
+        if claims is last:  # a one-word opening line is as explicit as a one-word last line
+            said |= {c[2] for c in sentence if c[0] <= 8}
+        return parsed(word, reason) if len(said) == 1 else unparsed("both yes and no are stated")
+    return unparsed("neither yes nor no is stated")
