@@ -24,7 +24,7 @@ def _norm(x: Tensor, module: torch.nn.Module) -> Tensor:
 
 
 def gated_delta_rule(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, g_BTH: Tensor, beta_BTH: Tensor, state_BHDD: Tensor | None = None
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, g_BTH: Tensor, beta_BTH: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Chunked gated delta rule (Yang et al. 2024, arXiv:2412.06464): S_t = e^g_t S_{t-1} (I - b k k^T) + b v k^T.
 
@@ -52,7 +52,7 @@ def gated_delta_rule(
     q_grown = q * growth
     k_left = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
     kept = decay[..., -1].exp()[..., None, None]
-    state = q.new_zeros(batch, heads, dim, v.shape[-1]) if state_BHDD is None else state_BHDD
+    state = q.new_zeros(batch, heads, dim, v.shape[-1])
     out = []
     for i in range(chunks):
         fresh = value[:, :, i] - key[:, :, i] @ state
@@ -60,6 +60,17 @@ def gated_delta_rule(
         state = state * kept[:, :, i] + k_left[:, :, i] @ fresh
     o = torch.stack(out, 2).reshape(batch, heads, chunks * CHUNK, -1)[:, :, :length]
     return o.transpose(1, 2), state
+
+
+def delta_step(
+    q_B1HD: Tensor, k_B1HD: Tensor, v_B1HD: Tensor, g_B1H: Tensor, beta_B1H: Tensor, state_BHDD: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One token of the same recurrence; shapes as `gated_delta_rule` with T = 1."""
+    q, k, v = _unit(q_B1HD)[:, 0] * q_B1HD.shape[-1] ** -0.5, _unit(k_B1HD)[:, 0], v_B1HD[:, 0]
+    state = state_BHDD * g_B1H[:, 0, :, None, None].exp()
+    fresh = (v - torch.einsum("bhd,bhde->bhe", k, state)) * beta_B1H[:, 0, :, None]
+    state = state + k[..., None] * fresh[..., None, :]
+    return torch.einsum("bhd,bhde->bhe", q, state)[:, None], state
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -123,7 +134,7 @@ class FastMiniature:
         x = F.embedding(ids_BT, self.text.embed_tokens.weight)
         if seen_BND is None:
             return x
-        return x.masked_scatter((ids_BT == self.image_token)[..., None], seen_BND)
+        return x.masked_scatter((ids_BT == self.image_token)[..., None], seen_BND.to(x.dtype))
 
     @staticmethod
     def positions(before: int, rows: int, cols: int, length: int) -> Tensor:
@@ -131,7 +142,11 @@ class FastMiniature:
         if rows == 0:
             return torch.arange(length).expand(3, -1)
         picture = torch.stack(
-            [torch.zeros(rows * cols), torch.arange(rows).repeat_interleave(cols), torch.arange(cols).repeat(rows)]
+            [
+                torch.zeros(rows * cols),
+                torch.arange(rows).repeat_interleave(cols),
+                torch.arange(cols).repeat(rows),
+            ]
         )
         after = torch.arange(length - before - rows * cols) + before + max(rows, cols)
         head = torch.arange(before).expand(3, -1)
@@ -145,47 +160,105 @@ class FastMiniature:
         angles = torch.cat([freqs, freqs], -1)[:, None]
         return angles.cos(), angles.sin()
 
-    def _delta(self, layer: torch.nn.Module, x: Tensor, cache: dict | None) -> Tensor:
+    def _delta(self, layer: torch.nn.Module, x: Tensor, cache: dict[str, Tensor] | None) -> Tensor:
         m, (batch, length, _) = layer.linear_attn, x.shape
-        raw = m.in_proj_qkv(x)
-        old = cache.get("conv") if cache else None
-        old = raw.new_zeros(batch, m.conv_kernel_size - 1, raw.shape[-1]) if old is None else old
-        wide = torch.cat([old, raw], 1)
-        filters = m.conv1d.weight[:, 0].T
-        mixed = F.silu(sum(wide[:, j : j + length] * filters[j] for j in range(m.conv_kernel_size)))
+        raw = m.in_proj_qkv(x).transpose(1, 2)
+        if cache:
+            wide = torch.cat([cache["conv"], raw], 2)
+        else:
+            wide = F.pad(raw, (m.conv_kernel_size - 1, 0))
+        mixed = F.silu(F.conv1d(wide, m.conv1d.weight, groups=m.conv_dim)).transpose(1, 2).float()
         q, k, v = (
             part.reshape(batch, length, -1, m.head_k_dim)
             for part in mixed.split([m.key_dim, m.key_dim, m.value_dim], -1)
         )
-        beta = m.in_proj_b(x).sigmoid()
-        g = -m.A_log.exp() * F.softplus(m.in_proj_a(x) + m.dt_bias)
-        out, state = gated_delta_rule(q, k, v, g, beta, cache.get("state") if cache else None)
+        beta = m.in_proj_b(x).float().sigmoid()
+        g = -m.A_log.exp() * F.softplus(m.in_proj_a(x).float() + m.dt_bias)
+        with torch.autocast("cpu", enabled=False):
+            if cache:
+                out, state = delta_step(q, k, v, g, beta, cache["state"])
+            else:
+                out, state = gated_delta_rule(q, k, v, g, beta)
         if cache is not None:
-            cache["conv"], cache["state"] = wide[:, length:], state
+            cache["conv"], cache["state"] = wide[:, :, length:], state
         gate = m.in_proj_z(x).reshape(out.shape)
         out = F.rms_norm(out, (out.shape[-1],), m.norm.weight, m.norm.variance_epsilon) * F.silu(gate)
         return m.out_proj(out.reshape(batch, length, -1))
 
-    def _attend(self, layer: torch.nn.Module, x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    def _attend(
+        self, layer: torch.nn.Module, x: Tensor, turn: tuple[Tensor, Tensor], cache: dict[str, Tensor] | None
+    ) -> Tensor:
         m, (batch, length, _) = layer.self_attn, x.shape
         q, gate = m.q_proj(x).view(batch, length, -1, 2 * m.head_dim).chunk(2, -1)
         k = m.k_proj(x).view(batch, length, -1, m.head_dim)
         v = m.v_proj(x).view(batch, length, -1, m.head_dim).transpose(1, 2)
         q, k = _norm(q, m.q_norm).transpose(1, 2), _norm(k, m.k_norm).transpose(1, 2)
         q, k = _rotate(q, *turn), _rotate(k, *turn)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return m.o_proj(out.transpose(1, 2).reshape(batch, length, -1) * gate.reshape(batch, length, -1).sigmoid())
+        if cache:
+            k, v = torch.cat([cache["k"], k], 2), torch.cat([cache["v"], v], 2)
+        if cache is not None:
+            cache["k"], cache["v"] = k, v
+        out = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), is_causal=length > 1, enable_gqa=True
+        )
+        return m.o_proj(
+            out.transpose(1, 2).reshape(batch, length, -1) * gate.reshape(batch, length, -1).sigmoid()
+        )
 
-    def hidden(self, x_BTD: Tensor, positions_3T: Tensor) -> Tensor:
-        """Embeddings -> last hidden states (B, T, D). Right-padded; all rows share one layout of positions."""
+    def hidden(
+        self, x_BTD: Tensor, positions_3T: Tensor, caches: list[dict[str, Tensor]] | None = None
+    ) -> Tensor:
+        """Embeddings -> last hidden states (B, T, D). All rows share one layout of positions.
+
+        Without caches rows may be padded on the right. With caches (one dict a layer, filled here) the first call
+        reads equally long prompts and every later call one token.
+        """
         turn = self._angles(positions_3T[:, None])
         x = x_BTD
-        for layer in self.text.layers:
+        for i, layer in enumerate(self.text.layers):
+            cache = caches[i] if caches is not None else None
             y = _norm(x, layer.input_layernorm)
-            x = x + (self._delta(layer, y, None) if layer.layer_type == "linear_attention" else self._attend(layer, y, turn))
+            if layer.layer_type == "linear_attention":
+                x = x + self._delta(layer, y, cache)
+            else:
+                x = x + self._attend(layer, y, turn, cache)
             y = _norm(x, layer.post_attention_layernorm)
             x = x + layer.mlp.down_proj(F.silu(layer.mlp.gate_proj(y)) * layer.mlp.up_proj(y))
         return _norm(x, self.text.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return F.linear(hidden, self.text.embed_tokens.weight)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[list[int]],
+        images_BHWC: Tensor,
+        limit: int,
+        end: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[list[int]]:
+        """Responses (with `end` where it was said) to prompts of ONE length; temperature 0 is greedy."""
+        ids = torch.tensor(prompts)
+        draws = torch.Generator().manual_seed(seed)
+        before = int((ids[0] == self.image_token).nonzero()[0])
+        rows, cols = (side // (2 * self.visual.config.patch_size) for side in images_BHWC.shape[1:3])
+        positions = self.positions(before, rows, cols, ids.shape[1] + limit)
+        caches: list[dict[str, Tensor]] = [{} for _ in self.text.layers]
+        x, at = self.embed(ids, self.see(images_BHWC)), ids.shape[1]
+        h = self.hidden(x, positions[:, :at], caches)[:, -1:]
+        said, done = [], torch.zeros(len(prompts), dtype=torch.bool)
+        for step in range(limit):
+            logits = self.logits(h)[:, 0]
+            if temperature:
+                token = torch.multinomial((logits / temperature).softmax(-1), 1, generator=draws)[:, 0]
+            else:
+                token = logits.argmax(-1)
+            said.append(token)
+            done |= token == end
+            if done.all() or step == limit - 1:
+                break
+            h = self.hidden(self.embed(token[:, None], None), positions[:, at + step : at + step + 1], caches)
+        rows_said = torch.stack(said, 1).tolist()
+        return [row[: row.index(end) + 1] if end in row else row for row in rows_said]

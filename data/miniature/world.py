@@ -169,14 +169,18 @@ def _scatter(
             clear = (tsize + size) / 2 + 1
             in_box = x0 - 2 <= x <= x1 + 1 and y0 - 2 <= y <= y1 + 1
             on_target = abs(x - tx) < clear and abs(y - ty) < clear
-            crowded = any(abs(x - a) < (s + size) * 0.4 and abs(y - b) < (s + size) * 0.4 for a, b, s in placed)
+            crowded = any(
+                abs(x - a) < (s + size) * 0.4 and abs(y - b) < (s + size) * 0.4 for a, b, s in placed
+            )
             if not (in_box or on_target or crowded):
                 placed.append((x, y, size))
                 break
     return placed
 
 
-def _options(rng: np.random.Generator, family: str, asked: str, present: set[str], slot: int) -> tuple[str, ...]:
+def _options(
+    rng: np.random.Generator, family: str, asked: str, present: set[str], slot: int
+) -> tuple[str, ...]:
     others = [v for v in POOLS[family] if v != asked]
     order = [others[i] for i in rng.permutation(len(others))]
     wrong = sorted(order, key=lambda v: v not in present)[:3]
@@ -241,3 +245,26 @@ def scene(
         facts=facts,
         things=(*things, (tx, ty, name, colour)),
     )
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A training picture for the eyes: one thing near the middle of every 16-pixel cell; `things` as in a scene."""
+
+    image: np.ndarray
+    things: tuple[tuple[int, int, str, str], ...]
+
+
+def sheet(rng: np.random.Generator, jitter: int) -> Sheet:
+    """A sheet whose things stand up to `jitter` pixels from their cells' middles."""
+    canvas = _background(rng, list(GROUNDS)[rng.integers(2)]).copy()
+    cells = SIDE // CELL
+    shifts = rng.integers(-jitter, jitter + 1, (cells, cells, 2))
+    things = []
+    for row, col in np.ndindex(cells, cells):
+        _, kind, colour = _thing(rng)
+        x, y = (np.array([col, row]) * CELL + CELL // 2 + shifts[row, col]).tolist()
+        mask = glyph(kind, int(rng.integers(12, 17)), list(TILTS.values())[rng.integers(3)])
+        _paste(canvas, mask, x, y, _ink(rng, colour))
+        things.append((x, y, kind, colour))
+    return Sheet(np.clip(canvas, 0, 255).astype(np.uint8), tuple(things))

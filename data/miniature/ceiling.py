@@ -1,0 +1,73 @@
+"""How much of the gap can labels close? `python -m data.miniature.ceiling` -> data/miniature/base/ceiling.json.
+
+Right responses, full view, the same budget as the default post-training run (100 updates of 128 rows, training
+split). If this supervised run did not raise full-view accuracy, the gap would be the architecture's and no
+post-training method could be judged on it.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from data.miniature import world
+from data.miniature.batches import pictures, response_loss
+from data.miniature.measure import accuracies, load
+from data.miniature.prepare import ROWS
+
+BASE = Path(__file__).parent / "base"
+UPDATES = 100
+ROWS_PER_UPDATE = 128
+PART = 32
+
+
+def ceiling(folder: Path, seed: int, rate: float) -> dict:
+    """Trains in memory and returns accuracies before and after, and the share of the gap that was closed."""
+    fast, coder = load(folder)
+    test = [world.scene(0, "test", i) for i in range(ROWS["test"])]
+    holdout = [world.scene(0, "holdout", i, (world.HOLDOUT_FAMILY,)) for i in range(ROWS["holdout"])]
+    before = accuracies(fast, coder, test, holdout)
+    rng = np.random.default_rng([seed, 77])
+    order = np.concatenate([rng.permutation(ROWS["train"]) for _ in range(3)])
+    optimiser = torch.optim.AdamW(fast.model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.0)
+    for update in tqdm(range(UPDATES), desc="supervised ceiling"):
+        for group in optimiser.param_groups:
+            group["lr"] = rate * min(1, (update + 1) / 5) * 0.5 * (1 + math.cos(math.pi * update / UPDATES))
+        rows = order[update * ROWS_PER_UPDATE : (update + 1) * ROWS_PER_UPDATE]
+        for part in np.split(rows, ROWS_PER_UPDATE // PART):
+            scenes = [world.scene(0, "train", int(i)) for i in part]
+            with torch.autocast("cpu", torch.bfloat16):
+                batch = coder.scenes(scenes, "full", [s.question for s in scenes], rng)
+                loss = response_loss(fast, batch, fast.see(pictures(scenes, "full")), per_sequence=True)
+            (loss * PART / ROWS_PER_UPDATE).backward()
+        torch.nn.utils.clip_grad_norm_(fast.model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    after = accuracies(fast, coder, test, holdout)
+    closed = (after["full"]["accuracy"] - before["full"]["accuracy"]) / before["gap"]
+    settings = {"updates": UPDATES, "rows_per_update": ROWS_PER_UPDATE, "rate": rate, "seed": seed}
+    return {"settings": settings, "before": before, "after": after, "share_of_gap_closed": closed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=BASE)
+    parser.add_argument("--out", type=Path, default=BASE / "ceiling.json")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = ceiling(args.model, args.seed, args.rate)
+    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

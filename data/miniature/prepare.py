@@ -1,0 +1,93 @@
+"""Writes the miniature's parquet files: `python -m data.miniature.prepare --out .cache/miniature`.
+
+train, validation, test and holdout (the letter family, which post-training never sees) plus meta.json. Files that
+are there already are kept when settings and generator code are the same.
+"""
+
+import argparse
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from data import schema
+from data.miniature import world
+
+LICENCE = "Apache-2.0"
+ROWS = {"train": 6241, "validation": 256, "test": 1024, "holdout": 512}
+
+
+def rows(split: str, count: int, seed: int) -> Iterator[dict]:
+    """Encoded triplets of one split."""
+    families = (world.HOLDOUT_FAMILY,) if split == "holdout" else world.FAMILIES
+    for index in range(count):
+        s = world.scene(seed, split, index, families)
+        yield {
+            "id": s.id,
+            "image": schema.encode(Image.fromarray(s.image)),
+            "crop": schema.encode(Image.fromarray(s.crop)),
+            "box": list(s.box),
+            "question": s.question,
+            "hint": world.HINT,
+            "options": list(s.options),
+            "answer": s.answer,
+            "answer_type": "letter",
+            "family": s.family,
+            "source": "miniature",
+            "licence": LICENCE,
+            "split": split,
+        }
+
+
+def _settings(counts: dict[str, int], seed: int) -> dict:
+    code = hashlib.sha256()
+    for module in (world, schema):
+        code.update(Path(module.__file__).read_bytes())
+    code.update(Path(__file__).read_bytes())
+    return {"rows": counts, "seed": seed, "code": code.hexdigest()[:16]}
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
+    """Makes sure that the four files exist; returns meta: settings and the SHA-256 of every file.
+
+    The evaluation splits do not depend on `train_rows`.
+    """
+    settings = _settings(ROWS | {"train": train_rows}, seed)
+    meta_file = out / "meta.json"
+    if meta_file.is_file():
+        meta = json.loads(meta_file.read_text())
+        there = all((out / f"{split}.parquet").is_file() for split in ROWS)
+        if there and {k: meta.get(k) for k in settings} == settings:
+            return meta
+    meta = settings | {"sha256": {}}
+    for split, count in settings["rows"].items():
+        path = out / f"{split}.parquet"
+        schema.write(tqdm(rows(split, count, seed), desc=f"miniature {split}", total=count), path)
+        meta["sha256"][split] = _digest(path)
+    partial = meta_file.with_suffix(".partial")
+    partial.write_text(json.dumps(meta, indent=1) + "\n")
+    partial.replace(meta_file)
+    return meta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path(".cache/miniature"))
+    parser.add_argument("--train-rows", type=int, default=ROWS["train"])
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+
+
+if __name__ == "__main__":
+    main()
