@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the exact packages of requirements/{cpu,gpu}.lock, whichever fits the machine, and this
 # package in it. Needs Python 3.11 or 3.12 on Linux x86-64 and a package index. A finished .venv is left as it
-# is; an interrupted one is completed. Mistakes a person can mend end in one sentence and exit code 2.
+# is, one from an older lock is updated. Mistakes a person can mend end in one sentence and exit code 2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,11 +14,14 @@ fail() {
     exit 2
 }
 
-# The stamp holds the kind of machine and a hash over all that decides what .venv contains.
+# The stamp holds the kind of machine and a hash over all that decides what .venv contains. While packages
+# are being installed it says so: half a package looks whole to an installer, so such a .venv is made anew.
+readonly UNFINISHED="unfinished -"
 fingerprint() { cat "requirements/$1.lock" pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1; }
 finished() {
     local kind hash
-    [[ -r $STAMP && -x $PY ]] && read -r kind hash <"$STAMP" && [[ $hash == "$(fingerprint "$kind")" ]]
+    [[ -r $STAMP && -x $PY ]] && read -r kind hash <"$STAMP" &&
+        [[ -r requirements/$kind.lock && $hash == "$(fingerprint "$kind")" ]]
 }
 
 fits() { # A version manager's shim may exist and yet not run, so every candidate is tried.
@@ -83,13 +86,14 @@ fi
 kind=cpu
 if has_gpu; then kind=gpu; fi
 lock=requirements/$kind.lock
-if ! { [[ -x $PY ]] && fits "$PY" && $PY -m pip --version &>>"$LOG"; }; then
+if [[ $(cat "$STAMP" 2>>"$LOG") == "$UNFINISHED" ]] ||
+    ! { [[ -x $PY ]] && fits "$PY" && $PY -m pip --version &>>"$LOG"; }; then
     python=$(find_python)
     check_disk
     say "making .venv with $("$python" -V)"
     "$python" -m venv --clear .venv &>>"$LOG" || fail "$python could not make .venv (details: $LOG)."
 fi
-rm -f "$STAMP"
+echo "$UNFINISHED" >"$STAMP"
 say "installing $(grep -c '^[^ #]*==' "$lock") packages for $kind, about $NEEDED_GB GB (log: $LOG)"
 install_packages "$lock"
 install_ourselves
