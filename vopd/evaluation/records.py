@@ -1,0 +1,178 @@
+"""One JSON line per answered question: writing, reading and simple sums over them.
+
+A record is the ground truth of an evaluation: the prompt, the raw response and how it was read. Files are
+append-only, so that a killed run keeps what it has; a last line cut short by a kill is dropped and counted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from vopd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One question, answered in one view. parsed is None where the response was unparsed."""
+
+    id: str
+    family: str
+    view: str
+    split: str
+    prompt: str
+    response: str
+    response_tokens: int
+    truncated: bool
+    parsed: str | None
+    gold: str
+    correct: bool
+
+
+@dataclass(frozen=True)
+class RecordFile:
+    """The records of one file, and how many torn last lines (0 or 1) were dropped."""
+
+    records: list[Record]
+    torn: int
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "id": (str,),
+    "family": (str,),
+    "view": (str,),
+    "split": (str,),
+    "prompt": (str,),
+    "response": (str,),
+    "response_tokens": (int,),
+    "truncated": (bool,),
+    "parsed": (str, type(None)),
+    "gold": (str,),
+    "correct": (bool,),
+}
+
+
+def _drop_torn_line(path: Path) -> None:
+    """Cut a file back to its last complete line, so that an append does not continue a torn one."""
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+
+
+def append_records(path: Path, records: Iterable[Record]) -> int:
+    """Append records, each flushed as one whole line; returns how many. Creates the file and its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists():
+        _drop_torn_line(path)
+    count = 0
+    with path.open("a", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=True) + "\n")
+            file.flush()
+            count += 1
+    return count
+
+
+def _record(fields: Any, where: str) -> Record:
+    if not isinstance(fields, dict):
+        raise UserError(f"{where} is not a JSON object.")
+    for key, types in _TYPES.items():
+        if key not in fields:
+            raise UserError(f"{where} has no key '{key}'.")
+        value = fields[key]
+        # bool is an int in Python; a token count of `true` is a mistake all the same.
+        if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+            raise UserError(f"{where}: key '{key}' holds {value!r}, which is of the wrong type.")
+    return Record(**{key: fields[key] for key in _TYPES})
+
+
+def read_records(path: Path) -> RecordFile:
+    """Read a record file; keys beyond the record's are ignored.
+
+    UserError for a missing file, a broken line before the last, a missing or mistyped key, and for a question
+    answered twice in one view.
+    """
+    if not path.is_file():
+        raise UserError(f"There is no record file {path}; run the evaluation first.")
+    content = path.read_bytes()
+    complete, _, rest = content.rpartition(b"\n")
+    records: list[Record] = []
+    seen: dict[tuple[str, str], int] = {}
+    for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
+        where = f"Line {number} of {path}"
+        try:
+            fields = json.loads(line)
+        except ValueError as error:  # broken JSON and broken UTF-8 alike
+            raise UserError(f"{where} is not JSON ({error}); remove the line or the file.") from error
+        record = _record(fields, where)
+        key = (record.id, record.view)
+        if key in seen:
+            raise UserError(
+                f"{where} repeats question '{record.id}' in view '{record.view}' (first on line {seen[key]})."
+            )
+        seen[key] = number
+        records.append(record)
+    return RecordFile(records, torn=int(bool(rest)))
+
+
+def select(records: Iterable[Record], *, view: str | None = None, split: str | None = None) -> list[Record]:
+    """Records of one view and/or split."""
+    return [r for r in records if view in (None, r.view) and split in (None, r.split)]
+
+
+def answers(records: Iterable[Record]) -> dict[str, bool]:
+    """Question id -> right/wrong, the form `statistics` takes; UserError when an id occurs twice."""
+    result: dict[str, bool] = {}
+    for record in records:
+        if record.id in result:
+            raise UserError(f"Question '{record.id}' occurs twice; select one view before comparing.")
+        result[record.id] = record.correct
+    return result
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Sums over a group of records, as fractions of `count`."""
+
+    count: int
+    accuracy: float
+    truncated: float
+    unparsed: float
+    response_tokens: float
+
+
+def rates(records: Sequence[Record]) -> Rates:
+    """Accuracy, truncation and unparsed rates and the mean response length; UserError when empty."""
+    if not records:
+        raise UserError("There are no records to sum over.")
+    n = len(records)
+    return Rates(
+        count=n,
+        accuracy=sum(r.correct for r in records) / n,
+        truncated=sum(r.truncated for r in records) / n,
+        unparsed=sum(r.parsed is None for r in records) / n,
+        response_tokens=sum(r.response_tokens for r in records) / n,
+    )
+
+
+Column = Literal["view", "split", "family"]
+
+
+def rates_by(
+    records: Iterable[Record], by: Sequence[Column] = ("view", "split", "family")
+) -> dict[tuple[str, ...], Rates]:
+    """Rates of each group of records that agree in the named columns, groups in sorted order."""
+    return {key: rates(group) for key, group in sorted(_grouped(records, by))}
+
+
+def _grouped(
+    records: Iterable[Record], by: Sequence[Column]
+) -> Iterator[tuple[tuple[str, ...], list[Record]]]:
+    groups: dict[tuple[str, ...], list[Record]] = {}
+    for record in records:
+        groups.setdefault(tuple(getattr(record, column) for column in by), []).append(record)
+    yield from groups.items()

@@ -1,0 +1,239 @@
+"""Intervals and tests on right/wrong answers: accuracy, paired differences, the gap, several seeds.
+
+Every function takes answers as a mapping from question id to right/wrong and, where rows are copies or
+neighbours of one another (HR-Bench's cyclic copies, MMVP's pairs, POPE's images), a mapping from id to cluster.
+Comparisons are paired: both sides must have answered the same questions. Fractions, not points: 0.05 is five
+points. Bootstraps are percentile bootstraps over clusters (single questions where there are none), seeded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+from statsmodels.stats.proportion import proportion_confint
+
+from vopd.errors import UserError
+
+Answers = Mapping[str, bool]  # question id -> right
+Clusters = Mapping[str, Hashable]
+
+RESAMPLES = 9999
+_BATCH_CELLS = 2_000_000  # resampled cells held at once: bounds the memory of a bootstrap
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its 95% limits, as fractions; NaN limits where the data determine none."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Difference(Interval):
+    """A paired difference, second minus first, with limits and a two-sided p-value."""
+
+    p_value: float
+
+
+def _questions(sides: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """The common ids in order; UserError when the sides (by name) did not answer the same questions."""
+    (first_name, first), *others = sides.items()
+    if not first:
+        raise UserError(f"'{first_name}' holds no answers; there is nothing to estimate.")
+    for name, other in others:
+        only_first, only_other = sorted(set(first) - set(other)), sorted(set(other) - set(first))
+        if only_first or only_other:
+            parts = [
+                f"{len(ids)} only in '{where}' (such as {', '.join(ids[:3])})"
+                for where, ids in ((first_name, only_first), (name, only_other))
+                if ids
+            ]
+            raise UserError(
+                f"'{first_name}' and '{name}' did not answer the same questions: {' and '.join(parts)}; "
+                "compare runs on the same questions only."
+            )
+    return sorted(first)
+
+
+def _cluster_sums(ids: Sequence[str], values_NK: np.ndarray, clusters: Clusters | None) -> np.ndarray:
+    """Per cluster the sums of each column and, last, the cluster's size: (clusters, K + 1)."""
+    values = np.column_stack([values_NK, np.ones(len(ids))])
+    if clusters is None:
+        return values
+    missing = [i for i in ids if i not in clusters]
+    if missing:
+        raise UserError(f"{len(missing)} questions have no cluster (such as {', '.join(missing[:3])}).")
+    index: dict[Hashable, int] = {}
+    rows = [index.setdefault(clusters[i], len(index)) for i in ids]
+    sums = np.zeros((len(index), values.shape[1]))
+    np.add.at(sums, rows, values)
+    return sums
+
+
+def _resampled(sums_CK: np.ndarray, seed: int) -> np.ndarray:
+    """Column sums of RESAMPLES bootstrap samples of the clusters: (RESAMPLES, K)."""
+    if len(sums_CK) < 2:
+        raise UserError("A bootstrap needs at least two independent questions (or clusters).")
+    rng = np.random.default_rng(seed)
+    batch = max(1, _BATCH_CELLS // sums_CK.size)
+    sizes = [min(batch, RESAMPLES - start) for start in range(0, RESAMPLES, batch)]
+    draws = (rng.integers(len(sums_CK), size=(size, len(sums_CK))) for size in sizes)
+    return np.concatenate([sums_CK[draw_BC].sum(axis=1) for draw_BC in draws])
+
+
+def _limits(distribution: np.ndarray, level: float) -> tuple[float, float]:
+    low, high = np.quantile(distribution, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _bootstrap_p(distribution: np.ndarray) -> float:
+    """Two-sided p-value: how often the resampled difference falls on the other side of zero, doubled."""
+    n = len(distribution)
+    tail = min((distribution <= 0).sum(), (distribution >= 0).sum())
+    return float(min(1.0, 2 * (tail + 1) / (n + 1)))
+
+
+def accuracy(
+    answers: Answers, clusters: Clusters | None = None, *, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Share right with its interval: Wilson (1927) for independent rows, cluster bootstrap given clusters.
+
+    UserError when there are no answers or fewer than two clusters.
+    """
+    ids = _questions({"answers": answers})
+    right = np.array([float(answers[i]) for i in ids])
+    value = float(right.mean())
+    if clusters is None:
+        low, high = proportion_confint(int(right.sum()), len(ids), alpha=1 - level, method="wilson")
+        return Interval(value, float(low), float(high))
+    totals_RK = _resampled(_cluster_sums(ids, right[:, None], clusters), seed)
+    return Interval(value, *_limits(totals_RK[:, 0] / totals_RK[:, 1], level))
+
+
+def paired_difference(
+    first: Answers,
+    second: Answers,
+    clusters: Clusters | None = None,
+    *,
+    names: tuple[str, str] = ("first", "second"),
+    seed: int = 0,
+    level: float = 0.95,
+) -> Difference:
+    """accuracy(second) - accuracy(first) on the same questions.
+
+    Interval: paired bootstrap over questions or clusters. p-value: exact McNemar test (1947) for independent
+    rows, bootstrap given clusters. UserError naming some ids when the id sets differ.
+    """
+    ids = _questions({names[0]: first, names[1]: second})
+    a, b = (np.array([float(side[i]) for i in ids]) for side in (first, second))
+    totals_RK = _resampled(_cluster_sums(ids, (b - a)[:, None], clusters), seed)
+    distribution = totals_RK[:, 0] / totals_RK[:, 1]
+    if clusters is None:
+        table = [[np.sum((a == x) & (b == y)) for y in (1, 0)] for x in (1, 0)]
+        p_value = float(mcnemar(table, exact=True).pvalue)
+    else:
+        p_value = _bootstrap_p(distribution)
+    return Difference(float((b - a).mean()), *_limits(distribution, level), p_value)
+
+
+def gap(full: Answers, crop: Answers, clusters: Clusters | None = None, *, seed: int = 0) -> Difference:
+    """The regional-to-global gap: accuracy on the crop minus accuracy on the full image, same questions."""
+    return paired_difference(full, crop, clusters, names=("full", "crop"), seed=seed)
+
+
+def gap_closed(
+    full_before: Answers,
+    full_after: Answers,
+    crop_before: Answers,
+    clusters: Clusters | None = None,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """(full_after - full_before) / (crop_before - full_before) with a paired bootstrap interval.
+
+    None where there was no gap to close. The limits are NaN where the gap is so uncertain that more than the
+    interval's tails of the resamples have none.
+    """
+    ids = _questions({"full before": full_before, "full after": full_after, "crop before": crop_before})
+    sides = np.array([[float(s[i]) for s in (full_before, full_after, crop_before)] for i in ids])
+    before, after, crop = sides.mean(axis=0)
+    if crop <= before:
+        return None
+    gains = np.column_stack([sides[:, 1] - sides[:, 0], sides[:, 2] - sides[:, 0]])
+
+    totals_RK = _resampled(_cluster_sums(ids, gains, clusters), seed)
+    has_gap = totals_RK[:, 1] > 0
+    value = float((after - before) / (crop - before))
+    if (~has_gap).mean() > (1 - level) / 2:
+        return Interval(value, math.nan, math.nan)
+    return Interval(value, *_limits(totals_RK[has_gap, 0] / totals_RK[has_gap, 1], level))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """p-values of one table corrected by Holm's step-down procedure (1979), under the same keys."""
+    if not p_values:
+        return {}
+    corrected = multipletests(list(p_values.values()), method="holm")[1]
+    return dict(zip(p_values, map(float, corrected), strict=True))
+
+
+def two_level(
+    values: Mapping[int, Mapping[str, float]],
+    clusters: Clusters | None = None,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Difference:
+    """Mean over training seeds and questions, both resampled (crossed: every seed answers every question).
+
+    values: training seed -> question id -> a right/wrong (0, 1) or a paired difference (-1, 0, 1); the p-value
+    (against zero) speaks only of differences. With few seeds the seeds' share of the interval is rough, and with
+    one it is none at all. UserError when the seeds did not answer the same questions.
+    """
+    ids = _questions({f"seed {s}": answers for s, answers in values.items()})
+    table_NS = np.array([[float(answers[i]) for answers in values.values()] for i in ids])
+    sums = _cluster_sums(ids, table_NS, clusters)
+    totals_RK = _resampled(sums, seed)
+    n_seeds = table_NS.shape[1]
+    seeds_RS = np.random.default_rng([seed, 1]).multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), RESAMPLES)
+    distribution = (totals_RK[:, :-1] * seeds_RS).sum(axis=1) / (n_seeds * totals_RK[:, -1])
+    return Difference(float(table_NS.mean()), *_limits(distribution, level), _bootstrap_p(distribution))
+
+
+def answer_differences(
+    first: Answers, second: Answers, names: tuple[str, str] = ("first", "second")
+) -> dict[str, float]:
+    """Per question right(second) - right(first), in (-1, 0, 1); UserError when the id sets differ."""
+    return {i: float(second[i]) - float(first[i]) for i in _questions({names[0]: first, names[1]: second})}
+
+
+def minimum_detectable_difference(
+    first: Answers,
+    second: Answers,
+    clusters: Clusters | None = None,
+    *,
+    power: float = 0.8,
+    level: float = 0.95,
+) -> float:
+    """Smallest true paired difference that questions like these would show with the given power.
+
+    (z_{(1+level)/2} + z_power) times the cluster-robust standard error of the paired difference. NaN for fewer
+    than two clusters.
+    """
+    differences = answer_differences(first, second)
+    ids = list(differences)
+    sums = _cluster_sums(ids, np.array(list(differences.values()))[:, None], clusters)
+    if len(sums) < 2:
+        return math.nan
+    residuals = sums[:, 0] - sums[:, 1] * sums[:, 0].sum() / len(ids)
+    error = math.sqrt(len(sums) / (len(sums) - 1) * float((residuals**2).sum())) / len(ids)
+    return float(error * (stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)))
