@@ -246,7 +246,7 @@ class _TopKTailDivergence(torch.autograd.Function):
         # Each tail token takes its share p_v / q_tail = exp(z_v - log tail sum) of the tail's gradient. An
         # empty tail has no token to take any: subtracting +inf makes every share exp(-inf) = 0.
         log_tail_T1 = log_tail_T1.masked_fill(log_tail_T1 == _NEG_INF, float("inf"))
-        # The support's entries are overwritten; the clamp keeps their exponentials finite until then.
-        share_TV = (student_logits_TV - log_tail_T1).clamp_(max=0.0).exp_()
+        # The support's entries may overflow here; they are overwritten.
+        share_TV = (student_logits_TV - log_tail_T1).exp_()
         grad_TV = share_TV.mul_(bucket_grad_TB[:, -1:]).scatter_(-1, support_TK, bucket_grad_TB[:, :-1])
         return grad_TV, None, None, None

@@ -292,6 +292,27 @@ def test_masked_tokens_count_nothing(k: int | None, beta: float) -> None:
     assert (gradient_TV[:, 4:] == 0).all()
 
 
+@pytest.mark.parametrize("k", [1, 2, None])
+@pytest.mark.parametrize("beta", [0.1, 0.5, 0.9])
+def test_tokens_impossible_for_one_of_the_two_have_a_finite_jsd(beta: float, k: int | None) -> None:
+    """Logits of -inf in one distribution only: the JSD is the entropy of the mixing coin, the KLs infinite."""
+    inf = float("inf")
+    student_TV = torch.tensor([[0.0, 1.0, -inf, -inf]], dtype=torch.float64)
+    teacher_TV = torch.tensor([[-inf, -inf, 2.0, 0.0]], dtype=torch.float64)
+    coin = -beta * math.log(beta) - (1 - beta) * math.log(1 - beta)
+    expected = _numpy_divergence(student_TV[0].numpy(), teacher_TV[0].numpy(), k, beta)
+    assert top_k_tail_divergence(student_TV, teacher_TV, k, beta).divergence_T.item() == pytest.approx(
+        expected
+    )
+    assert k == 1 or expected == pytest.approx(coin)
+    leaf = student_TV.clone().requires_grad_()
+    divergence(teacher_TV.log_softmax(-1), leaf.log_softmax(-1), beta).backward()
+    assert leaf.grad.isfinite().all()
+    assert _gradient(student_TV, teacher_TV, k, beta).isfinite().all()
+    assert top_k_tail_divergence(student_TV, teacher_TV, None, 0.0).divergence_T.item() == inf
+    assert top_k_tail_divergence(student_TV, teacher_TV, None, 1.0).divergence_T.item() == inf
+
+
 def test_empty_tail_adds_no_value_and_no_gradient() -> None:
     student_TV, teacher_TV = _logits(9)
     leaf = student_TV.clone().requires_grad_()
