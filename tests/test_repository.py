@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
 TRACKED = subprocess.run(
-    ["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
+    ["git", "-c", "safe.directory=*", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True
 ).stdout.split("\0")
 FILES = [ROOT / name for name in TRACKED if name and (ROOT / name).is_file()]
 SCRIPTS = [file for file in FILES if file.suffix == ".sh" or file.parent.name == ".ci"]

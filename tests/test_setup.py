@@ -90,6 +90,12 @@ def test_too_little_disk(clone, path):
     assert not (clone / ".venv").exists()
 
 
+def test_no_numa_library(clone, path):
+    command(path, "python3", 'case "$*" in *libnuma*) exit 1 ;; esac')
+    assert "libnuma1" in refused(setup(clone, path))
+    assert not (clone / ".venv").exists()
+
+
 # A Python that makes a .venv of itself and installs nothing.
 OFFLINE_PYTHON = """case "$*" in
     "-m venv --clear .venv") rm -rf .venv && mkdir -p .venv/bin && cp "$0" .venv/bin/python ;;
