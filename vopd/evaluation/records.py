@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,14 +72,34 @@ def append_records(path: Path, records: Iterable[Record]) -> int:
     count = 0
     with path.open("a", encoding="utf-8") as file:
         for record in records:
-            file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=True) + "\n")
+            file.write(_line(record))
             file.flush()
             count += 1
     return count
 
 
+def write_records(path: Path, records: Iterable[Record | Mapping[str, Any]]) -> int:
+    """Write a finished set as one file, whole or not at all; returns how many. Records may be plain mappings.
+
+    UserError for a mapping without a key or with one of the wrong type; then nothing is written.
+    """
+    lines = []
+    for number, given in enumerate(records, start=1):
+        record = given if isinstance(given, Record) else _record(given, f"Record {number} for {path}")
+        lines.append(_line(record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_text("".join(lines), encoding="utf-8")
+    os.replace(unfinished, path)
+    return len(lines)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(dataclasses.asdict(record), ensure_ascii=True) + "\n"
+
+
 def _record(fields: Any, where: str) -> Record:
-    if not isinstance(fields, dict):
+    if not isinstance(fields, Mapping):
         raise UserError(f"{where} is not a JSON object.")
     for key, types in _TYPES.items():
         if key not in fields:

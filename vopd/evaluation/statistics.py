@@ -21,7 +21,8 @@ from statsmodels.stats.proportion import proportion_confint
 from vopd.errors import UserError
 
 Answers = Mapping[str, bool]  # question id -> right
-Clusters = Mapping[str, Hashable]
+Clusters = Mapping[str, Hashable]  # question id -> cluster
+SeedValues = Mapping[int, Mapping[str, float]]  # training seed -> question id -> value
 
 RESAMPLES = 9999
 _BATCH_CELLS = 2_000_000  # resampled cells held at once: bounds the memory of a bootstrap
@@ -160,22 +161,11 @@ def gap_closed(
 ) -> Interval | None:
     """(full_after - full_before) / (crop_before - full_before) with a paired bootstrap interval.
 
-    None where there was no gap to close. The limits are NaN where the gap is so uncertain that more than the
-    interval's tails of the resamples have none.
+    None where there was no gap to close; limits as in `two_level_ratio`.
     """
-    ids = _questions({"full before": full_before, "full after": full_after, "crop before": crop_before})
-    sides = np.array([[float(s[i]) for s in (full_before, full_after, crop_before)] for i in ids])
-    before, after, crop = sides.mean(axis=0)
-    if crop <= before:
-        return None
-    gains = np.column_stack([sides[:, 1] - sides[:, 0], sides[:, 2] - sides[:, 0]])
-
-    totals_RK = _resampled(_cluster_sums(ids, gains, clusters), seed)
-    has_gap = totals_RK[:, 1] > 0
-    value = float((after - before) / (crop - before))
-    if (~has_gap).mean() > (1 - level) / 2:
-        return Interval(value, math.nan, math.nan)
-    return Interval(value, *_limits(totals_RK[has_gap, 0] / totals_RK[has_gap, 1], level))
+    gained = answer_differences(full_before, full_after, ("full before", "full after"))
+    room = answer_differences(full_before, crop_before, ("full before", "crop before"))
+    return two_level_ratio({0: gained}, {0: room}, clusters, seed=seed, level=level)
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
@@ -187,7 +177,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def two_level(
-    values: Mapping[int, Mapping[str, float]],
+    values: SeedValues,
     clusters: Clusters | None = None,
     *,
     seed: int = 0,
@@ -202,11 +192,48 @@ def two_level(
     ids = _questions({f"seed {s}": answers for s, answers in values.items()})
     table_NS = np.array([[float(answers[i]) for answers in values.values()] for i in ids])
     sums = _cluster_sums(ids, table_NS, clusters)
-    totals_RK = _resampled(sums, seed)
-    n_seeds = table_NS.shape[1]
-    seeds_RS = np.random.default_rng([seed, 1]).multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), RESAMPLES)
-    distribution = (totals_RK[:, :-1] * seeds_RS).sum(axis=1) / (n_seeds * totals_RK[:, -1])
+    resampled_RK = _resample_seeds(_resampled(sums, seed), n_columns=1, seed=seed)
+    distribution = resampled_RK[:, 0] / resampled_RK[:, 1]
     return Difference(float(table_NS.mean()), *_limits(distribution, level), _bootstrap_p(distribution))
+
+
+def two_level_ratio(
+    numerators: SeedValues,
+    denominators: SeedValues,
+    clusters: Clusters | None = None,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval | None:
+    """Sum of the numerators over the sum of the denominators, both levels resampled as in `two_level`.
+
+    None where the denominators' sum is not positive. The limits are NaN where that holds for more resamples
+    than an interval leaves out at one end. UserError when seeds or questions differ.
+    """
+    if set(numerators) != set(denominators):
+        raise UserError(f"The seeds differ: {sorted(numerators)} and {sorted(denominators)}.")
+    sides = [numerators, denominators]
+    ids = _questions({f"seed {s}, {n}": side[s] for n, side in enumerate(sides) for s in side})
+    table_NK = np.array([[float(side[s][i]) for side in sides for s in numerators] for i in ids])
+    top, bottom = table_NK[:, : len(numerators)].sum(), table_NK[:, len(numerators) :].sum()
+    if bottom <= 0:
+        return None
+    totals_RK = _resampled(_cluster_sums(ids, table_NK, clusters), seed)
+    resampled_RK = _resample_seeds(totals_RK, n_columns=2, seed=seed)
+    positive = resampled_RK[:, 1] > 0
+    if (~positive).mean() > (1 - level) / 2:
+        return Interval(float(top / bottom), math.nan, math.nan)
+    ratios = resampled_RK[positive, 0] / resampled_RK[positive, 1]
+    return Interval(float(top / bottom), *_limits(ratios, level))
+
+
+def _resample_seeds(totals_RK: np.ndarray, n_columns: int, seed: int) -> np.ndarray:
+    """Means over resampled seeds of each of the n_columns blocks of seeds; the last column, the sizes, is kept."""
+    n_seeds = (totals_RK.shape[1] - 1) // n_columns
+    rng = np.random.default_rng([seed, 1])
+    weights_RS = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), len(totals_RK)) / n_seeds
+    blocks = [totals_RK[:, n * n_seeds : (n + 1) * n_seeds] for n in range(n_columns)]
+    return np.column_stack([*((block * weights_RS).sum(axis=1) for block in blocks), totals_RK[:, -1]])
 
 
 def answer_differences(

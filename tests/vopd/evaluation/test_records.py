@@ -7,7 +7,16 @@ from pathlib import Path
 import pytest
 
 from vopd.errors import UserError
-from vopd.evaluation.records import Record, answers, append_records, rates, rates_by, read_records, select
+from vopd.evaluation.records import (
+    Record,
+    answers,
+    append_records,
+    rates,
+    rates_by,
+    read_records,
+    select,
+    write_records,
+)
 
 
 def record(**changes: object) -> Record:
@@ -78,6 +87,16 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str, message: str) -> None
     )
     with pytest.raises(UserError, match=message):
         read_records(path)
+
+
+def test_a_finished_set_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "records" / "after.jsonl"
+    assert write_records(path, [dataclasses.asdict(record()), record(id="t-2")]) == 2
+    assert [r.id for r in read_records(path).records] == ["t-1", "t-2"]
+    with pytest.raises(UserError, match=r"Record 2 .*'gold'"):
+        write_records(path, [record(), {**dataclasses.asdict(record(id="t-2")), "gold": None}])
+    assert len(read_records(path).records) == 2
+    assert [p.name for p in path.parent.iterdir()] == ["after.jsonl"]
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

@@ -187,6 +187,21 @@ def test_two_level_resamples_clusters() -> None:
     assert grouped.high - grouped.low == pytest.approx(2 * (rows.high - rows.low), rel=0.15)
 
 
+def test_two_level_ratio_by_hand_and_its_errors() -> None:
+    rng = np.random.default_rng(5)
+    ids = [f"q{i}" for i in range(300)]
+    room = {s: dict.fromkeys(ids, 1.0) for s in range(3)}
+    gained = {s: {i: float(rng.random() < p) for i in ids} for s, p in enumerate((0.2, 0.4, 0.6))}
+    result = S.two_level_ratio(gained, room)
+    mean = S.two_level(gained)
+    assert result is not None
+    assert (result.value, result.low, result.high) == pytest.approx((mean.value, mean.low, mean.high))
+    with pytest.raises(UserError, match="seeds differ"):
+        S.two_level_ratio(gained, {0: room[0]})
+    with pytest.raises(UserError, match="same questions"):
+        S.two_level_ratio({0: {"a": 1.0}}, {0: {"b": 1.0}})
+
+
 def test_minimum_detectable_difference_matches_statsmodels() -> None:
     first, second = from_list([0, 1] * 100), from_list([1, 1, 0, 0, 0, 1, 0, 1] * 25)
     differences = np.array(list(S.answer_differences(first, second).values()))
