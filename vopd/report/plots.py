@@ -1,0 +1,137 @@
+"""Pictures of a run: the training curve, and accuracy before and after with the gap.
+
+Colours are Okabe and Ito's (2008), told apart by the colour-blind; views also differ in marker and fill.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from vopd.report.summary import Row, Summary, read_metrics
+
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#E69F00", "#009E73", "#555555"
+PANELS = (
+    ("loss", "loss", BLUE),
+    ("divergence", "divergence\n(nats a token)", GREEN),
+    ("response_length", "response length\n(tokens)", ORANGE),
+)
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+}
+
+
+def plot_run(run_dir: Path, summary: Summary, title: str) -> list[Path]:
+    """Draw both pictures into run_dir/plots; returns their paths. UserError when metrics.jsonl is missing."""
+    folder = run_dir / "plots"
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / "training.png", folder / "accuracy.png"]
+    plot_training(read_metrics(run_dir), paths[0], title)
+    plot_accuracy(summary.rows, paths[1], title)
+    return paths
+
+
+def _figure(width: float, height: float) -> Figure:
+    """A figure without pyplot's global state, so that drawing is safe in any process."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _running_mean(values: Sequence[float], window: int) -> list[float]:
+    """Mean over the last `window` finite values at each place."""
+    result = []
+    for end in range(1, len(values) + 1):
+        recent = [v for v in values[max(0, end - window) : end] if math.isfinite(v)]
+        result.append(sum(recent) / len(recent) if recent else math.nan)
+    return result
+
+
+def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) -> None:
+    """Loss, divergence and response length by step, with a running mean; numbers a method lacks are left out."""
+    panels = [panel for panel in PANELS if any(panel[0] in line for line in metrics)]
+    with matplotlib.rc_context(STYLE):
+        figure = _figure(7.5, 0.6 + 2.0 * len(panels))
+        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        for axis, (key, label, colour) in zip(axes, panels, strict=True):
+            _curve(axis, [(line["step"], float(line.get(key, math.nan))) for line in metrics], colour)
+            axis.set_ylabel(label)
+        axes[-1].set_xlabel("update")
+        axes[0].set_title(title, loc="left", fontweight="bold")
+        figure.align_ylabels(axes)
+        figure.savefig(path, dpi=130)
+
+
+def _curve(axis: Axes, points: Sequence[tuple[int, float]], colour: str) -> None:
+    steps, values = zip(*points, strict=True)
+    if len(points) < 20:  # few enough to see each
+        axis.plot(steps, values, color=colour, marker="o", markersize=4, linewidth=1.5)
+        return
+    window = max(5, len(points) // 20)
+    axis.plot(steps, values, color=colour, alpha=0.3, linewidth=1)
+    axis.plot(
+        steps, _running_mean(values, window), color=colour, linewidth=2, label=f"mean of {window} updates"
+    )
+    axis.legend(frameon=False, loc="best", fontsize=8)
+
+
+def plot_accuracy(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Full and crop accuracy before and after with 95% intervals, and the gap between them as a bracket."""
+    named = {row.name: row for row in rows}
+    with matplotlib.rc_context({**STYLE, "axes.grid.axis": "y"}):
+        figure = _figure(6.2, 4.4)
+        axis = figure.subplots()
+        for name, colour, marker, offset in (("crop", ORANGE, "s", 0.06), ("full", BLUE, "o", -0.06)):
+            _points(axis, named[name], colour, marker, offset)
+        for x, when in enumerate(("before", "after")):
+            full, crop, gap = (getattr(named[name], when) for name in ("full", "crop", "gap"))
+            _bracket(axis, x + 0.25, 100 * full.value, 100 * crop.value, _gap_text(gap))
+        axis.set_xlim(-0.45, 1.75)
+        axis.set_xticks([0, 1], ["before training", "after training"])
+        axis.set_ylabel("accuracy (%)")
+        axis.set_title(title, loc="left", fontweight="bold")
+        axis.legend(frameon=False, loc="lower right", ncols=2)
+        low, high = axis.get_ylim()
+        axis.set_ylim(max(0, low - 0.2 * (high - low)), min(101, high + 2))
+        figure.savefig(path, dpi=130)
+
+
+def _points(axis: Axes, row: Row, colour: str, marker: str, offset: float) -> None:
+    sides = (row.before, row.after)
+    values = [100 * side.value for side in sides]
+    errors = [[100 * (s.value - s.low) for s in sides], [100 * (s.high - s.value) for s in sides]]
+    places = [offset, 1 + offset]
+    axis.plot(places, values, color=colour, linewidth=1, alpha=0.5, linestyle="--")
+    axis.errorbar(
+        places, values, yerr=errors, color=colour, marker=marker, markersize=8, linestyle="none", capsize=4,
+        label=f"{row.name} view",
+    )  # fmt: skip
+    for place, value in zip(places, values, strict=True):
+        axis.annotate(
+            f"{value:.1f}", (place, value), xytext=(-9, 0), textcoords="offset points", ha="right",
+            va="center", color=GREY,
+        )  # fmt: skip
+
+
+def _gap_text(gap: Any) -> str:
+    return f"gap {100 * gap.value:.1f}\n[{100 * gap.low:.1f}, {100 * gap.high:.1f}]"
+
+
+def _bracket(axis: Axes, x: float, low: float, high: float, text: str) -> None:
+    arm = 0.035
+    axis.plot([x - arm, x, x, x - arm], [low, low, high, high], color=GREY, linewidth=1.3)
+    axis.annotate(
+        text, (x, (low + high) / 2), xytext=(6, 0), textcoords="offset points", va="center", color=GREY
+    )
