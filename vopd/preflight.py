@@ -87,7 +87,7 @@ def check_model_folder(folder: Path) -> None:
         raise UserError(f"{folder}: no chat_template.jinja; copy it from the model's original folder.")
     for file in _weight_files(folder):
         try:
-            with safe_open(file, framework="pt") as weights:
+            with safe_open(file, framework="numpy") as weights:
                 names = weights.keys()
         except (OSError, SafetensorError) as error:
             raise UserError(
