@@ -142,8 +142,6 @@ def entropy(logits_TV: Tensor) -> Tensor:
 
 def _log_tail_sum(logits_TV: Tensor, support_TK: Tensor) -> Tensor:
     """logsumexp (T, 1) of the logits outside the support; -inf, without gradient, where there are none."""
-    if support_TK.shape[-1] == logits_TV.shape[-1]:
-        return torch.full_like(logits_TV[:, :1], _NEG_INF)
     return logits_TV.scatter(-1, support_TK, _NEG_INF).logsumexp(-1, keepdim=True)
 
 
