@@ -1,6 +1,7 @@
-"""The triplet row (full image, crop, question) as parquet: its columns, a check, a reader and a streaming writer.
+"""The triplet row (full image, crop, question) as parquet: columns, check, reader and streaming writer.
 
-Every data set of the project -- the generated miniature, prepared or synthesised sets -- is a file of these rows.
+Every data set of the project -- the generated miniature, prepared or synthesised sets -- is a file of these
+rows.
 """
 
 import io
@@ -40,8 +41,9 @@ IMAGES = ("image", "crop")
 class Triplet(TypedDict):
     """One row. Images are encoded files (`{"bytes": ..., "path": None}`) in a file and PIL images when read.
 
-    box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive. question: the whole text shown to the
-    model. hint: the part of it that says where to look, possibly empty. answer: for type `letter`, A, B, C ...
+    box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive. question: the whole text shown to
+    the model. hint: the part of it that says where to look, possibly empty. answer: for type `letter`, A,
+    B, C ...
     """
 
     id: str
@@ -62,7 +64,7 @@ class Triplet(TypedDict):
 def encode(picture: PILImage.Image) -> dict[str, object]:
     """A PIL image as the PNG bytes a row carries."""
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    picture.save(buffer, "PNG", compress_level=3)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
@@ -127,7 +129,7 @@ def batched_rows(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
 
 
 def validate(path: Path) -> int:
-    """Checks columns and every row of a parquet file, without holding it in memory; returns the number of rows."""
+    """Checks columns and every row of a file without holding it in memory; returns the number of rows."""
     if not path.is_file():
         raise UserError(f"{path}: no such file; prepare the data set first.")
     try:

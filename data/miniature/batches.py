@@ -1,6 +1,5 @@
 """Scenes -> tensors, for pre-training, the supervised ceiling and the quick evaluation of both."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,10 +10,10 @@ from transformers import PreTrainedTokenizerFast
 
 from data.miniature.fast import FastMiniature
 from data.miniature.responses import RESPONSE_LIMIT, scene_response
-from data.miniature.world import Scene, Sheet
+from data.miniature.world import Scene
+from vopd.evaluation.scoring import parse_answer
 
 IGNORED = -100
-_ANSWER = re.compile(r"Answer: ([A-D])$")
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Coder:
         return self.pack(prompts, [scene_response(s, rng) for s in scenes])
 
 
-def pictures(scenes: Sequence[Scene | Sheet], view: str) -> Tensor:
+def pictures(scenes: Sequence[Scene], view: str) -> Tensor:
     """(B, side, side, 3) uint8: the boxed scene for view `full`, the enlarged region for `crop`."""
     return torch.from_numpy(np.stack([s.image if view == "full" else s.crop for s in scenes]))
 
@@ -112,7 +111,7 @@ def answer_all(
 
 
 def right(coder: Coder, scenes: Sequence[Scene], said: Sequence[list[int]]) -> np.ndarray:
-    """(n,) bool: the response's last line ends in `Answer: X` with the right letter."""
+    """(n,) bool: right by the project's one answer parser."""
     texts = coder.tokenizer.batch_decode(said, skip_special_tokens=True)
-    found = [_ANSWER.search(t.strip()) for t in texts]
-    return np.array([bool(m) and m.group(1) == s.answer for m, s in zip(found, scenes, strict=True)])
+    found = [parse_answer(t, "letter", s.options).value for t, s in zip(texts, scenes, strict=True)]
+    return np.array([value == s.answer for value, s in zip(found, scenes, strict=True)])

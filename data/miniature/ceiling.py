@@ -1,8 +1,8 @@
-"""How much of the gap can labels close? `python -m data.miniature.ceiling` -> data/miniature/base/ceiling.json.
+"""Can labels close the gap? `python -m data.miniature.ceiling` -> data/miniature/base/ceiling.json.
 
-Right responses, full view, the same budget as the default post-training run (100 updates of 128 rows, training
-split). If this supervised run did not raise full-view accuracy, the gap would be the architecture's and no
-post-training method could be judged on it.
+Right responses, full view, the same budget as the default post-training run (100 updates of 128 rows,
+training split). If this supervised run did not raise full-view accuracy, the gap would be the
+architecture's and no post-training method could be judged on it.
 """
 
 import argparse

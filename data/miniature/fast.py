@@ -1,8 +1,9 @@
 """A CPU forward and decoder for the miniature: the same maths as transformers' Qwen3.5, several times faster.
 
-transformers' pure-torch GatedDeltaNet loops over the rows of every chunk, and its vision tower over the images of
-a batch. Here each chunk's recurrence is one triangular solve and the images of a batch share one call. Prompts are
-padded on the right: every layer is causal, so padding needs no mask. tests/data checks equality with the library.
+transformers' pure-torch GatedDeltaNet loops over the rows of every chunk, and its vision tower over the
+images of a batch. Here each chunk's recurrence is one triangular solve and the images of a batch share one
+call. Prompts are padded on the right: every layer is causal, so padding needs no mask. tests/data checks
+equality with the library.
 
 Shapes: B batch, T tokens, H heads, D head dimension, C chunk, N image tokens, V vocabulary.
 """
@@ -26,7 +27,7 @@ def _norm(x: Tensor, module: torch.nn.Module) -> Tensor:
 def gated_delta_rule(
     q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, g_BTH: Tensor, beta_BTH: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Chunked gated delta rule (Yang et al. 2024, arXiv:2412.06464): S_t = e^g_t S_{t-1} (I - b k k^T) + b v k^T.
+    """Chunked gated delta rule (arXiv:2412.06464): S_t = e^g_t S_{t-1} (I - b k k^T) + b v k^T.
 
     Returns o (B, T, H, D) and the last state (B, H, D_k, D_v); queries and keys are normalised here.
     """
@@ -81,7 +82,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class FastMiniature:
-    """Functions over a `Qwen3_5ForConditionalGeneration`'s own parameters: training them here trains the model."""
+    """Functions over a model's own parameters: training them here trains the model."""
 
     def __init__(self, model: Qwen3_5ForConditionalGeneration) -> None:
         self.model = model
@@ -92,7 +93,7 @@ class FastMiniature:
 
     # ---- vision
     def _grid(self, rows: int, cols: int) -> tuple[Tensor, ...]:
-        """Bilinear indices and weights of the position table, and the rotary angles, in merge-window order."""
+        """Bilinear indices and weights of the position table, and rotary angles, in merge-window order."""
         if (rows, cols) not in self._grids:
             side = self.visual.num_grid_per_side
             window = torch.arange(rows * cols).reshape(rows // 2, 2, cols // 2, 2).transpose(1, 2).flatten()
@@ -138,7 +139,7 @@ class FastMiniature:
 
     @staticmethod
     def positions(before: int, rows: int, cols: int, length: int) -> Tensor:
-        """(3, T) temporal, height and width positions: `before` text tokens, an image of rows x cols, text."""
+        """(3, T) temporal, height and width positions: `before` text tokens, rows x cols image, text."""
         if rows == 0:
             return torch.arange(length).expand(3, -1)
         picture = torch.stack(
@@ -210,8 +211,8 @@ class FastMiniature:
     ) -> Tensor:
         """Embeddings -> last hidden states (B, T, D). All rows share one layout of positions.
 
-        Without caches rows may be padded on the right. With caches (one dict a layer, filled here) the first call
-        reads equally long prompts and every later call one token.
+        Without caches rows may be padded on the right. With caches (one dict a layer, filled here) the
+        first call reads equally long prompts and every later call one token.
         """
         turn = self._angles(positions_3T[:, None])
         x = x_BTD

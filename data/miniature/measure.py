@@ -1,7 +1,8 @@
 """Measures a miniature checkpoint: `python -m data.miniature.measure --model data/miniature/base`.
 
-Greedy accuracy on the test split (and the hold-out letters) per view and family, the hinted prompt's accuracy, and
-what responses look like at temperature 1. Used for the model card and by the supervised ceiling.
+Greedy accuracy on the test split (and the hold-out letters) per view and family, the hinted prompt's
+accuracy, and what responses look like at temperature 1. Used for the model card and by the supervised
+ceiling.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def accuracies(fast: FastMiniature, coder: Coder, test: Sequence[Scene], holdout
 
 
 def sampled(fast: FastMiniature, coder: Coder, scenes: Sequence[Scene], view: str) -> dict:
-    """Responses at temperature 1: accuracy, length quantiles, share cut at the limit, share of distinct texts."""
+    """Responses at temperature 1: accuracy, length quantiles, shares cut at the limit and distinct."""
     said = answer_all(fast, coder, scenes, view, temperature=1.0)
     cut = np.array([coder.end not in ids for ids in said])
     quantiles = np.percentile([len(ids) for ids in said], [5, 25, 50, 75, 95])

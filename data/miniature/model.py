@@ -1,8 +1,8 @@
 """The base model's folder: tokenizer, processor, configuration, and an initialisation that can learn.
 
-Everything saved here is a stock Hugging Face class, so that transformers, verl and vLLM load the folder as they
-load any Qwen3.5 checkpoint; no remote code. `vocab_size == len(tokenizer)` exactly: verl masks ids beyond the
-tokenizer in the rollout only, and the two policies would differ.
+Everything saved here is a stock Hugging Face class, so that transformers, verl and vLLM load the folder as
+they load any Qwen3.5 checkpoint; no remote code. `vocab_size == len(tokenizer)` exactly: verl masks ids
+beyond the tokenizer in the rollout only, and the two policies would differ.
 """
 
 import math
@@ -30,8 +30,8 @@ VOCABULARY = 1024
 PATCH = 8
 MERGE = 2
 HINTED = (
-    "{question}\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the reference "
-    "solution, please try to solve this problem using your own approach below:"
+    "{question}\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the "
+    "reference solution, please try to solve this problem using your own approach below:"
 )
 CHAT_TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"
@@ -42,32 +42,34 @@ CHAT_TEMPLATE = (
     "{%- elif 'text' in c -%}{{- c.text -}}{%- endif -%}{%- endfor -%}{%- endif -%}{{- '<|im_end|>\n' -}}"
     "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}"
 )
-# Plain English beyond the miniature's own words, so that the vocabulary is a real one and top-k a real truncation.
+# Plain English beyond the miniature's own words, so that top-k is a real truncation of a real vocabulary.
 COMMON_WORDS = """
-the of and to in is that for it was on are with as his they at be this from have or by one had not but what all were
-when we there can an your which their said if do will each about how up out them then she many some so these would
-other into has more her two like him see time could no make than first been its who now people my made over did down
-only way find use may water long little very after words called just where most know get through back much before go
-good new write our used me man too any day same right look think also around another came come work three word must
-because does part even place well such here take why things help put years different away again off went old number
-great tell men say small every found still between name should home big give air line set own under read last never
-us left end along while might next sound below saw something thought both few those always looked show large often
-together asked house world going want school important until form food keep children feet land side without boy once
-animals life enough took sometimes four head above kind began almost live page got earth need far hand high year
-mother light parts country father let night following picture being study second eyes soon times story boys since
-white days ever paper hard near sentence better best across during today others however sure means knew try told
-young miles sun ways thing whole hear example heard several change answer room sea against top turned learn point
-city play toward five using himself usually money seen car morning given order open ground system question image
+the of and to in is that for it was on are with as his they at be this from have or by one had not but what
+all were when we there can an your which their said if do will each about how up out them then she many some
+so these would other into has more her two like him see time could no make than first been its who now
+people my made over did down only way find use may water long little very after words called just where most
+know get through back much before go good new write our used me man too any day same right look think also
+around another came come work three word must because does part even place well such here take why things
+help put years different away again off went old number great tell men say small every found still between
+name should home big give air line set own under read last never us left end along while might next sound
+below saw something thought both few those always looked show large often together asked house world going
+want school important until form food keep children feet land side without boy once animals life enough took
+sometimes four head above kind began almost live page got earth need far hand high year mother light parts
+country father let night following picture being study second eyes soon times story boys since white days
+ever paper hard near sentence better best across during today others however sure means knew try told young
+miles sun ways thing whole hear example heard several change answer room sea against top turned learn point
+city play toward five using himself usually money seen car morning given order open ground system question
+image
 """.split()
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE with exactly `VOCABULARY` entries, trained on the miniature's own text and common words."""
-    rng = torch.Generator().manual_seed(0)
+    """Byte-level BPE with exactly `VOCABULARY` entries, from the miniature's own text and common words."""
+    draws = torch.Generator().manual_seed(0)
     lines = []
     for i in range(1200):
         s = world.scene(0, "probe", i, (*world.FAMILIES, world.HOLDOUT_FAMILY), clutter=(4, 4))
-        seeded = world.np.random.default_rng([int(torch.randint(1 << 30, (1,), generator=rng)), i])
+        seeded = world.np.random.default_rng([int(torch.randint(1 << 30, (1,), generator=draws)), i])
         lines += [s.question, response(s.facts, s.family, s.answer, seeded)]
     lines += [HINTED.format(question="", answer=letter) for letter in world.LETTERS_OF_OPTIONS] * 40
     lines += ["user\nassistant\nsystem\n"] * 200
@@ -92,7 +94,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def build_processor(tokenizer: PreTrainedTokenizerFast) -> Qwen3VLProcessor:
-    """Images pass through at their own size (32 x 32 to 128 x 128, multiples of 16): no resampling by surprise."""
+    """Images pass through at their own size (32 x 32 to 128 x 128, multiples of 16)."""
     size = {"shortest_edge": 32 * 32, "longest_edge": world.SIDE * world.SIDE}
     grid = {"patch_size": PATCH, "merge_size": MERGE, "temporal_patch_size": 2, "image_mean": [0.5] * 3}
     grid |= {"image_std": [0.5] * 3, "size": size}
@@ -137,8 +139,8 @@ def build_model(config: Qwen3_5Config, seed: int) -> Qwen3_5ForConditionalGenera
     """Random weights, float32.
 
     The library's own GatedDeltaNet initialisation (dt_bias = 1, A ~ U(0, 16)) forgets about e^-10 a token and
-    cannot learn a look-up from scratch. Here: time steps log-spaced in 0.001-0.1 and A in 1-8, as in Mamba-2 and
-    flash-linear-attention, and convolution weights in +-0.5.
+    cannot learn a look-up from scratch. Here: time steps log-spaced in 0.001-0.1 and A in 1-8, as in
+    Mamba-2 and flash-linear-attention, and convolution weights in +-0.5.
     """
     torch.manual_seed(seed)
     model = Qwen3_5ForConditionalGeneration(config)
@@ -158,7 +160,7 @@ def build_model(config: Qwen3_5Config, seed: int) -> Qwen3_5ForConditionalGenera
 
 
 def save(model: Qwen3_5ForConditionalGeneration, processor: Qwen3VLProcessor, folder: Path) -> None:
-    """bf16 safetensors, configuration, tokenizer and processor: a folder that loads like any other checkpoint."""
+    """bf16 safetensors, configuration, tokenizer and processor: a folder like any other checkpoint."""
     folder.mkdir(parents=True, exist_ok=True)
     config = model.config
     copy = Qwen3_5ForConditionalGeneration(config)

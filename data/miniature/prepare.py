@@ -1,7 +1,7 @@
 """Writes the miniature's parquet files: `python -m data.miniature.prepare --out .cache/miniature`.
 
-train, validation, test and holdout (the letter family, which post-training never sees) plus meta.json. Files that
-are there already are kept when settings and generator code are the same.
+train, validation, test and holdout (the letter family, which post-training never sees) plus meta.json.
+Files that are there already are kept when settings and generator code are the same.
 """
 
 import argparse

@@ -3,13 +3,15 @@
 Four stages, each of which learns one thing that the next one needs:
 
 1. text   the language model looks a named value up among the options and says its letter (no image);
-2. eyes   the vision tower names every glyph of a scene and everything that can be said of a crop (no language);
+2. eyes   the vision tower names every glyph of a scene and everything that can be said of a crop (no
+language);
 3. crops  both together answer questions about crops;
-4. both   crops and full scenes in turn. Most of these scenes hold few distractors: the model sees full images as
-          often as crops, but seldom has to find one small thing among many. That is the weakness left to mend.
+4. both   crops and full scenes in turn. Most of these scenes hold few distractors: the model sees full
+          images as often as crops, but seldom has to find one small thing among many. That is the weakness
+          left to mend.
 
-Every batch is a function of (seed, stage, step), so a checkpoint needs no generator state beyond those numbers;
-a run that was killed goes on from its last checkpoint.
+Every batch is a function of (seed, stage, step), so a checkpoint needs no generator state beyond those
+numbers; a run that was killed goes on from its last checkpoint.
 """
 
 import argparse
@@ -31,7 +33,8 @@ from data.miniature.batches import IGNORED, Coder, answer_all, pictures, respons
 from data.miniature.fast import FastMiniature
 from data.miniature.model import HINTED, build_config, build_model, build_processor, build_tokenizer, save
 from data.miniature.responses import response
-from data.miniature.world import Facts, Scene, Sheet
+from data.miniature.world import Facts, Scene
+from vopd.errors import UserError
 
 FAMILIES = (*world.FAMILIES, world.HOLDOUT_FAMILY)
 FACTS = {
@@ -45,7 +48,7 @@ FACTS = {
 SPARSE = (0, 6)
 CROWDED_SHARE = 0.1
 HINTED_SHARE = 0.2
-SHEETS = 300
+PACKED = (40, 60)
 SAVE_EVERY = 100
 
 
@@ -69,13 +72,16 @@ class Learner:
         self.model = build_model(build_config(self.tokenizer), seed)
         self.fast = FastMiniature(self.model)
         self.cells = nn.Linear(128, len(world.KINDS) + len(world.COLOURS))
+        self.boxed = nn.Linear(128, 1)
         self.facts = nn.ModuleDict({k: nn.Linear(128, len(v)) for k, v in FACTS.items()})
-        self.modules = nn.ModuleDict({"model": self.model, "cells": self.cells, "facts": self.facts})
+        self.modules = nn.ModuleDict(
+            {"model": self.model, "cells": self.cells, "boxed": self.boxed, "facts": self.facts}
+        )
         self.stages = (
-            Stage("text", 300, 2e-3, self.text_loss),
-            Stage("eyes", 800, 3e-3, self.eyes_loss),
-            Stage("crops", 400, 1.5e-3, self.crops_loss),
-            Stage("both", 900, 1e-3, self.both_loss),
+            Stage("text", 250, 2e-3, self.text_loss),
+            Stage("eyes", 600, 3e-3, self.eyes_loss),
+            Stage("crops", 300, 1.5e-3, self.crops_loss),
+            Stage("both", 700, 1e-3, self.both_loss),
         )
 
     def _rng(self, stage: int, step: int) -> np.random.Generator:
@@ -132,15 +138,13 @@ class Learner:
 
     # ---- 2. eyes
     def eyes_loss(self, step: int) -> Tensor:
-        """Every glyph from the one image token over its centre, sheets first, then scenes; all facts of crops."""
-        rng = self._rng(1, step)
-        crops = self._scenes(1, step, 48)
-        sheets = [world.sheet(rng, 2 + 4 * step // SHEETS) for _ in range(16)]
-        drawn = sheets if step < SHEETS else crops[:16]
-        loss = self._cells_loss(self.fast.see(pictures(drawn, "full")), drawn)
-        return loss + self._facts_loss(self.fast.see(pictures(crops, "crop")), crops)
+        """Every glyph of packed scenes, from the image token over its cell, which cell is boxed, all facts of crops."""
+        scenes = self._scenes(1, step, 16, PACKED)
+        loss = self._cells_loss(self.fast.see(pictures(scenes, "full")), scenes)
+        scenes = [*scenes, *self._scenes(1, step + 5_000, 32)]
+        return loss + self._facts_loss(self.fast.see(pictures(scenes, "crop")), scenes)
 
-    def _cells_loss(self, seen_BND: Tensor, scenes: list[Scene] | list[Sheet]) -> Tensor:
+    def _cells_loss(self, seen_BND: Tensor, scenes: list[Scene]) -> Tensor:
         side = world.SIDE // world.CELL
         kinds = torch.full((len(scenes), side * side), IGNORED)
         colours, count = kinds.clone(), torch.zeros(kinds.shape, dtype=torch.long)
@@ -149,12 +153,14 @@ class Learner:
                 cell = y // world.CELL * side + x // world.CELL
                 count[i, cell] += 1
                 kinds[i, cell], colours[i, cell] = world.KINDS.index(kind), world.COLOUR_NAMES.index(colour)
+        middles = [s.things[-1] for s in scenes]
+        target = torch.tensor([y // world.CELL * side + x // world.CELL for x, y, _, _ in middles])
+        found = F.cross_entropy(self.boxed(seen_BND)[..., 0].float(), target)
         only = count == 1
         guess = self.cells(seen_BND[only]).float()
         split = len(world.KINDS)
-        return F.cross_entropy(guess[:, :split], kinds[only]) + F.cross_entropy(
-            guess[:, split:], colours[only]
-        )
+        named = F.cross_entropy(guess[:, :split], kinds[only])
+        return named + F.cross_entropy(guess[:, split:], colours[only]) + 0.25 * found
 
     def _facts_loss(self, seen_BND: Tensor, scenes: list[Scene]) -> Tensor:
         pooled = seen_BND.mean(1)
@@ -196,7 +202,7 @@ class Learner:
 
 
 def quick_check(learner: Learner, rows: int = 96) -> dict[str, float]:
-    """Greedy accuracy on a few validation scenes: crop, full, full with few distractors, full with the answer told."""
+    """Greedy accuracy on a few validation scenes: crop, full, few distractors, answer told."""
     crowded = [world.scene(learner.seed, "validation", i) for i in range(rows)]
     sparse = [world.scene(learner.seed, "probe", 10_000 + i, clutter=SPARSE) for i in range(rows)]
     told = [HINTED.format(question=s.question, answer=s.answer) for s in crowded]
@@ -240,10 +246,13 @@ def pretrain(out: Path, seed: int, threads: int) -> None:
     first_stage, first_step, spent = 0, 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
-        if state["seed"] == seed:
-            learner.modules.load_state_dict(state["learner"])
-            optimiser.load_state_dict(state["optimiser"])
-            first_stage, first_step, spent = state["stage"], state["step"], state["seconds"]
+        if state["seed"] != seed:
+            raise UserError(
+                f"{checkpoint} belongs to seed {state['seed']}: give another --out or that --seed."
+            )
+        learner.modules.load_state_dict(state["learner"])
+        optimiser.load_state_dict(state["optimiser"])
+        first_stage, first_step, spent = state["stage"], state["step"], state["seconds"]
     began = time.monotonic() - spent
     for index, stage in enumerate(learner.stages):
         if index < first_stage:
@@ -262,7 +271,7 @@ def pretrain(out: Path, seed: int, threads: int) -> None:
             nn.utils.clip_grad_norm_(learner.modules.parameters(), 1.0)
             optimiser.step()
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-            if (step + 1) % SAVE_EVERY == 0:
+            if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
                 _write(checkpoint, learner, optimiser, index, step + 1, time.monotonic() - began)
         if stage.name in ("crops", "both"):
             bar.write(
@@ -271,6 +280,7 @@ def pretrain(out: Path, seed: int, threads: int) -> None:
                 )
             )
     save(learner.model, build_processor(learner.tokenizer), out)
+    checkpoint.unlink()
 
 
 def main() -> None:
@@ -281,7 +291,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
-    pretrain(args.out, args.seed, args.threads)
+    try:
+        pretrain(args.out, args.seed, args.threads)
+    except UserError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """What the miniature's base model learns to say: evidence first, in an order that varies, then the letter.
 
-Every statement can be checked in the crop and in the full view. The number of statements varies, and a geometric
-tail of repeated looks gives responses a long upper end, so that a response limit is a real limit.
+Every statement can be checked in the crop and in the full view. The number of statements varies, and a
+geometric tail of repeated looks gives responses a long upper end, so that a response limit is a real limit.
 """
+
+from itertools import pairwise
 
 import numpy as np
 
@@ -33,7 +35,7 @@ def response(facts: Facts, family: str, answer: str, rng: np.random.Generator) -
     chosen = [others[i] for i in rng.permutation(len(others))[: rng.integers(1, 5)]]
     chosen.insert(int(rng.integers(len(chosen) + 1)), asked)
     parts = [said[k] for k in chosen]
-    for i, (a, b) in enumerate(zip(chosen, chosen[1:], strict=False)):
+    for i, (a, b) in enumerate(pairwise(chosen)):
         if (a, b) == ("size", "colour"):
             parts[i : i + 2] = [f"It is {facts.size} and {facts.colour}."]
             break

@@ -1,10 +1,11 @@
 """The miniature world: cluttered scenes, a red box round one small thing, a question about it.
 
 Everything is a pure function of (seed, split, index): `scene(...)` draws the same pixels on every machine.
-A scene is 128 x 128 pixels with 20-30 small digits, letters and shapes in eight colours (none red). The crop is
-cut from the scene before the box is drawn and enlarged, so that it holds no pixel the full view lacks; what a
-response may say about the target (`Facts`) can be seen in both. Wrong options are things that stand elsewhere in
-the scene whenever there are enough of them: "which option is present at all?" does not give the answer away.
+A scene is 128 x 128 pixels with 20-30 small digits, letters and shapes in eight colours (none red), at most
+one near the middle of each 16-pixel cell. The crop is cut from the scene before the box is drawn and
+enlarged, so that it holds no pixel the full view lacks; what a response may say about the target (`Facts`)
+can be seen in both. Wrong options are things that stand elsewhere in the scene whenever there are enough of
+them: "which option is present at all?" does not give the answer away.
 """
 
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ SIDE = 128
 BOX = 24
 CROP = 48
 CELL = 16
+JITTER = 3
 CLUTTER = (20, 30)
 SPLITS = ("pretrain", "train", "validation", "test", "holdout", "probe")
 FAMILIES = ("digit", "shape", "colour")
@@ -135,7 +137,7 @@ def _ink(rng: np.random.Generator, colour: str) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, ground: str) -> np.ndarray:
-    """A tinted ground whose shade drifts smoothly: pixel noise would only make the PNG files ten times larger."""
+    """A tinted ground whose shade drifts smoothly: pixel noise would make PNG files ten times larger."""
     base = rng.integers(*GROUNDS[ground]) + rng.integers(-14, 15, 3)
     coarse = np.clip(base + rng.normal(0, 9, (5, 5, 3)), 0, 255).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((SIDE, SIDE), Image.Resampling.BILINEAR), np.float32)
@@ -160,22 +162,24 @@ def _thing(rng: np.random.Generator, noun: str | None = None) -> tuple[str, str,
 def _scatter(
     rng: np.random.Generator, box: tuple[int, int, int, int], target: tuple[int, int, int], count: int
 ) -> list[tuple[int, int, int]]:
-    """Centres and sizes of `count` distractors: centres outside the box, no touching of the target."""
+    """Middles and sizes of up to `count` distractors: one a cell at most, none in the box or on the target."""
     (x0, y0, x1, y1), (tx, ty, tsize) = box, target
     placed: list[tuple[int, int, int]] = []
-    for _ in range(count):
-        size = int(rng.integers(12, 17))
-        for x, y in rng.integers(0, SIDE, (8, 2)).tolist():
-            clear = (tsize + size) / 2 + 1
-            in_box = x0 - 2 <= x <= x1 + 1 and y0 - 2 <= y <= y1 + 1
-            on_target = abs(x - tx) < clear and abs(y - ty) < clear
-            crowded = any(
-                abs(x - a) < (s + size) * 0.4 and abs(y - b) < (s + size) * 0.4 for a, b, s in placed
-            )
-            if not (in_box or on_target or crowded):
-                placed.append((x, y, size))
-                break
-    return placed
+    for cell in rng.permutation((SIDE // CELL) ** 2).tolist():
+        x, y, size = *_near(rng, cell % (SIDE // CELL), cell // (SIDE // CELL)), int(rng.integers(12, 17))
+        clear = (tsize + size) / 2 + 1
+        in_box = x0 - 2 <= x <= x1 + 1 and y0 - 2 <= y <= y1 + 1
+        if not in_box and (abs(x - tx) >= clear or abs(y - ty) >= clear):
+            placed.append((x, y, size))
+        if len(placed) == count:
+            break
+    return placed[:count]
+
+
+def _near(rng: np.random.Generator, col: int, row: int) -> tuple[int, int]:
+    """A point near the middle of a cell."""
+    shift = rng.integers(-JITTER, JITTER + 1, 2).tolist()
+    return col * CELL + CELL // 2 + shift[0], row * CELL + CELL // 2 + shift[1]
 
 
 def _options(
@@ -185,7 +189,7 @@ def _options(
     order = [others[i] for i in rng.permutation(len(others))]
     wrong = sorted(order, key=lambda v: v not in present)[:3]
     wrong = [wrong[i] for i in rng.permutation(3)]
-    return tuple(wrong[:slot] + [asked] + wrong[slot:])
+    return (*wrong[:slot], asked, *wrong[slot:])
 
 
 def question_text(family: str, options: tuple[str, ...]) -> str:
@@ -211,11 +215,10 @@ def scene(
     slot = index // len(families) % 4
     noun, name, colour = _thing(rng, ("digit", "shape")[rng.integers(2)] if family == "colour" else family)
     size, place, ground, tilt = (list(d)[rng.integers(len(d))] for d in (SIZES, PLACES, GROUNDS, TILTS))
-    x0, y0 = (int(v) for v in rng.integers(2, SIDE - BOX - 1, 2))
+    tx, ty = _near(rng, *rng.integers(1, SIDE // CELL - 1, 2).tolist())
+    x0, y0 = tx - PLACES[place][0] - BOX // 2, ty - PLACES[place][1] - BOX // 2
     box = (x0, y0, x0 + BOX, y0 + BOX)
     tsize = int(rng.choice(SIZES[size]))
-    dx, dy = PLACES[place]
-    tx, ty = x0 + BOX // 2 + dx, y0 + BOX // 2 + dy
 
     canvas = _background(rng, ground).copy()
     things = []
@@ -245,26 +248,3 @@ def scene(
         facts=facts,
         things=(*things, (tx, ty, name, colour)),
     )
-
-
-@dataclass(frozen=True)
-class Sheet:
-    """A training picture for the eyes: one thing near the middle of every 16-pixel cell; `things` as in a scene."""
-
-    image: np.ndarray
-    things: tuple[tuple[int, int, str, str], ...]
-
-
-def sheet(rng: np.random.Generator, jitter: int) -> Sheet:
-    """A sheet whose things stand up to `jitter` pixels from their cells' middles."""
-    canvas = _background(rng, list(GROUNDS)[rng.integers(2)]).copy()
-    cells = SIDE // CELL
-    shifts = rng.integers(-jitter, jitter + 1, (cells, cells, 2))
-    things = []
-    for row, col in np.ndindex(cells, cells):
-        _, kind, colour = _thing(rng)
-        x, y = (np.array([col, row]) * CELL + CELL // 2 + shifts[row, col]).tolist()
-        mask = glyph(kind, int(rng.integers(12, 17)), list(TILTS.values())[rng.integers(3)])
-        _paste(canvas, mask, x, y, _ink(rng, colour))
-        things.append((x, y, kind, colour))
-    return Sheet(np.clip(canvas, 0, 255).astype(np.uint8), tuple(things))

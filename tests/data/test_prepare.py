@@ -1,0 +1,36 @@
+"""Preparation: files appear once, are reused, and follow their settings."""
+
+from pathlib import Path
+
+import pytest
+
+from data import schema
+from data.miniature import prepare
+
+
+@pytest.fixture(autouse=True)
+def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "ROWS", {"train": 6, "validation": 3, "test": 3, "holdout": 4})
+
+
+def test_writes_reuses_and_rewrites(tmp_path: Path) -> None:
+    first = prepare.prepare(tmp_path)
+    assert first["rows"] == prepare.ROWS
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    assert len(stamps) == 5 and not list(tmp_path.glob("*.partial"))
+    assert prepare.prepare(tmp_path) == first
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
+    other = prepare.prepare(tmp_path, train_rows=4)
+    assert len(schema.read(tmp_path / "train.parquet")) == 4
+    assert other["sha256"]["train"] != first["sha256"]["train"]
+    assert other["sha256"]["test"] == first["sha256"]["test"]
+
+
+def test_same_settings_same_bytes(tmp_path: Path) -> None:
+    assert prepare.prepare(tmp_path / "a") == prepare.prepare(tmp_path / "b")
+
+
+def test_holdout_asks_about_letters_only(tmp_path: Path) -> None:
+    prepare.prepare(tmp_path)
+    assert set(schema.read(tmp_path / "holdout.parquet")["family"]) == {"letter"}
+    assert "letter" not in schema.read(tmp_path / "train.parquet")["family"]
