@@ -237,9 +237,9 @@ def _resample_seeds(totals_RK: np.ndarray, n_columns: int, seed: int) -> np.ndar
 
 
 def answer_differences(
-    first: Answers, second: Answers, names: tuple[str, str] = ("first", "second")
+    first: Mapping[str, float], second: Mapping[str, float], names: tuple[str, str] = ("first", "second")
 ) -> dict[str, float]:
-    """Per question right(second) - right(first), in (-1, 0, 1); UserError when the id sets differ."""
+    """Per question second - first (right counts 1); UserError naming some ids when the id sets differ."""
     return {i: float(second[i]) - float(first[i]) for i in _questions({names[0]: first, names[1]: second})}
 
 

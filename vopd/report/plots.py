@@ -93,12 +93,12 @@ def plot_accuracy(rows: Sequence[Row], path: Path, title: str) -> None:
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "y"}):
         figure = _figure(6.2, 4.4)
         axis = figure.subplots()
-        for name, colour, marker, offset in (("crop", ORANGE, "s", 0.06), ("full", BLUE, "o", -0.06)):
-            _points(axis, named[name], colour, marker, offset)
+        for name, colour, marker in (("crop", ORANGE, "s"), ("full", BLUE, "o")):
+            _points(axis, named[name], colour, marker, upper=name == "crop")
         for x, when in enumerate(("before", "after")):
             full, crop, gap = (getattr(named[name], when) for name in ("full", "crop", "gap"))
-            _bracket(axis, x + 0.25, 100 * full.value, 100 * crop.value, _gap_text(gap))
-        axis.set_xlim(-0.45, 1.75)
+            _bracket(axis, x + (0.2, 0.36)[x], 100 * full.value, 100 * crop.value, _gap_text(gap))
+        axis.set_xlim(-0.35, 1.85)
         axis.set_xticks([0, 1], ["before training", "after training"])
         axis.set_ylabel("accuracy (%)")
         axis.set_title(title, loc="left", fontweight="bold")
@@ -108,20 +108,24 @@ def plot_accuracy(rows: Sequence[Row], path: Path, title: str) -> None:
         figure.savefig(path, dpi=130)
 
 
-def _points(axis: Axes, row: Row, colour: str, marker: str, offset: float) -> None:
+def _points(axis: Axes, row: Row, colour: str, marker: str, upper: bool) -> None:
     sides = (row.before, row.after)
     values = [100 * side.value for side in sides]
-    errors = [[100 * (s.value - s.low) for s in sides], [100 * (s.high - s.value) for s in sides]]
-    places = [offset, 1 + offset]
+    # Rounding may put an estimate of exactly 0 or 1 a hair outside its limits.
+    below = [max(0.0, 100 * (side.value - side.low)) for side in sides]
+    above = [max(0.0, 100 * (side.high - side.value)) for side in sides]
+    shift = 0.02 if upper else -0.02  # so that overlapping intervals show
+    places = [shift, 1 + shift]
     axis.plot(places, values, color=colour, linewidth=1, alpha=0.5, linestyle="--")
     axis.errorbar(
-        places, values, yerr=errors, color=colour, marker=marker, markersize=8, linestyle="none", capsize=4,
-        label=f"{row.name} view",
+        places, values, yerr=[below, above], color=colour, marker=marker, markersize=8, linestyle="none",
+        capsize=4, label=f"{row.name} view",
     )  # fmt: skip
-    for place, value in zip(places, values, strict=True):
+    # Labels stand on the outer sides of the connecting line.
+    for place, value, align, away in zip(places, values, ("right", "left"), (-11, 11), strict=True):
         axis.annotate(
-            f"{value:.1f}", (place, value), xytext=(-9, 0), textcoords="offset points", ha="right",
-            va="center", color=GREY,
+            f"{value:.1f}", (place, value), xytext=(away, 6 if upper else -6), textcoords="offset points",
+            ha=align, va="center", color=GREY,
         )  # fmt: skip
 
 

@@ -33,13 +33,10 @@ def _read(run_dirs: Sequence[Path], when: str, view: str, split: str) -> Answers
 
 def _minus(first: Answers, second: Answers) -> Answers:
     """first - second, run by run and question by question."""
-    result: Answers = {}
-    for run, values in first.items():
-        if set(values) != set(second[run]):
-            ids = sorted(set(values) ^ set(second[run]))
-            raise UserError(f"Run {run + 1}: the questions differ between its records (such as {ids[0]}).")
-        result[run] = {i: value - second[run][i] for i, value in values.items()}
-    return result
+    return {
+        run: statistics.answer_differences(second[run], values, (f"run {run + 1}, a", f"run {run + 1}, b"))
+        for run, values in first.items()
+    }
 
 
 def summarise_seeds(run_dirs: Sequence[Path]) -> tuple[list[Row], statistics.Interval | None]:

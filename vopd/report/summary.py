@@ -131,7 +131,7 @@ def _rows(records: Mapping[str, Sequence[Record]]) -> list[Row]:
 
     full, crop, hold_out = pair("full", TEST), pair("crop", TEST), pair("full", HOLD_OUT)
     gaps = [statistics.answer_differences(f, c, ("full", "crop")) for f, c in zip(full, crop, strict=True)]
-    gap_change = {i: gaps[1][i] - gaps[0][i] for i in _same(gaps)}
+    gap_change = statistics.answer_differences(*gaps, names=("before", "after"))
     found: list[tuple[str, int, Interval, Interval, Difference]] = [
         _accuracy_row("full", *full),
         _accuracy_row("crop", *crop),
@@ -146,12 +146,6 @@ def _rows(records: Mapping[str, Sequence[Record]]) -> list[Row]:
     ]
     corrected = statistics.holm({name: change.p_value for name, *_, change in found})
     return [Row(*row, p_holm=corrected[row[0]]) for row in found]
-
-
-def _same(gaps: Sequence[Mapping[str, float]]) -> list[str]:
-    if set(gaps[0]) != set(gaps[1]):
-        raise UserError("The test questions before and after training differ; evaluate both on the same set.")
-    return sorted(gaps[0])
 
 
 def _accuracy_row(
@@ -217,7 +211,14 @@ def p_text(p_value: float) -> str:
 
 def accuracy_table(rows: Sequence[Row], title: str) -> Table:
     """The rows as a rich table, in points with 95% intervals."""
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column("accuracy, %", no_wrap=True)
     for name in ("before", "after", "paired change", "p (Holm)", "n"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -248,6 +249,7 @@ def render(summary: Summary) -> str:
     phases = sorted((p for p in cost.seconds_by_phase.items() if p[0] != "step"), key=lambda p: -p[1])[:5]
     tests = {when: summary.rates[when][f"{TEST}/full"] for when in ("before", "after")}
     lines = [
+        "",
         f"gap closed          {_closed(summary.gap_closed)}",
         f"detectable change   {100 * summary.minimum_detectable:.1f} points on full (80% power)",
         "truncated, unparsed "
