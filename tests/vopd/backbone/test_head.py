@@ -189,6 +189,7 @@ def test_mixture_is_the_normalised_geometric_mean() -> None:
     """p proportional to p_a^(1-a) p_b^a, the trust-region teacher; one component alone keeps its logits."""
     context = _context()
     a, b = context.scorers["teacher"][0], _context(seed=9).scorers["teacher"][0]
+    a.weight_VH.requires_grad_()  # as the student's own head has, when it is the scorer
     seen: list[Tensor] = []
 
     def spy(chunk: ScoreChunk) -> dict[str, Tensor]:
@@ -209,6 +210,7 @@ def test_mixture_is_the_normalised_geometric_mean() -> None:
         head(hidden_NH[None]).sum().backward()
     forward, backward = torch.cat(seen[:5], 1), torch.cat(seen[5:], 1)
     assert torch.equal(forward, backward)
+    assert a.weight_VH.grad is None
     p_a, p_b = ((x.hidden_NH @ x.weight_VH.T).softmax(-1) for x in (a, b))
     mixed = p_a**0.7 * p_b**0.3
     torch.testing.assert_close(forward[0], mixed / mixed.sum(-1, keepdim=True))
