@@ -31,10 +31,12 @@ def _read(run_dirs: Sequence[Path], when: str, view: str, split: str) -> Answers
     return found
 
 
-def _minus(first: Answers, second: Answers) -> Answers:
-    """first - second, run by run and question by question."""
+def _minus(first: Answers, second: Answers, names: tuple[str, str]) -> Answers:
+    """first - second, run by run and question by question; names are theirs, for the message if they differ."""
     return {
-        run: statistics.answer_differences(second[run], values, (f"run {run + 1}, a", f"run {run + 1}, b"))
+        run: statistics.answer_differences(
+            second[run], values, (f"{names[1]}, run {run + 1}", f"{names[0]}, run {run + 1}")
+        )
         for run, values in first.items()
     }
 
@@ -52,9 +54,14 @@ def summarise_seeds(run_dirs: Sequence[Path]) -> tuple[list[Row], statistics.Int
             ("hold-out", "full", HOLD_OUT),
         )
     }
-    gap = tuple(_minus(crop, full) for crop, full in zip(sides["crop"], sides["full"], strict=True))
+    gap = tuple(
+        _minus(crop, full, ("crop", "full")) for crop, full in zip(sides["crop"], sides["full"], strict=True)
+    )
     ordered = {"full": sides["full"], "crop": sides["crop"], "gap": gap, "hold-out": sides["hold-out"]}
-    changes = {name: statistics.two_level(_minus(pair[1], pair[0])) for name, pair in ordered.items()}
+    changes = {
+        name: statistics.two_level(_minus(pair[1], pair[0], ("after", "before")))
+        for name, pair in ordered.items()
+    }
     corrected = statistics.holm({name: change.p_value for name, change in changes.items()})
     rows = [
         Row(
@@ -68,7 +75,7 @@ def summarise_seeds(run_dirs: Sequence[Path]) -> tuple[list[Row], statistics.Int
         for name, pair in ordered.items()
     ]
     full_before, full_after = sides["full"]
-    return rows, statistics.two_level_ratio(_minus(full_after, full_before), gap[0])
+    return rows, statistics.two_level_ratio(_minus(full_after, full_before, ("after", "before")), gap[0])
 
 
 def render_seeds(run_dirs: Sequence[Path]) -> str:

@@ -131,7 +131,7 @@ def _rows(records: Mapping[str, Sequence[Record]]) -> list[Row]:
 
     full, crop, hold_out = pair("full", TEST), pair("crop", TEST), pair("full", HOLD_OUT)
     gaps = [statistics.answer_differences(f, c, ("full", "crop")) for f, c in zip(full, crop, strict=True)]
-    gap_change = statistics.answer_differences(*gaps, names=("before", "after"))
+    gap_change = statistics.answer_differences(gaps[0], gaps[1], ("before", "after"))
     found: list[tuple[str, int, Interval, Interval, Difference]] = [
         _accuracy_row("full", *full),
         _accuracy_row("crop", *crop),

@@ -21,7 +21,7 @@ _LINE_BREAK = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]|<br ?/?>")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
 _HTML_STYLE = re.compile(r"</?(?:b|strong|i|em|u|p|span|code|center|mark)>")
 _LATEX_STYLE = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|rm|bf) ?"
+    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|underline|rm|bf) ?"
     r"\{([^{}]{0,300})\}"
 )
 _LATEX_DELIMITER = re.compile(r"\\[()\[\]]")
@@ -29,7 +29,7 @@ _LATEX_SPACE = re.compile(r"\\[,;:! ]|\\quad|\\left|\\right")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox) ?\{([^{}]{0,300})\}|<answer>([^<>]{0,2000})</answer>", re.I)
 _ANSWER_TAG = re.compile(r"</?answer>", re.I)
 _QUOTED_LETTER = re.compile(r"'([A-Za-z])'")
-_BRACKETED_LETTER = re.compile(r"[\[{【「『<〈《〔] ?([A-Za-z]) ?[\]}】」』>〉》〕]")
+_BRACKETED_LETTER = re.compile(r"[(\[{【「『<〈《〔]{1,3} ?([A-Za-z]) ?[)\]}】」』>〉》〕]{1,3}")
 _BULLET = re.compile(r"^(?:[-•>‣] |#{1,6} ?)+", re.M)
 _SPACES = re.compile(r"[^\S\n]+")
 _NEWLINES = re.compile(r" ?\n[ \n]*")

@@ -45,22 +45,24 @@ FINAL = re.compile(
     + FILL
     + LETTER
 )
-_SEPARATOR = r" ?(?::|=|->|=>|→|[-–—](?= ))\s?"
+_SEPARATOR = r" ?(?::{1,2}|=|->|=>|→|[-–—](?= ))\s?"
 MARK = re.compile(
     WORD_START
-    + r"(?i:(?<!wrong )(?<!incorrect )(?:answer|ans)(?: choice| option| letter)?(?: is)?"
+    + r"(?i:(?<!wrong )(?<!incorrect )(?:answer|ans)(?: choice| option| letter| \([^()\n]{1,30}\))?(?: is)?"
     + r"|(?:答案|答)(?:是|为|為|选|選)?)"
     + _SEPARATOR
 )
 # These words also introduce other things than answers, so what follows them must be a letter or an option.
 SOFT_MARK = re.compile(
     WORD_START
-    + r"(?i:(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict"
+    + r"(?i:(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict|final"
     + r"|correct)(?: option| choice)?(?: is)?|(?:正确选项|正確選項|选项|選項)(?:是|为|為)?)"
     + _SEPARATOR
 )
 MARK_NO_COLON = re.compile(WORD_START + r"(?i:answer|ans\.)[ \n]\(?([A-Zb-h])(?=\)?[.!]?(?:\n|$))")
-ANSWER_IS = re.compile(WORD_START + r"(?i:answer|option|choice) (?:is|would be|should be)[: ]{1,2}")
+ANSWER_IS = re.compile(
+    WORD_START + r"(?i:answer|(?:correct|right|best) (?:option|choice)) (?:is|would be|should be)[: ]{1,2}"
+)
 
 _NOUN = (
     _any("answer | option | choice | selection | pick | guess | conclusion")
@@ -104,30 +106,30 @@ _CLAUSE_END = (
 )
 _SO = _any(
     "so | therefore | thus | hence | consequently | it is | it's | it must be | it has to be | it should be"
-    " | that's | i think | i believe | i'd say | i would say | must be | has to be | we get | probably | likely"
-    " | definitely | maybe | leaving | leaves | only | looks like | seems like | appears to be | but | but rather"
-    " | but it's | no | yes | ok | okay | sure | certainly"
+    " | that's | i think | i believe | i'd say | i would say | would be | must be | has to be | we get | probably"
+    " | likely | definitely | maybe | leaving | leaves | only | looks like | seems like | appears to be | but"
+    " | but rather | but it's | no | yes | ok | okay | sure | certainly"
 )
 SO = re.compile(
     r"(?:"
     + WORD_START
     + r"(?i:"
     + _SO
-    + r")[,:]? |(?:=>|->|→|⇒) ?|(?:所以|因此|故|应该|就|觉得|认为|^(?=是))(?:是|为)? ?)"
+    + r")[,:]? |(?:=>|->|→|⇒) ?|(?:所以|因此|故|应该|就|觉得|认为|而|^(?=是))(?:是|为)? ?)"
     + FILL
     + LETTER
     + _CLAUSE_END
 )
 _EMPHASIS = _any(
     "the | most | clearly | definitely | indeed | probably | likely | therefore | thus | obviously | my | only"
-    " | best | correct | right"
+    " | final | best | correct | right"
 )
 _SIDE = "next|above|below|beside|behind|in|of|on|at|under|side|hand"  # "A is right next to the tree"
 IS_CORRECT = re.compile(
     r"(?<![A-Za-z0-9'._-])(?i:(?:option|choice) )?\(?([A-Za-z])\)?(?:(?i: (?:is|seems|looks|appears|would be|must be"
     r"|has to be|should be)(?: to be)?(?: (?:"
     + _EMPHASIS
-    + r")){0,4} (?:correct|right|best|true|answer|choice|accurate|match)(?! (?:"
+    + r")){0,4} (?:correct|right|best|true|answer|choice|guess|pick|accurate|match|more likely|most likely)(?! (?:"
     + _SIDE
     + r")))(?![a-z])"
     + r"|(?i: it is)(?![a-z ])|(?i: the (?:correct|right|best) (?:answer|choice|option|one))"
@@ -157,8 +159,14 @@ _NOT_A_NOUN = _any(
 ARTICLE_TAIL = re.compile(r" (?!(?:" + _NOT_A_NOUN + r")(?![a-z]))[a-z]")
 LOWER_TAIL = re.compile(r" ?(?:[.,;:!?)}\n。" + BOX_CLOSE + r"]|$|because |since |is )")
 CLOSING = re.compile(r" ?[)" + BOX_CLOSE + r"]")
+# "The answer is A; B is green": the second letter opens a new clause.
+_VERB = _any(
+    "is | was | shows | has | looks | appears | seems | does | contains | describes | refers | would | can"
+)
 OTHER_LETTER = re.compile(
-    r"[.]?\s?(?:[,/&?;:、]|或者?|还是|還是|和|与|與|"
+    r"[.]?\s?(?:[,;:](?! ?\(?[A-Z]\)? (?:"
+    + _VERB
+    + r")(?![a-z]))|[/&?、]|或者?|还是|還是|和|与|與|"
     + WORD_START
     + r"(?:or|and|vs\.?)(?![a-z])|\((?=or |and ))\s?"
     r"(?:(?:or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"

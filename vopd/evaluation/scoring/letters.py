@@ -117,7 +117,7 @@ def _match_option(claim: str, labels: Sequence[str], texts: Sequence[str]) -> st
 def _stated_text(text: str, start: int, labels: Sequence[str], texts: Sequence[str]) -> str | None:
     """Option named by its text from `start` to the end of the line or of the sentence."""
     line = text[start : start + 400].split("\n", 1)[0].split(BOX_CLOSE, 1)[0]
-    sentence = re.split(r"[.;!?。](?: |$)|,? because ", line, maxsplit=1)[0]
+    sentence = re.split(r"[.;!?。](?: |$)|,? because(?![a-z])", line, maxsplit=1)[0]
     for content in (line, sentence):
         letter = None if _is_label(content, labels) else _match_option(content, labels, texts)
         if letter:
@@ -249,6 +249,8 @@ def decide(text: str, labels: Sequence[str], texts: Sequence[str]) -> Parsed:
     rivals |= {c.letter for c in claims if c.place > last.place and c.rank < Rank.WEAK}
     if rank == Rank.LAST:
         rivals |= {c.letter for c in claims if c.why in ("a line with only a letter", "opening letter")}
+    if rank == Rank.PROSE and last.letter != UNCLEAR:  # "either A or B; I'd go with B" commits in the end
+        rivals -= {UNCLEAR}
     if UNCLEAR in rivals:
         return unparsed(next(c.why for c in claims if c.letter == UNCLEAR))
     if len(rivals) > 1:

@@ -50,6 +50,7 @@ _ONE_PRONOUN = re.compile(
     r"|left|\d{1,3}(?:st|nd|rd|th)) one(?![a-z])|the [a-z]{1,20} one(?![a-z])|(?<![a-z])one (?:of|by)(?![a-z])"
     r"|(?<![a-z])one (?:can|could|might|must|should)(?![a-z])"
 )
+_VAGUE = re.compile(r"(?<![a-z])(?:half|a third|a quarter|dozens?|a couple|a few)(?![a-z])")
 _CHINESE_RUN = re.compile("[" + "".join(_CHINESE) + "]{1,3}")
 # "12. The picture shows 3 rows", "5, as 3 are red": what follows explains.
 _CLAUSE_BREAK = re.compile(r"[.;!?。](?: |$)|,? (?:because|since|as|which)(?![a-z])|, (?=[a-z])| \(")
@@ -72,9 +73,9 @@ _MARKS = [
         "conclusion",
         re.compile(
             r"(?:(?<![A-Za-z])(?i:(?:total|count|result|number|sum)(?: count| number)?(?: ?[:=]| is:?)"
-            r"|(?:so|therefore|thus|hence|in total)(?![a-z]),?)|总共|一共|共有)\s?([^\n"
+            r"|(?:so|therefore|thus|hence|in total)(?![a-z]),?)|总共|一共|共有)\s?(?=([^\n"
             + BOX_CLOSE
-            + r"]{1,300})"
+            + r"]{1,300}))"
         ),
     ),
 ]
@@ -127,11 +128,12 @@ def numbers_in(text: str) -> list[Decimal | None]:
     digits: list[Decimal | None] = []
     for match in re.finditer(r"\d[\d,.]{0,80}(?:[eE][+-]?\d{1,2}(?!\d))?|\.\d{1,40}", text):
         digits += _from_digits(text, match)
+    vague: list[Decimal | None] = [None for _ in _VAGUE.finditer(text.lower())]
     if digits:
-        return digits
+        return digits + vague
     lowered = _ONE_PRONOUN.sub(" ", text.lower())
     words = [_from_words(m[1]) for m in _WORD_RUN.finditer(lowered)]
-    return words or [_from_chinese(m[0]) for m in _CHINESE_RUN.finditer(text)]
+    return words + vague or [_from_chinese(m[0]) for m in _CHINESE_RUN.finditer(text)]
 
 
 def _from_digits(text: str, match: re.Match[str]) -> list[Decimal | None]:

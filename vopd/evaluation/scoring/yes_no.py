@@ -15,14 +15,8 @@ from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
 _WORD = r"(?i:(yes|no)(?![a-z'/]))"
 _CHINESE = {
-    "是": "yes",
-    "是的": "yes",
-    "有": "yes",
-    "对": "yes",
-    "否": "no",
-    "不是": "no",
-    "没有": "no",
-    "不": "no",
+    **dict.fromkeys(("是", "是的", "有", "有的", "对", "对的"), "yes"),
+    **dict.fromkeys(("否", "不是", "没有", "不", "不对"), "no"),
 }
 _ENDS = (
     r"(?= ?(?:[.,;:!)}\n。、"
@@ -53,6 +47,7 @@ _SENTENCE = re.compile(
     r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|or|it's"
     r"|it is|i'd say|i would say|i think|i believe),? (?:a )?)\(?" + _WORD + _ENDS
 )
+_ECHO = re.compile(r" ?\(yes ?(?:/|or) ?no\)", re.I)  # the question's "(yes or no)" repeated
 _NOT_AN_ANSWER = re.compile(
     r"(?<![a-z])(?:yes ?(?:/|or|and) ?no|no ?(?:/|or|and) ?yes)(?![a-z])"
     r"|^no,? i (?:cannot|can't|am unable to|won't|am not able to) "
@@ -63,10 +58,11 @@ _NOT_AN_ANSWER = re.compile(
 
 def parse_yes_no(text: str) -> Parsed:
     """ "yes" or "no" of a cleaned response."""
+    text = _ECHO.sub("", text)
     bare = text.strip(" .!。,\n" + BOX_OPEN + BOX_CLOSE)
     if bare in _CHINESE:
         return parsed(_CHINESE[bare], "whole response")
-    chinese = re.match(r"(是的|不是|没有|是|否|有|对)[,。.!\n]", text) or re.search(
+    chinese = re.match(r"(是的|不是|没有|有的|对的|不对|是|否|有|对)[,。.!\n]", text) or re.search(
         r"答案(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
     )
     if chinese:
