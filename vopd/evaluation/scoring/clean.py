@@ -16,9 +16,9 @@ BOX_OPEN, BOX_CLOSE = "\u27e6", "\u27e7"
 
 _THINK_OPEN = re.compile(r"<(?:think|thinking|reasoning)>|◁think▷|\[think\]", re.I)
 _THINK_CLOSE = re.compile(r"</(?:think|thinking|reasoning)>|◁/think▷|\[/think\]", re.I)
-_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|</s>")
+_SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>")
 _LINE_BREAK = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]|<br ?/?>")
-_INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad]")
+_INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad\ufe0e\ufe0f]")
 _HTML_STYLE = re.compile(r"</?(?:b|strong|i|em|u|p|span|code|center|mark)>")
 _LATEX_STYLE = re.compile(
     r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|underline|rm|bf) ?"
@@ -27,7 +27,7 @@ _LATEX_STYLE = re.compile(
 _LATEX_DELIMITER = re.compile(r"\\[()\[\]]")
 _LATEX_SPACE = re.compile(r"\\[,;:! ]|\\quad|\\left|\\right")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox) ?\{([^{}]{0,300})\}|<answer>([^<>]{0,2000})</answer>", re.I)
-_ANSWER_TAG = re.compile(r"</?answer>", re.I)
+_ANSWER_TAG = re.compile(r"</?answer>|\[/?(?:final )?answer\]", re.I)
 _QUOTED_LETTER = re.compile(r"'([A-Za-z])'")
 _BRACKETED_LETTER = re.compile(r"[(\[{【「『<〈《〔]{1,3} ?([A-Za-z]) ?[)\]}】」』>〉》〕]{1,3}")
 _BULLET = re.compile(r"^(?:[-•>‣] |#{1,6} ?)+", re.M)
@@ -77,6 +77,8 @@ def clean(text: str) -> str:
     text = _LINE_BREAK.sub("\n", _SPECIAL_TOKEN.sub(" ", text))
     text = _INVISIBLE.sub("", text)
     text = text.replace("\u2019", "'").replace("\u2018", "'").replace("\u2212", "-")
+    # Emoji and other pictures say nothing; arrows are mathematical signs and stay.
+    text = "".join(" " if unicodedata.category(c) == "So" else c for c in text)
     text = _HTML_STYLE.sub("", text)
     text = re.sub(r"[*`$\"\u201c\u201d\u201e]|__", "", text)
     text = _LATEX_SPACE.sub(" ", _LATEX_DELIMITER.sub("", text))
@@ -84,7 +86,7 @@ def clean(text: str) -> str:
         text = _LATEX_STYLE.sub(r"\1", text)
     text = re.sub(r"\\boxed ([A-Za-z0-9])(?![A-Za-z0-9])", r"\\boxed{\1}", text)
     text = _BOX.sub(lambda m: f" {BOX_OPEN}{m[1] if m[1] is not None else m[2]}{BOX_CLOSE} ", text)
-    text = _ANSWER_TAG.sub("\nAnswer: ", text) if "<" in text else text
+    text = _ANSWER_TAG.sub("\nAnswer: ", text)
     text = _QUOTED_LETTER.sub(r"\1", text)
     text = _BRACKETED_LETTER.sub(r"(\1)", text)
     text = _NEWLINES.sub("\n", _SPACES.sub(" ", text)).strip()

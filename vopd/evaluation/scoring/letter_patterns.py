@@ -143,8 +143,10 @@ OPENING = re.compile(
     + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since ))"
 )
 CLOSING_SENTENCE = re.compile(r"[.!?。] ?\(?([A-Z])\)?[.!。]?$")
+_SIGNS = r"[^\w\n(?+#&@%]{0,4}"
 BARE_LINE = re.compile(
-    r"^(?i:(?:the )?(?:option|choice|letter|选项|選項|so|therefore|选|選) ?[:,]? ?)?\(?([A-Za-z])[)\]]?[.!,。:;]{0,2}$",
+    "^" + _SIGNS + r"(?i:(?:the )?(?:option|choice|letter|选项|選項|so|therefore|选|選) ?[:,]? ?)?"
+    r"\(?([A-Za-z])[)\]]?" + _SIGNS + "$",
     re.M,
 )
 LABELLED = re.compile(r"(?<![A-Za-z0-9'._-])\(?([A-Z])(?:\)|[.:](?=[ \n]|[^\W\d_]{2})) ?(?=[^\n])")

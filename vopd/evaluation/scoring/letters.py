@@ -136,6 +136,7 @@ def _boxed(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
 
 
 def _marked(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[Claim]:
+    listed = _listed(text)
     for match in pattern.FINAL.finditer(text):
         start = match.start(1)
         stated = _stated_text(text, start, labels, texts)
@@ -150,10 +151,16 @@ def _marked(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[
             yield Claim(match.end(), stated, rank, "marked answer, option text")
             continue
         letter = pattern.FILL_LETTER.match(text, match.end())
-        claim = _read(text, letter, rank, "marked answer", labels) if letter else None
+        # "Let's look at each option:\nA) red\nB) blue" introduces a list, not an answer.
+        introduces = letter and letter.start(1) in listed and "\n" in text[match.start() : letter.start(1)]
+        claim = _read(text, letter, rank, "marked answer", labels) if letter and not introduces else None
         if claim:
             yield claim
-        elif match.re is pattern.MARK and text[match.end() : match.end() + 1] not in ("", BOX_OPEN, " "):
+        elif (
+            not introduces
+            and match.re is pattern.MARK
+            and text[match.end() : match.end() + 1] not in ("", BOX_OPEN, " ")
+        ):
             yield Claim(match.end(), "", rank, "a marked answer that names no option")
     for match in pattern.MARK_NO_COLON.finditer(text):
         claim = _read(text, match, Rank.MARKED, "marked answer", labels)
