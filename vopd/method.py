@@ -125,7 +125,9 @@ def check(method: Method) -> Method:
                 f"Scorer '{name}' asks for weights '{scorer.weights}'; choose one of {', '.join(WEIGHTS)}."
             )
         if scorer.weights in ("ema", "trust_region") and not 0.0 < scorer.rate <= 1.0:
-            raise UserError(f"Scorer '{name}': the rate of {scorer.weights} is {scorer.rate}; give one in (0, 1].")
+            raise UserError(
+                f"Scorer '{name}': the rate of {scorer.weights} is {scorer.rate}; give one in (0, 1]."
+            )
     if not method.outputs:
         raise UserError("The method declares no outputs; name the per-token numbers that score returns.")
     return method
@@ -160,7 +162,9 @@ def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     module = load_module(str(values.pop("module")), beside)
     for needed in ("Settings", "build"):
         if not hasattr(module, needed):
-            raise UserError(f"method.module={settings['module']} has no `{needed}`; see docs/adding_a_recipe.md.")
+            raise UserError(
+                f"method.module={settings['module']} has no `{needed}`; see docs/adding_a_recipe.md."
+            )
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(module.Settings), values))
     except OmegaConfBaseException as error:

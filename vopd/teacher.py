@@ -84,7 +84,9 @@ class TeacherWeights:
         for key, parameter in module.named_parameters():
             shard, student = self.shards[name][key], local(parameter)
             if student.dtype != shard.dtype:
-                raise TypeError(f"{key} is {student.dtype}; keep the student's master weights in fp32 (pitfall 2).")
+                raise TypeError(
+                    f"{key} is {student.dtype}; keep the student's master weights in fp32 (pitfall 2)."
+                )
             kept = student.clone()
             student.copy_(shard)
             shard.copy_(kept)
@@ -101,7 +103,9 @@ class TeacherWeights:
             ValueError: stores or parameters differ.
         """
         if state.keys() != self.shards.keys():
-            raise ValueError(f"checkpoint holds teachers {sorted(state)}, this method keeps {sorted(self.shards)}")
+            raise ValueError(
+                f"checkpoint holds teachers {sorted(state)}, this method keeps {sorted(self.shards)}"
+            )
         for name, shards in self.shards.items():
             if state[name].keys() != shards.keys():
                 raise ValueError(f"teacher '{name}': parameters differ from the checkpoint's")

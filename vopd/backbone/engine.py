@@ -29,7 +29,9 @@ from vopd.backbone.rendering import with_response
 from vopd.method import Method, UpdateBatch
 from vopd.teacher import TeacherWeights, components, stores
 
-LOG_PROB = "log_prob"  # always scored beside a method's own outputs: it shows whether rollout and trainer agree
+LOG_PROB = (
+    "log_prob"  # always scored beside a method's own outputs: it shows whether rollout and trainer agree
+)
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
@@ -108,7 +110,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             chunk=self.chunk,
             extras=extras_N,
         )
-        numbers_NM = self._forward(micro_batch, [self._rows[i][self.method.rollout.view] for i in index_B], context)
+        numbers_NM = self._forward(
+            micro_batch, [self._rows[i][self.method.rollout.view] for i in index_B], context
+        )
         lengths = [len(r) for r in responses]
         per_token = {
             name: _pad(numbers_NM[:, m], lengths) for m, name in enumerate((*self.method.outputs, LOG_PROB))
@@ -119,7 +123,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             tokens=int(micro_batch["batch_num_tokens"]),
             ranks=int(micro_batch["dp_size"]),
             advantages_BT=_pad(extras_N["advantages"], lengths) if "advantages" in extras_N else None,
-            old_log_probs_BT=_pad(extras_N["old_log_probs"], lengths) if "old_log_probs" in extras_N else None,
+            old_log_probs_BT=_pad(extras_N["old_log_probs"], lengths)
+            if "old_log_probs" in extras_N
+            else None,
         )
         loss = self.method.loss(per_token, mask_BT, batch)
         self._count(loss / batch.ranks, per_token, mask_BT, micro_batch, lengths)
@@ -179,7 +185,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             )
             seams.assign_non_tensor(batch, temperature=1.0, use_remove_padding=data["use_remove_padding"])
             hidden_NH = self._forward(batch, [rendered[i] for i in index_B], GatherContext())
-            for i, rows_RH in zip(index_B, hidden_NH.split([len(responses[i]) for i in index_B]), strict=True):
+            for i, rows_RH in zip(
+                index_B, hidden_NH.split([len(responses[i]) for i in index_B]), strict=True
+            ):
                 hidden[i] = rows_RH
         return hidden  # type: ignore[return-value]  # every row is in exactly one micro-batch
 
@@ -251,7 +259,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             self._sums["rollout/k3"] += ((difference_BT.exp() - 1 - difference_BT) * mask_BT).sum().item()
             probs_BT = ((rollout_BT.exp() - per_token[LOG_PROB].exp()) * mask_BT).abs()
             self._sums["rollout/probs_diff"] += probs_BT.sum().item()
-            self._sums["max/rollout/probs_diff"] = max(self._sums["max/rollout/probs_diff"], probs_BT.max().item())
+            self._sums["max/rollout/probs_diff"] = max(
+                self._sums["max/rollout/probs_diff"], probs_BT.max().item()
+            )
 
     def _metrics(self, norm: float, applied: bool) -> dict[str, Any]:
         """Means over the update's tokens on all ranks; a rank's maximum stays a maximum."""

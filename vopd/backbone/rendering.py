@@ -17,7 +17,9 @@ from PIL import Image
 from vopd.errors import UserError
 from vopd.views import Messages
 
-ROWS_OF_POSITIONS = 4  # text, then the three mrope axes (time, height, width): verl's layout for Qwen VL models
+ROWS_OF_POSITIONS = (
+    4  # text, then the three mrope axes (time, height, width): verl's layout for Qwen VL models
+)
 
 
 @dataclass(frozen=True)

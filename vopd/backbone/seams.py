@@ -73,7 +73,9 @@ def register_engine(engine: type[FSDPEngineWithLMHead]) -> None:
 
     verl's decorator refuses a second registration for the same device (cuda has one), hence the table itself.
     """
-    EngineRegistry._engines.setdefault("language_model", {}).setdefault("fsdp2", {})[get_device_name()] = engine
+    EngineRegistry._engines.setdefault("language_model", {}).setdefault("fsdp2", {})[get_device_name()] = (
+        engine
+    )
 
 
 def nested_positions(rows_4L: list[torch.Tensor]) -> torch.Tensor:

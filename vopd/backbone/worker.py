@@ -26,8 +26,11 @@ class ScoringTrainingWorker(seams.TrainingWorker):
         super().__init__(config)
 
 
-class Worker(seams.ActorRolloutRefWorker):
-    """Student, teachers and the weight sync to the rollout, in one process per device."""
+class MethodWorker(seams.ActorRolloutRefWorker):
+    """Student, teachers and the weight sync to the rollout, in one process per device.
+
+    verl looks for a base class of the name `Worker` among its ancestors, so this one must be called otherwise.
+    """
 
     actor_worker_cls = ScoringTrainingWorker
 

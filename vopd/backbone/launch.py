@@ -1,0 +1,93 @@
+"""The training process: starts Ray, runs verl's task runner with our trainer, leaves a sentence if it fails.
+
+Run by `vopd.run` as `python -m vopd.backbone.launch RUN_DIR`; reads RUN_DIR/config.yaml. verl would start its task
+runner as one more Ray actor; it runs here instead, which saves a process and its imports.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from vopd.errors import UserError
+
+FAILURE = "failure.json"
+
+
+def environment(run: DictConfig) -> dict[str, str]:
+    """Variables that verl, Ray and vLLM read when they are imported, in this process and in every Ray worker."""
+    common = {
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_DEDUP_LOGS": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TQ_NUM_THREADS": "1",
+    }
+    if run.hardware.device != "cpu":
+        return common
+    return common | {
+        "VERL_PLATFORM": "cpu",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "TORCHDYNAMO_DISABLE": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def train(run_dir: Path) -> None:
+    """Run the training that RUN_DIR/config.yaml describes, to its end."""
+    run = OmegaConf.load(run_dir / "config.yaml")
+    assert isinstance(run, DictConfig)
+    os.environ.update(environment(run))
+    from vopd.backbone.verl_config import verl_config
+
+    config = verl_config(run)
+    OmegaConf.save(config, run_dir / "verl_config.yaml")
+    import ray
+    from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
+    from verl.utils.config import validate_config
+
+    from vopd.backbone import plugin, seams, trainer
+
+    plugin.assert_loaded()
+    assert trainer.Trainer
+    validate_config(config=config, use_reference_policy=False, use_critic=False)
+    runtime_env = get_ppo_ray_runtime_env(config)
+    runtime_env["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"
+    # Ray's sockets must fit in 107 characters, so its folder cannot be the run's.
+    with tempfile.TemporaryDirectory(prefix="vopd-", dir="/tmp", ignore_cleanup_errors=True) as ray_dir:
+        init = OmegaConf.to_container(config.ray_kwargs.ray_init)
+        assert isinstance(init, dict)
+        ray.init(**{**init, "runtime_env": runtime_env, "_temp_dir": ray_dir})
+        try:
+            seams.TaskRunner().run(config)
+        finally:
+            ray.shutdown()
+
+
+def main() -> int:
+    """Exit code 0, 2 for bad input, 1 for anything else; the sentence goes to RUN_DIR/failure.json."""
+    run_dir = Path(sys.argv[1])
+    try:
+        train(run_dir)
+    except (
+        Exception
+    ) as error:  # the process boundary: the cause is handed to the terminal's process, then re-raised
+        code = UserError.exit_code if isinstance(error, UserError) else 1
+        failure = {"sentence": str(error), "kind": type(error).__name__, "code": code}
+        (run_dir / FAILURE).write_text(json.dumps(failure))
+        traceback.print_exc()
+        return code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,33 @@
+"""Progress of a run as lines of progress.jsonl: the trainer writes, the terminal's process reads and draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+FILE = "progress.jsonl"
+SHOWN = ("loss", "divergence", "rollout_accuracy", "response_length")
+
+
+class Progress:
+    """Appends one JSON object per event; a reader that comes late sees everything."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.path = run_dir / FILE
+
+    def note(self, text: str) -> None:
+        """What the run is doing now."""
+        self._write({"kind": "note", "text": text})
+
+    def step(self, step: int, total: int, line: dict[str, Any]) -> None:
+        """A finished training step."""
+        self._write({"kind": "step", "done": step, "total": total} | {k: line[k] for k in SHOWN if k in line})
+
+    def evaluation(self, name: str, done: int, total: int) -> None:
+        """Questions answered so far in evaluation `name`."""
+        self._write({"kind": "evaluation", "name": name, "done": done, "total": total})
+
+    def _write(self, event: dict[str, Any]) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(event) + "\n")

@@ -1,0 +1,168 @@
+"""Rollouts: a triplet row in; sampled responses, their rewards and every rendered view out, into TransferQueue.
+
+verl's agent-loop worker does the bookkeeping of groups; this subclass decides what one request is. It renders each
+view of a triplet once for all n rollouts, gives every request its own seed, and stores the prompt ids that vLLM
+sampled from, so that the trainer scores exactly these.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from typing import Any
+from uuid import uuid4
+
+import ray
+import torch
+import transfer_queue as tq
+from omegaconf import OmegaConf
+from PIL import Image
+
+from vopd.backbone import seams
+from vopd.backbone.rendering import Rendered, render
+from vopd.errors import UserError
+from vopd.evaluation.scoring import is_correct, parse_answer
+from vopd.seeding import request_seed
+from vopd.views import VIEWS
+
+
+def decode(row: dict[str, Any]) -> dict[str, Any]:
+    """The row with `image` and `crop` as RGB images.
+
+    Raises:
+        UserError: bytes that are not an image, or an image over Pillow's size bound; names row and column.
+    """
+    decoded = dict(row)
+    for column in ("image", "crop"):
+        try:
+            decoded[column] = Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB")
+        except (OSError, Image.DecompressionBombError) as error:
+            raise UserError(f"Row {row['id']}, column {column}: not a readable image ({error}).") from error
+    return decoded
+
+
+class ViewRolloutWorker(seams.AgentLoopWorker):
+    """One request = one (triplet, view, rollout index)."""
+
+    async def _run_prompt(
+        self,
+        prompt: dict[str, Any],
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        trace: bool = False,
+    ) -> None:
+        """Render every view once, then let verl run the group's n rollouts."""
+        prompt["views"] = prompt["views"].split(",")
+        try:
+            prompt["rendered"] = await asyncio.get_running_loop().run_in_executor(
+                None, self._render, prompt["row"], prompt["views"]
+            )
+        except Exception:
+            # The trainer waits for every group: tell it, then let the error reach the log.
+            partition = "val" if trajectory["validate"] else "train"
+            await tq.async_kv_put(key=prompt["uid"], partition_id=partition, tag={"status": "failure"})
+            raise
+        await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+
+    def _render(self, row: dict[str, Any], views: list[str]) -> dict[str, Rendered]:
+        decoded = decode(row)
+        settings = self.config.vopd.rollout
+        template = OmegaConf.to_container(settings.chat_template)
+        return {
+            view: render(
+                self.processor, VIEWS[view](decoded), row["id"], settings.max_prompt_tokens, template
+            )
+            for view in views
+        }
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """One request to vLLM. The first view is the one that generates."""
+        row, rollout = kwargs["row"], kwargs["session_id"]
+        view = kwargs["views"][0]
+        rendered: Rendered = kwargs["rendered"][view]
+        seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
+        output = await self.llm_client.generate(
+            request_id=uuid4().hex,
+            prompt_ids=rendered.prompt_ids_P.tolist(),
+            sampling_params={**sampling_params, "seed": seed},
+            image_data=rendered.images,
+        )
+        await self._store(output, row, view, trajectory, kwargs)
+
+    async def _store(
+        self, output: Any, row: dict[str, Any], view: str, trajectory: dict[str, Any], kwargs: dict[str, Any]
+    ) -> None:
+        response_R = torch.tensor(output.token_ids, dtype=torch.int64)
+        record = self._record(output.token_ids, row, view)
+        steps = {k: output.extra_fields.get(k) for k in ("min_global_steps", "max_global_steps")}
+        field: dict[str, Any] = {"record": record}
+        if not trajectory["validate"]:
+            field |= self._training_fields(output, response_R, record, kwargs)
+        prompt_len = len(kwargs["rendered"][view].prompt_ids_P)
+        tag = {
+            "status": "success",
+            "prompt_len": prompt_len,
+            "response_len": len(response_R),
+            "seq_len": prompt_len + len(response_R),
+            "global_steps": kwargs["global_steps"],
+            **steps,
+        }
+        await tq.async_kv_batch_put(
+            keys=[f"{kwargs['uid']}_{kwargs['session_id']}_0"],
+            fields=seams.list_of_dict_to_tensordict([field]),
+            tags=[tag],
+            partition_id="val" if trajectory["validate"] else "train",
+        )
+
+    def _record(self, token_ids: list[int], row: dict[str, Any], view: str) -> dict[str, Any]:
+        """The per-question record; the only place where an answer is parsed, for reward and evaluation alike."""
+        text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
+        parsed = parse_answer(text, row["answer_type"], row["options"])
+        return {
+            "id": row["id"],
+            "family": row["family"],
+            "view": view,
+            "split": row["split"],
+            "prompt": row["question"],
+            "response": text,
+            "response_tokens": len(token_ids),
+            "truncated": not token_ids or token_ids[-1] != self.tokenizer.eos_token_id,
+            "parsed": parsed.value,
+            "gold": row["answer"],
+            "correct": is_correct(parsed, row["answer"], row["answer_type"]),
+        }
+
+    def _training_fields(
+        self, output: Any, response_R: torch.Tensor, record: dict[str, Any], kwargs: dict[str, Any]
+    ) -> dict[str, Any]:
+        rendered: dict[str, Rendered] = kwargs["rendered"]
+        prompt_P = rendered[kwargs["views"][0]].prompt_ids_P
+        reward_R = torch.zeros(len(response_R))
+        reward_R[-1] = float(record["correct"])
+        return {
+            "uid": kwargs["uid"],
+            "prompts": prompt_P,
+            "responses": response_R,
+            "input_ids": torch.cat([prompt_P, response_R]),
+            "response_mask": torch.ones_like(response_R),
+            "loss_mask": torch.ones_like(response_R),
+            "rollout_log_probs": torch.tensor(output.log_probs, dtype=torch.float32),
+            "rm_scores": reward_R,
+            "rendered": {view: r.for_training() for view, r in rendered.items()},
+        }
+
+
+class ViewRolloutManager(seams.AgentLoopManagerTQ):
+    """verl's manager with our worker (`rollout.agent.agent_loop_manager_class`)."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(ViewRolloutWorker)

@@ -1,0 +1,69 @@
+"""verl's own configuration tree for a run: its defaults, our mapping (verl.yaml), the user's `verl.` words."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from vopd.errors import UserError
+
+HERE = Path(__file__).parent
+GIB = 1024**3
+# Keys that our mapping adds to verl's tree; every other unknown key is an error.
+ADDED = ("vopd",)
+
+
+def _resolvers() -> None:
+    OmegaConf.register_new_resolver("eval_sum", lambda *xs: sum(xs), replace=True)
+    OmegaConf.register_new_resolver("eval_product", lambda a, b: a * b, replace=True)
+    OmegaConf.register_new_resolver("eval_gib", lambda x: int(x * GIB), replace=True)
+
+
+def verl_config(run: DictConfig) -> DictConfig:
+    """The resolved tree that verl's trainer is given; the run's settings stand in it under `vopd`.
+
+    Raises:
+        UserError: a `verl.` word that verl's tree does not have.
+    """
+    _resolvers()
+    GlobalHydra.instance().clear()
+    spec = find_spec("verl")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "trainer" / "config"
+    with initialize_config_dir(version_base=None, config_dir=str(folder)):
+        config = compose("ppo_trainer")
+    vopd = OmegaConf.create(OmegaConf.to_container(run, resolve=True))
+    words = vopd.pop("verl")
+    vopd.evaluate = _plans(vopd)
+    trackers = [name for name in ("tensorboard", "wandb") if vopd.logging[name]]
+    OmegaConf.set_struct(config, False)
+    config.vopd = vopd
+    device = "cpu" if vopd.hardware.device == "cpu" else "cuda"
+    for file in ("verl.yaml", f"verl_{device}.yaml"):
+        config = OmegaConf.merge(config, OmegaConf.load(HERE / file))
+    config.trainer.logger = trackers
+    OmegaConf.set_struct(config, True)
+    try:
+        config = OmegaConf.merge(config, words)
+    except OmegaConfBaseException as error:
+        raise UserError(f"verl: {str(error).splitlines()[0]}") from error
+    with open_dict(config):
+        OmegaConf.resolve(config)
+    return config  # type: ignore[return-value]
+
+
+def _plans(vopd: DictConfig) -> dict[str, Any]:
+    """Which file is answered in which views, before / after and during training. Test is never used in between."""
+    folder, e = vopd.data.folder, vopd.evaluate
+    final = [
+        {"file": f"{folder}/test.parquet", "rows": e.test_rows, "views": ["full", "crop"]},
+        {"file": f"{folder}/holdout.parquet", "rows": e.holdout_rows, "views": ["full"]},
+    ]
+    during = [{"file": f"{folder}/validation.parquet", "rows": e.validation_rows, "views": ["full", "crop"]}]
+    return {"final": final, "during": during, "every": e.every, "batch": e.batch}
