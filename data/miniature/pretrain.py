@@ -138,7 +138,7 @@ class Learner:
 
     # ---- 2. eyes
     def eyes_loss(self, step: int) -> Tensor:
-        """Every glyph of packed scenes, from the image token over its cell, which cell is boxed, all facts of crops."""
+        """What stands in each cell of packed scenes, which cell is boxed, and all facts of crops."""
         scenes = self._scenes(1, step, 16, PACKED)
         loss = self._cells_loss(self.fast.see(pictures(scenes, "full")), scenes)
         scenes = [*scenes, *self._scenes(1, step + 5_000, 32)]
@@ -147,16 +147,15 @@ class Learner:
     def _cells_loss(self, seen_BND: Tensor, scenes: list[Scene]) -> Tensor:
         side = world.SIDE // world.CELL
         kinds = torch.full((len(scenes), side * side), IGNORED)
-        colours, count = kinds.clone(), torch.zeros(kinds.shape, dtype=torch.long)
+        colours = kinds.clone()
         for i, s in enumerate(scenes):
             for x, y, kind, colour in s.things:
                 cell = y // world.CELL * side + x // world.CELL
-                count[i, cell] += 1
                 kinds[i, cell], colours[i, cell] = world.KINDS.index(kind), world.COLOUR_NAMES.index(colour)
         middles = [s.things[-1] for s in scenes]
         target = torch.tensor([y // world.CELL * side + x // world.CELL for x, y, _, _ in middles])
         found = F.cross_entropy(self.boxed(seen_BND)[..., 0].float(), target)
-        only = count == 1
+        only = kinds != IGNORED
         guess = self.cells(seen_BND[only]).float()
         split = len(world.KINDS)
         named = F.cross_entropy(guess[:, :split], kinds[only])

@@ -162,7 +162,7 @@ def _thing(rng: np.random.Generator, noun: str | None = None) -> tuple[str, str,
 def _scatter(
     rng: np.random.Generator, box: tuple[int, int, int, int], target: tuple[int, int, int], count: int
 ) -> list[tuple[int, int, int]]:
-    """Middles and sizes of up to `count` distractors: one a cell at most, none in the box or on the target."""
+    """Middles and sizes of up to `count` distractors: one a cell, none in the box or on the target."""
     (x0, y0, x1, y1), (tx, ty, tsize) = box, target
     placed: list[tuple[int, int, int]] = []
     for cell in rng.permutation((SIDE // CELL) ** 2).tolist():
