@@ -1,7 +1,7 @@
 """The miniature world: cluttered scenes, a red box round one small thing, a question about it.
 
 Everything is a pure function of (seed, split, index): `scene(...)` draws the same pixels on every machine.
-A scene is 128 x 128 pixels with 20-30 small digits, letters and shapes in eight colours (none red), at most
+A scene is 128 x 128 pixels with 38-48 small digits, letters and shapes in eight colours (none red), at most
 one near the middle of each 16-pixel cell. The crop is cut from the scene before the box is drawn and
 enlarged, so that it holds no pixel the full view lacks; what a response may say about the target (`Facts`)
 can be seen in both. Wrong options are things that stand elsewhere in the scene whenever there are enough of
@@ -19,7 +19,7 @@ BOX = 24
 CROP = 48
 CELL = 16
 JITTER = 3
-CLUTTER = (20, 30)
+CLUTTER = (38, 48)
 SPLITS = ("pretrain", "train", "validation", "test", "holdout", "probe")
 FAMILIES = ("digit", "shape", "colour")
 HOLDOUT_FAMILY = "letter"
