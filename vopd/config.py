@@ -179,6 +179,7 @@ def load(recipe_name: str, words: list[str]) -> DictConfig:
         )
     except OmegaConfBaseException as error:
         raise UserError(f"{recipe_path.name} or {profile_path.name}: {_first_line(error)}") from error
+    assert isinstance(merged, DictConfig)
     return _apply(merged, [w for w in words if not w.startswith("profile=")])
 
 

@@ -25,13 +25,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from vopd.backbone import seams
 from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
+from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
 from vopd.method import Method, UpdateBatch
 from vopd.teacher import TeacherWeights, components, stores
 
-LOG_PROB = (
-    "log_prob"  # always scored beside a method's own outputs: it shows whether rollout and trainer agree
-)
+# Always scored beside a method's own outputs: it shows whether rollout and trainer agree. A method that needs its
+# gradient returns it itself under this name.
+LOG_PROB = "log_prob"
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
@@ -46,6 +47,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
 
     def _build_module(self) -> nn.Module:
         module = super()._build_module()
+        respect_boundaries(module)
         self.head = install_head(module)
         return module
 
@@ -58,6 +60,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
     def attach(self, method: Method, chunk: int) -> None:
         """Train with `method` from here on. Call after `initialize`, before the first update."""
         self.method = method
+        self.names = tuple(dict.fromkeys((*method.outputs, LOG_PROB)))
         self.chunk = chunk
         self.store_names = stores(method.scorers.values())
         self.teachers = TeacherWeights(self.module, self.store_names)
@@ -104,7 +107,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         }
         context = ScoringContext(
             score=self._score,
-            names=(*self.method.outputs, LOG_PROB),
+            names=self.names,
             tokens_N=torch.cat(responses).to(self._device()),
             scorers={name: self._scorer(name, index_B) for name in self.method.scorers},
             chunk=self.chunk,
@@ -114,9 +117,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             micro_batch, [self._rows[i][self.method.rollout.view] for i in index_B], context
         )
         lengths = [len(r) for r in responses]
-        per_token = {
-            name: _pad(numbers_NM[:, m], lengths) for m, name in enumerate((*self.method.outputs, LOG_PROB))
-        }
+        per_token = {name: _pad(numbers_NM[:, m], lengths) for m, name in enumerate(self.names)}
         mask_BT = _pad(torch.cat(_rows_of(micro_batch["response_mask"])).to(numbers_NM), lengths)
         batch = UpdateBatch(
             rows=int(micro_batch["global_batch_size"]),
@@ -134,6 +135,8 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
     def _score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         assert self.method is not None
         numbers = self.method.score(chunk)
+        if LOG_PROB in numbers:
+            return numbers
         with torch.no_grad():
             log_prob_C = chunk.student_logits_CV.log_softmax(-1).gather(-1, chunk.tokens_C[:, None])[:, 0]
         return {**numbers, LOG_PROB: log_prob_C}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from vopd.backbone.progress import Progress
 from vopd.errors import UserError
 
 FAILURE = "failure.json"
@@ -25,6 +26,8 @@ def environment(run: DictConfig) -> dict[str, str]:
     common = {
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DEDUP_LOGS": "0",
+        # Ray runs its workers at niceness 15, behind everything else on a shared machine.
+        "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
@@ -49,16 +52,18 @@ def train(run_dir: Path) -> None:
     os.environ.update(environment(run))
     from vopd.backbone.verl_config import verl_config
 
+    progress = Progress(run_dir)
     config = verl_config(run)
     OmegaConf.save(config, run_dir / "verl_config.yaml")
+    progress.note("loading verl")
     import ray
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
     from verl.utils.config import validate_config
 
-    from vopd.backbone import plugin, seams, trainer
+    import vopd.backbone.trainer  # registers our trainer in verl
+    from vopd.backbone import plugin, seams
 
     plugin.assert_loaded()
-    assert trainer.Trainer
     validate_config(config=config, use_reference_policy=False, use_critic=False)
     runtime_env = get_ppo_ray_runtime_env(config)
     runtime_env["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"
@@ -66,6 +71,7 @@ def train(run_dir: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="vopd-", dir="/tmp", ignore_cleanup_errors=True) as ray_dir:
         init = OmegaConf.to_container(config.ray_kwargs.ray_init)
         assert isinstance(init, dict)
+        progress.note("starting Ray")
         ray.init(**{**init, "runtime_env": runtime_env, "_temp_dir": ray_dir})
         try:
             seams.TaskRunner().run(config)

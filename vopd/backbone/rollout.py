@@ -42,7 +42,17 @@ def decode(row: dict[str, Any]) -> dict[str, Any]:
 
 
 class ViewRolloutWorker(seams.AgentLoopWorker):
-    """One request = one (triplet, view, rollout index)."""
+    """One request = one (triplet, view, rollout index).
+
+    Its process is made early, while the trainer loads the model, and `start`ed when the servers are up.
+    """
+
+    def __init__(self) -> None:
+        """Only imports; see `start`."""
+
+    def start(self, *args: Any) -> None:
+        """What verl's constructor does."""
+        super().__init__(*args)
 
     async def _run_prompt(
         self,
@@ -67,7 +77,7 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
     def _render(self, row: dict[str, Any], views: list[str]) -> dict[str, Rendered]:
         decoded = decode(row)
         settings = self.config.vopd.rollout
-        template = OmegaConf.to_container(settings.chat_template)
+        template: Any = OmegaConf.to_container(settings.chat_template)
         return {
             view: render(
                 self.processor, VIEWS[view](decoded), row["id"], settings.max_prompt_tokens, template
@@ -160,9 +170,28 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
         }
 
 
-class ViewRolloutManager(seams.AgentLoopManagerTQ):
-    """verl's manager with our worker (`rollout.agent.agent_loop_manager_class`)."""
+def worker_name(config: Any, index: int) -> str:
+    """Name of a rollout worker's Ray actor; unique per run folder."""
+    return f"vopd_rollout_{config.vopd.run_dir}_{index}"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.agent_loop_workers_class = ray.remote(ViewRolloutWorker)
+
+def early_workers(config: Any) -> list[Any]:
+    """Start the worker processes, one per node in turn. Keep the handles: Ray ends an actor nobody holds."""
+    nodes = [n["NodeID"] for n in ray.nodes() if n["Alive"] and n["Resources"].get("CPU", 0) > 0]
+    strategy = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+    return [
+        ray.remote(ViewRolloutWorker)
+        .options(name=worker_name(config, i), scheduling_strategy=strategy(nodes[i % len(nodes)], soft=True))
+        .remote()
+        for i in range(config.actor_rollout_ref.rollout.agent.num_workers)
+    ]
+
+
+class ViewRolloutManager(seams.AgentLoopManagerTQ):
+    """verl's manager with our workers (`rollout.agent.agent_loop_manager_class`)."""
+
+    async def _init_agent_loop_workers(self) -> None:
+        count = self.rollout_config.agent.num_workers
+        self.agent_loop_workers = [ray.get_actor(worker_name(self.config, i)) for i in range(count)]
+        arguments = (self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles)
+        await asyncio.gather(*(w.start.remote(*arguments) for w in self.agent_loop_workers))

@@ -30,8 +30,10 @@ from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 VERL_VERSION = "0.9.1"
+ROLLOUT_SERVER_MODULE = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 
 __all__ = [
+    "ROLLOUT_SERVER_MODULE",
     "VERL_VERSION",
     "ActorRolloutRefWorker",
     "AgentLoopManagerTQ",

@@ -6,8 +6,10 @@ update (scorers, student, teachers; inside the worker) -> weight sync. Evaluatio
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
+import threading
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -24,6 +26,7 @@ from verl.utils.metric import reduce_metrics
 
 from vopd.backbone import seams
 from vopd.backbone.progress import Progress
+from vopd.backbone.rollout import early_workers
 from vopd.backbone.worker import MethodWorker
 from vopd.evaluation.records import write_records
 from vopd.method import build
@@ -51,7 +54,13 @@ class Trainer(seams.PPOTrainerSync):
         self.progress = Progress(self.run_dir)
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
+        self.train_dataloader_it: Any = None
         super().__init__(config)
+        # The training process is about to import and load for a while: load what comes next meanwhile.
+        threading.Thread(
+            target=importlib.import_module, args=(seams.ROLLOUT_SERVER_MODULE,), daemon=True
+        ).start()
+        self.progress.note("loading the model into the trainer")
 
     # ---- construction -------------------------------------------------------------------------------------------
 
@@ -64,6 +73,7 @@ class Trainer(seams.PPOTrainerSync):
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         self.role_worker_mapping[seams.Role.ActorRollout] = ray.remote(MethodWorker)
+        self.rollout_workers = early_workers(self.config)
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 

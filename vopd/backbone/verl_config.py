@@ -15,8 +15,6 @@ from vopd.errors import UserError
 
 HERE = Path(__file__).parent
 GIB = 1024**3
-# Keys that our mapping adds to verl's tree; every other unknown key is an error.
-ADDED = ("vopd",)
 
 
 def _resolvers() -> None:
@@ -39,6 +37,7 @@ def verl_config(run: DictConfig) -> DictConfig:
     with initialize_config_dir(version_base=None, config_dir=str(folder)):
         config = compose("ppo_trainer")
     vopd = OmegaConf.create(OmegaConf.to_container(run, resolve=True))
+    assert isinstance(vopd, DictConfig)
     words = vopd.pop("verl")
     vopd.evaluate = _plans(vopd)
     trackers = [name for name in ("tensorboard", "wandb") if vopd.logging[name]]
@@ -46,16 +45,22 @@ def verl_config(run: DictConfig) -> DictConfig:
     config.vopd = vopd
     device = "cpu" if vopd.hardware.device == "cpu" else "cuda"
     for file in ("verl.yaml", f"verl_{device}.yaml"):
-        config = OmegaConf.merge(config, OmegaConf.load(HERE / file))
+        config = _merged(config, OmegaConf.load(HERE / file))
     config.trainer.logger = trackers
     OmegaConf.set_struct(config, True)
     try:
-        config = OmegaConf.merge(config, words)
+        config = _merged(config, words)
     except OmegaConfBaseException as error:
         raise UserError(f"verl: {str(error).splitlines()[0]}") from error
     with open_dict(config):
         OmegaConf.resolve(config)
-    return config  # type: ignore[return-value]
+    return config
+
+
+def _merged(base: DictConfig, more: Any) -> DictConfig:
+    merged = OmegaConf.merge(base, more)
+    assert isinstance(merged, DictConfig)
+    return merged
 
 
 def _plans(vopd: DictConfig) -> dict[str, Any]:
