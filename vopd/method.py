@@ -168,7 +168,8 @@ def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(module.Settings), values))
     except OmegaConfBaseException as error:
-        raise UserError(f"method: {str(error).splitlines()[0]}") from error
+        key = f"method.{error.full_key}" if error.full_key else "method"
+        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
     return check(module.build(typed))
 
 

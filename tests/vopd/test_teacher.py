@@ -1,0 +1,172 @@
+"""Teacher weights: exact exchange, float32 averages, and what a scorer mixes."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from vopd.backbone.head import Component, ScoreChunk, ScoringContext, ScoringHead, active
+from vopd.method import Scorer
+from vopd.teacher import TeacherWeights, components, stores
+
+
+def student(dtype: torch.dtype = torch.float32) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 3)).to(dtype)
+
+
+def step(module: nn.Module, size: float) -> None:
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(size * torch.randn_like(p))
+
+
+def test_scorers_name_the_weights_they_read() -> None:
+    scorers = [
+        Scorer("crop", "ema", 0.05),
+        Scorer("crop", "trust_region", 0.3),
+        Scorer("full", "current"),
+        Scorer("crop", "ema", 0.05),
+    ]
+    assert stores(scorers) == ("current", "ema:0.05", "initial")
+    assert components(scorers[1]) == (("initial", 0.7), ("current", 0.3))
+
+
+def test_average_follows_the_formula_and_initial_stays() -> None:
+    module = student()
+    start = copy.deepcopy(dict(module.named_parameters()))
+    teachers = TeacherWeights(module, ("ema:0.25", "initial", "current"))
+    wanted = {k: p.detach().double() for k, p in start.items()}
+    for _ in range(3):
+        step(module, 0.1)
+        teachers.update(module)
+        wanted = {k: 0.75 * wanted[k] + 0.25 * p.detach().double() for k, p in module.named_parameters()}
+    assert sorted(teachers.shards) == ["ema:0.25", "initial"]
+    for key, value in wanted.items():
+        torch.testing.assert_close(teachers.shards["ema:0.25"][key].double(), value, rtol=1e-6, atol=1e-7)
+        assert torch.equal(teachers.shards["initial"][key], start[key])
+
+
+def check_average_moves_as_far_as_it_should(dtype: torch.dtype) -> None:
+    """100 steps of 2e-6, the size of a step at the paper's learning rate, on weights of a usual size."""
+    module = nn.Linear(64, 64, bias=False)
+    nn.init.normal_(module.weight, std=0.02)
+    start = module.weight.detach().double().clone()
+    teachers = TeacherWeights(module, ("ema:0.05",))
+    shards = teachers.shards["ema:0.05"]
+    shards["weight"] = shards["weight"].to(dtype)
+    exact = start.clone()
+    for _ in range(100):
+        with torch.no_grad():
+            module.weight.add_(2e-6 * torch.sign(start))
+        teachers.update(module)
+        exact += 0.05 * (module.weight.detach().double() - exact)
+    moved = (shards["weight"].double() - start.to(dtype).double()).norm()
+    assert moved == pytest.approx((exact - start).norm().item(), rel=0.01)
+
+
+def test_pitfall_02_small_steps_move_the_average() -> None:
+    check_average_moves_as_far_as_it_should(torch.float32)
+
+
+def test_pitfall_02_twin_an_average_in_bfloat16_is_seen() -> None:
+    with pytest.raises(AssertionError):
+        check_average_moves_as_far_as_it_should(torch.bfloat16)
+
+
+def test_pitfall_02_half_precision_students_are_refused() -> None:
+    module = student(torch.bfloat16)
+    teachers = TeacherWeights(module, ("initial",))
+    assert {v.dtype for v in teachers.shards["initial"].values()} == {torch.float32}
+    with pytest.raises(TypeError, match="fp32"), teachers.in_place_of(module, "initial"):
+        pass
+
+
+@given(st.floats(-(2.0**99), 2.0**99, width=32), st.floats(-(2.0**-99), 2.0**-99, width=32))
+def test_exchange_is_exact_to_the_bit(large: float, small: float) -> None:
+    """Adding and subtracting a difference would lose the small one."""
+    module = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(module.weight, small)
+    teachers = TeacherWeights(module, ("initial",))
+    nn.init.constant_(module.weight, large)
+    before = module.weight.detach().clone()
+    with teachers.in_place_of(module, "initial"):
+        assert module.weight.item() == small
+    assert torch.equal(module.weight, before)
+    assert teachers.shards["initial"]["weight"].item() == small
+
+
+def test_exchange_comes_back_after_an_exception() -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("initial",))
+    step(module, 1.0)
+    before = copy.deepcopy(module.state_dict())
+
+    def fail() -> None:
+        with teachers.in_place_of(module, "initial"):
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError):
+        fail()
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_current_is_the_student_itself() -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("current",))
+    assert teachers.shards == {}
+    pointers = [p.data_ptr() for p in module.parameters()]
+    with teachers.in_place_of(module, "current"):
+        assert [p.data_ptr() for p in module.parameters()] == pointers
+
+
+def test_checkpoint_round_trip() -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("ema:0.5", "initial"))
+    step(module, 1.0)
+    teachers.update(module)
+    saved = copy.deepcopy(teachers.state_dict())
+    restored = TeacherWeights(module, ("ema:0.5", "initial"))
+    restored.load_state_dict(saved)
+    for name, shards in saved.items():
+        assert all(torch.equal(restored.shards[name][k], v) for k, v in shards.items())
+
+
+def test_checkpoint_of_another_method_or_model_is_refused() -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("ema:0.5",))
+    with pytest.raises(ValueError, match=r"holds teachers \['initial'\]"):
+        teachers.load_state_dict(TeacherWeights(module, ("initial",)).state_dict())
+    other = TeacherWeights(nn.Linear(2, 2), ("ema:0.5",))
+    with pytest.raises(ValueError, match="parameters differ"):
+        teachers.load_state_dict(other.state_dict())
+
+
+@given(st.floats(0.01, 1.0))
+def test_trust_region_is_the_normalised_geometric_mixture(rate: float) -> None:
+    """p proportional to p_initial^(1-a) * p_current^a, through `components` and the head."""
+    torch.manual_seed(0)
+    hidden = {name: torch.randn(5, 4, dtype=torch.float64) for name in ("initial", "current")}
+    weight = {name: torch.randn(11, 4, dtype=torch.float64) for name in ("initial", "current")}
+    mixed: list[torch.Tensor] = []
+
+    def score(chunk: ScoreChunk) -> dict[str, torch.Tensor]:
+        mixed.append(chunk.scorer_logits["teacher"].softmax(-1))
+        return {"zero": chunk.student_logits_CV[:, 0] * 0}
+
+    parts = tuple(
+        Component(hidden[name], weight[name], share)
+        for name, share in components(Scorer("crop", "trust_region", rate))
+    )
+    head = ScoringHead(nn.Parameter(weight["current"]))
+    context = ScoringContext(
+        score, ("zero",), torch.zeros(5, dtype=torch.long), chunk=2, scorers={"teacher": parts}
+    )
+    with active(head, context):
+        head(hidden["current"][None])
+    p = {name: (hidden[name] @ weight[name].t()).softmax(-1) for name in hidden}
+    wanted = p["initial"] ** (1 - rate) * p["current"] ** rate
+    torch.testing.assert_close(torch.cat(mixed), wanted / wanted.sum(-1, keepdim=True))
