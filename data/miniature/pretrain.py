@@ -1,6 +1,6 @@
 """Makes the miniature's base model from random weights: `python -m data.miniature.pretrain --out DIR`.
 
-Five stages, each of which learns one thing that the next one needs:
+Four stages, each of which learns one thing that the next one needs:
 
 1. text   the language model looks a named value up among the options and says its letter (no image);
 2. eyes   the vision tower names everything in packed scenes, and all that can be said of a crop;
@@ -8,8 +8,6 @@ Five stages, each of which learns one thing that the next one needs:
 4. both   crops and full scenes in turn. Most of these scenes hold few distractors: the model sees full
           images as often as crops, but seldom has to find one small thing among many. That is the weakness
           left to mend.
-5. told   the same, but half of the batches tell the answer in the prompt, in crowded scenes, as a teacher
-          that knows the solution is asked. Without it the model does not learn to use such a hint.
 
 Every batch is a function of (seed, stage, step), so a checkpoint needs no generator state beyond those
 numbers; a run that was killed goes on from its last checkpoint.
@@ -84,7 +82,6 @@ class Learner:
             Stage("eyes", 600, 3e-3, self.eyes_loss),
             Stage("crops", 300, 1.5e-3, self.crops_loss),
             Stage("both", 700, 1e-3, self.both_loss),
-            Stage("told", 160, 7e-4, self.told_loss),
         )
 
     def _rng(self, stage: int, step: int) -> np.random.Generator:
@@ -187,25 +184,6 @@ class Learner:
         asked = [self.hinted(s, rng) if rng.random() < HINTED_SHARE else s.question for s in scenes]
         return self._answer_scenes(scenes, asked, rng)
 
-    # ---- 5. the answer told
-    def told_loss(self, step: int) -> Tensor:
-        rng = self._rng(4, step)
-        if step % 4 == 0:
-            return self._answers(self._scenes(4, step, 64), "crop", rng)
-        if step % 4 == 1:
-            return self._answers(self._scenes(4, step, 32, SPARSE), "full", rng)
-        scenes = self._scenes(4, step, 32)
-        batch = self.coder.scenes(scenes, "full", [self.hinted(s, rng) for s in scenes], rng)
-        for s, labels in zip(scenes, batch.labels, strict=True):
-            # Only what the hint settles is learnt: the rest would train the look for the box in a crowd.
-            settled = [self.coder.encode(f" {said}")[0] for said in (s.asked, s.answer)]
-            labels[~torch.isin(labels, torch.tensor(settled))] = IGNORED
-        return response_loss(self.fast, batch, self.fast.see(pictures(scenes, "full")))
-
-    def _answers(self, scenes: list[Scene], view: str, rng: np.random.Generator) -> Tensor:
-        batch = self.coder.scenes(scenes, view, [s.question for s in scenes], rng)
-        return response_loss(self.fast, batch, self.fast.see(pictures(scenes, view)))
-
     def _answer_scenes(self, scenes: list[Scene], asked: list[str], rng: np.random.Generator) -> Tensor:
         seen = self.fast.see(pictures(scenes, "full"))
         batch = self.coder.scenes(scenes, "full", asked, rng)
@@ -259,7 +237,7 @@ def _write(
 
 
 def pretrain(out: Path, seed: int, threads: int) -> None:
-    """Runs what is left of the five stages and saves the model's folder to `out`."""
+    """Runs what is left of the four stages and saves the model's folder to `out`."""
     torch.set_num_threads(threads)
     learner = Learner(seed)
     optimiser = _optimiser(learner)
@@ -295,7 +273,7 @@ def pretrain(out: Path, seed: int, threads: int) -> None:
             bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
             if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
                 _write(checkpoint, learner, optimiser, index, step + 1, time.monotonic() - began)
-        if stage.name in ("crops", "both", "told"):
+        if stage.name in ("crops", "both"):
             bar.write(
                 json.dumps(
                     {"stage": stage.name, "minutes": (time.monotonic() - began) / 60} | quick_check(learner)
