@@ -23,7 +23,7 @@ from tensordict.tensorclass import NonTensorStack
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vopd.backbone import seams
+from vopd.backbone import delta_rule, seams
 from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
@@ -49,6 +49,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         module = super()._build_module()
         respect_boundaries(module)
         self.head = install_head(module)
+        self.vision = SharedVision(module)
+        if seams.get_device_name() == "cpu":
+            delta_rule.install(module)
         return module
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -215,7 +218,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         responses = _rows_of(micro_batch["responses"])
         pairs = [with_response(v, r) for v, r in zip(rendered, responses, strict=True)]
         inputs = TensorDict({"input_ids": _nested([ids for ids, _ in pairs])}, batch_size=[len(pairs)])
-        inputs["multi_modal_inputs"] = NonTensorStack(*[v["multi_modal_inputs"] for v in rendered])
+        first_B, unique_B = unique_rows([v["key"] for v in rendered])
+        images = [dict(rendered[row]["multi_modal_inputs"]) for row in first_B]
+        inputs["multi_modal_inputs"] = NonTensorStack(*images, *[{} for _ in range(len(pairs) - len(images))])
         packed = bool(micro_batch["use_remove_padding"])
         seams.assign_non_tensor(inputs, temperature=1.0, use_remove_padding=packed)
         inputs = inputs.to(self._device())
@@ -224,7 +229,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         context.positions_N = response_positions(
             [len(ids) for ids, _ in pairs], [len(r) for r in responses], packed
         ).to(self._device())
-        with self._autocast(), active(self.head, context):
+        with self._autocast(), self.vision.shared(unique_B, images), active(self.head, context):
             return self.module(**model_inputs, use_cache=False).logits[0]
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -317,6 +322,41 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         with self.teachers.in_place_of(self.module, store):
             yield
             self._reshard()
+
+
+class SharedVision:
+    """Encodes an image once for all rollouts of its prompt: repeats the tower's output, gradients add up."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.repeat: tuple[list[int], list[int]] | None = None
+        tower = module.get_submodule("model.visual")
+        vision_config: Any = module.config.vision_config  # type: ignore[union-attr]
+        self.merge = int(vision_config.spatial_merge_size) ** 2
+        tower.register_forward_hook(self._expand)
+
+    @contextmanager
+    def shared(self, unique_B: list[int], images: list[dict[str, torch.Tensor]]) -> Iterator[None]:
+        """Within the block the tower gets the images of the distinct rows; unique_B names each row's."""
+        sizes = [int(image["image_grid_thw"].prod(-1).sum().item()) // self.merge for image in images]
+        self.repeat = (unique_B, sizes)
+        try:
+            yield
+        finally:
+            self.repeat = None
+
+    def _expand(self, _module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if self.repeat is not None:
+            unique_B, sizes = self.repeat
+            parts = output.pooler_output.split(sizes)
+            output.pooler_output = torch.cat([parts[i] for i in unique_B])
+        return output
+
+
+def unique_rows(keys: list[str]) -> tuple[list[int], list[int]]:
+    """First row of every distinct key, and for each row the number of its key: ([0, 2], [0, 0, 1]) for a, a, b."""
+    numbers: dict[str, int] = {}
+    unique_B = [numbers.setdefault(key, len(numbers)) for key in keys]
+    return [unique_B.index(number) for number in range(len(numbers))], unique_B
 
 
 def response_positions(lengths_B: list[int], responses_B: list[int], packed: bool) -> torch.Tensor:

@@ -60,10 +60,10 @@ def train(run_dir: Path) -> None:
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
     from verl.utils.config import validate_config
 
-    import vopd.backbone.trainer  # registers our trainer in verl
-    from vopd.backbone import plugin, seams
+    from vopd.backbone import plugin, seams, trainer
 
     plugin.assert_loaded()
+    assert config.trainer.v1.trainer_mode == trainer.NAME  # imported above: verl now knows it by this name
     validate_config(config=config, use_reference_policy=False, use_critic=False)
     runtime_env = get_ppo_ray_runtime_env(config)
     runtime_env["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"

@@ -8,6 +8,7 @@ Legend: P prompt tokens, R response tokens, L = P + R.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,12 +28,14 @@ class Rendered:
     """One prompt as the model sees it.
 
     Attributes:
+        key: equal for prompts with equal images; the n rollouts of a prompt share one encoding of them.
         prompt_ids_P: token ids, image placeholders expanded.
         position_ids_4P: rotary positions of the prompt.
         multi_modal_inputs: pixel_values, image_grid_thw, ... as the processor made them.
         images: the images in the order of their placeholders, for vLLM.
     """
 
+    key: str
     prompt_ids_P: torch.Tensor
     position_ids_4P: torch.Tensor
     multi_modal_inputs: dict[str, torch.Tensor]
@@ -41,6 +44,7 @@ class Rendered:
     def for_training(self) -> dict[str, Any]:
         """What travels to the workers (images stay behind)."""
         return {
+            "key": self.key,
             "prompt_ids": self.prompt_ids_P,
             "position_ids": self.position_ids_4P,
             "multi_modal_inputs": self.multi_modal_inputs,
@@ -68,7 +72,9 @@ def render(processor: Any, messages: Messages, row_id: str, limit: int, template
             f"Row {row_id}: its prompt has {ids_1P.shape[1]} tokens, the limit is {limit}; raise "
             "rollout.max_prompt_tokens or drop the row."
         )
-    return Rendered(ids_1P[0], _positions(processor, ids_1P, mask_1P, inputs), inputs, images)
+    pixels = b"".join(inputs[name].numpy().tobytes() for name in sorted(inputs))
+    key = hashlib.blake2b(pixels, digest_size=16).hexdigest()
+    return Rendered(key, ids_1P[0], _positions(processor, ids_1P, mask_1P, inputs), inputs, images)
 
 
 def _positions(

@@ -31,6 +31,7 @@ from vopd.backbone.worker import MethodWorker
 from vopd.evaluation.records import write_records
 from vopd.method import build
 
+NAME = "vopd"
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
 UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "rendered")
 
@@ -39,7 +40,7 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is kept."""
 
 
-@seams.register_trainer("vopd")
+@seams.register_trainer(NAME)
 class Trainer(seams.PPOTrainerSync):
     """See the module's docstring."""
 
