@@ -14,11 +14,11 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_writes_reuses_and_rewrites(tmp_path: Path) -> None:
-    first = prepare.prepare(tmp_path)
+    first = prepare.prepare(tmp_path, train_rows=6)
     assert first["rows"] == prepare.ROWS
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
     assert len(stamps) == 5 and not list(tmp_path.glob("*.partial"))
-    assert prepare.prepare(tmp_path) == first
+    assert prepare.prepare(tmp_path, train_rows=6) == first
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
     other = prepare.prepare(tmp_path, train_rows=4)
     assert len(schema.read(tmp_path / "train.parquet")) == 4
@@ -27,10 +27,11 @@ def test_writes_reuses_and_rewrites(tmp_path: Path) -> None:
 
 
 def test_same_settings_same_bytes(tmp_path: Path) -> None:
-    assert prepare.prepare(tmp_path / "a") == prepare.prepare(tmp_path / "b")
+    one, two = (prepare.prepare(tmp_path / d, train_rows=6) for d in "ab")
+    assert one == two
 
 
 def test_holdout_asks_about_letters_only(tmp_path: Path) -> None:
-    prepare.prepare(tmp_path)
+    prepare.prepare(tmp_path, train_rows=6)
     assert set(schema.read(tmp_path / "holdout.parquet")["family"]) == {"letter"}
     assert "letter" not in schema.read(tmp_path / "train.parquet")["family"]
