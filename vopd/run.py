@@ -118,7 +118,9 @@ class Run:
         if self.config.data.prepare is None:
             return
         command = watch.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+        # Its progress bar is for a person; in a file it would be thousands of lines.
+        bar = None if self.console.is_terminal else subprocess.DEVNULL
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=bar)
         if done.returncode:
             raise UserError(
                 f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}."
@@ -141,6 +143,7 @@ class Run:
 
         from vopd import preflight
 
+        datasets.disable_progress_bars()
         processor = AutoProcessor.from_pretrained(config.model.path)
         for split in SPLITS:
             rows = datasets.Dataset.from_parquet(str(Path(config.data.folder) / f"{split}.parquet"))

@@ -164,7 +164,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
                 for view in sorted(wanted[store]):
                     hidden[store, view] = self._hidden(data, view)
                 self._reshard()
-                head[store] = seams.full_tensor(self.head.weight.detach().to(self._autocast_dtype))
+                # A copy: on one rank the full tensor is the shard itself, which changes back with the student's.
+                weight = self.head.weight.detach().to(self._autocast_dtype, copy=True)
+                head[store] = seams.full_tensor(weight)
         return hidden, head
 
     def _hidden(self, data: TensorDict, view: str) -> list[torch.Tensor]:

@@ -55,4 +55,4 @@ def respect_boundaries(model: nn.Module) -> None:
     for module in model.modules():
         rule = getattr(module, "chunk_gated_delta_rule", None)
         if rule is not None and swallows_boundaries(rule):
-            module.chunk_gated_delta_rule = honest(rule)
+            module.chunk_gated_delta_rule = honest(rule)  # type: ignore[assignment]
