@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 
+os.environ.setdefault("VERL_PLATFORM", "cpu")  # read when verl is first imported
+
 SCRIPT = Path(__file__).with_name("engine_case.py")
 ON_TWO_RANKS = ("micro_batches", "packing", "ema_one", "non_finite", "checkpoint")
 

@@ -1,0 +1,250 @@
+"""Contract with the pinned verl and vLLM: each name and signature that the backbone builds on.
+
+A failure here after an upgrade names the seam; mend vopd/backbone/seams.py or the override it points to.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from vopd.backbone import seams
+from vopd.backbone.engine import ScoringEngine
+from vopd.backbone.rollout import ViewRolloutManager, ViewRolloutWorker
+from vopd.backbone.trainer import Trainer
+from vopd.backbone.vllm_cpu import CPUWorkerExtension
+from vopd.backbone.worker import MethodWorker, ScoringTrainingWorker
+from vopd.config import load
+
+SEAM = f"verl {version('verl')}: the backbone is written against {seams.VERL_VERSION}; this seam differs: "
+
+# (our class, verl's class, method, verl's arguments that ours must take, in verl's order)
+OVERRIDES = [
+    (ViewRolloutWorker, seams.AgentLoopWorker, "_run_prompt", "self prompt sampling_params trajectory trace"),
+    (
+        ViewRolloutWorker,
+        seams.AgentLoopWorker,
+        "_run_agent_loop",
+        "self sampling_params trajectory agent_name",
+    ),
+    (ViewRolloutManager, seams.AgentLoopManagerTQ, "_init_agent_loop_workers", "self"),
+    (Trainer, seams.PPOTrainerSync, "__init__", "self config"),
+    (Trainer, seams.PPOTrainerSync, "_build_replay_buffer", "self"),
+    (Trainer, seams.PPOTrainerSync, "_init_resource_pool_mgr", "self"),
+    (Trainer, seams.PPOTrainerSync, "_fetch_one_gen_batch", "self"),
+    (Trainer, seams.PPOTrainerSync, "_step_once", "self metrics timing_raw sample_batch_size"),
+    (Trainer, seams.PPOTrainerSync, "_update_actor", "self batch metrics"),
+    (Trainer, seams.PPOTrainerSync, "_validate", "self"),
+    (Trainer, seams.PPOTrainerSync, "_compute_metrics", "self batch metrics timing_raw global_steps epoch"),
+    (Trainer, seams.PPOTrainerSync, "_save_checkpoint", "self"),
+    (Trainer, seams.PPOTrainerSync, "_load_checkpoint", "self"),
+    (Trainer, seams.PPOTrainerSync, "fit", "self agent_loop_manager"),
+    (ScoringEngine, seams.FSDPEngineWithLMHead, "_build_module", "self"),
+    (ScoringEngine, seams.FSDPEngineWithLMHead, "_build_lr_scheduler", "self optimizer"),
+    (ScoringEngine, seams.FSDPEngineWithLMHead, "train_batch", "self data loss_function"),
+    (
+        ScoringEngine,
+        seams.FSDPEngineWithLMHead,
+        "forward_step",
+        "self micro_batch loss_function forward_only",
+    ),
+    (ScoringEngine, seams.FSDPEngineWithLMHead, "save_checkpoint", "self local_path"),
+    (ScoringEngine, seams.FSDPEngineWithLMHead, "load_checkpoint", "self local_path"),
+    (ScoringTrainingWorker, seams.TrainingWorker, "__init__", "self config"),
+    (MethodWorker, seams.ActorRolloutRefWorker, "init_model", "self"),
+    (MethodWorker, seams.ActorRolloutRefWorker, "update_actor", "self data"),
+    (
+        CPUWorkerExtension,
+        CPUWorkerExtension.__mro__[1],
+        "monkey_patch_model",
+        "self vocab_size banned_token_ids",
+    ),
+    (
+        CPUWorkerExtension,
+        CPUWorkerExtension.__mro__[1],
+        "update_weights_from_ipc",
+        "self peft_config base_sync_done use_shm",
+    ),
+]
+
+# Called, not overridden: (owner, method, arguments by name that we rely on)
+CALLED = [
+    (seams.AgentLoopWorker, "generate_sequences", "self batch"),
+    (seams.PPOTrainerSync, "_compute_old_log_prob", "self batch metrics"),
+    (seams.PPOTrainerSync, "_compute_advantage", "self batch metrics"),
+    (seams.PPOTrainerSync, "on_sample_end", "self"),
+    (seams.FSDPEngineWithLMHead, "prepare_model_inputs", "self micro_batch"),
+    (seams.FSDPEngineWithLMHead, "forward_backward_batch", "self data loss_function forward_only"),
+    (seams.FSDPEngineWithLMHead, "optimizer_step", "self"),
+    (seams.FSDPEngineWithLMHead, "optimizer_zero_grad", "self"),
+    (seams.FSDPEngineWithLMHead, "get_per_tensor_param", "self"),
+    (seams.FSDPEngineWithLMHead, "get_data_parallel_group", "self"),
+]
+
+
+def plain_function(owner: Any, name: str) -> Any:
+    """The function behind verl's decorators."""
+    return inspect.unwrap(inspect.getattr_static(owner, name))
+
+
+def check_seam(owner: Any, name: str, arguments: str) -> None:
+    where = f"{SEAM}{owner.__module__}.{owner.__qualname__}.{name}"
+    assert hasattr(owner, name), f"{where} is gone"
+    found = list(inspect.signature(plain_function(owner, name)).parameters)
+    missing = [a for a in arguments.split() if a not in found]
+    assert not missing, f"{where}{tuple(found)} has no {missing}"
+
+
+def test_the_pin_is_the_version_that_was_read() -> None:
+    assert version("verl") == seams.VERL_VERSION
+    assert version("transformers") == "5.9.0"
+    assert version("torch").split("+")[0] == "2.11.0"
+
+
+@pytest.mark.parametrize(("ours", "theirs", "name", "arguments"), OVERRIDES)
+def test_what_we_override_exists_and_takes_what_we_take(
+    ours: Any, theirs: Any, name: str, arguments: str
+) -> None:
+    assert issubclass(ours, theirs)
+    assert name in vars(ours), f"{ours.__name__}.{name} is no longer ours: drop it from this list"
+    check_seam(theirs, name, arguments)
+
+
+@pytest.mark.parametrize(("owner", "name", "arguments"), CALLED)
+def test_what_we_call_exists(owner: Any, name: str, arguments: str) -> None:
+    check_seam(owner, name, arguments)
+
+
+@pytest.mark.parametrize("defect", ["gone", "renamed argument"])
+def test_a_seam_that_changed_is_seen(defect: str) -> None:
+    class Changed(seams.PPOTrainerSync):
+        def _step_once(self, metrics: Any, timings: Any, sample_batch_size: int) -> None: ...
+
+    name = "_step_twice" if defect == "gone" else "_step_once"
+    with pytest.raises(AssertionError, match=r"verl 0\.9\.1.*_step"):
+        check_seam(Changed, name, "self metrics timing_raw sample_batch_size")
+
+
+def test_every_name_that_seams_exports_is_there() -> None:
+    assert [name for name in seams.__all__ if not hasattr(seams, name)] == []
+
+
+def test_the_engine_has_what_the_scoring_engine_reads() -> None:
+    source = inspect.getsource(seams.FSDPEngineWithLMHead.__mro__[1])
+    for name in (
+        "_autocast_dtype",
+        "self.optimizer_config",
+        "self.rank",
+        "self.optimizer =",
+        "batch_num_tokens",
+    ):
+        assert name in source, f"{SEAM}FSDPEngine no longer has {name}"
+
+
+def test_workers_are_found_by_their_class_attributes() -> None:
+    assert hasattr(seams.ActorRolloutRefWorker, "actor_worker_cls")
+    assert MethodWorker.actor_worker_cls is ScoringTrainingWorker
+
+
+def test_the_trainer_is_registered_under_its_name() -> None:
+    trainers = importlib.import_module("verl.trainer.ppo.v1.trainer_base")
+    assert trainers.get_trainer_cls("vopd") is Trainer
+
+
+def test_the_rollout_bans_vision_placeholders() -> None:
+    server = importlib.import_module("verl.workers.rollout.vllm_rollout.vllm_async_server")
+    assert '"banned_token_ids": get_vision_placeholder_token_ids' in inspect.getsource(server), SEAM
+
+
+def test_vllms_cpu_runner_still_leaves_blocks_dirty() -> None:
+    """When vLLM clears them itself, vopd.backbone.vllm_cpu can go."""
+    runner = pytest.importorskip("vllm.v1.worker.cpu_model_runner", reason="vLLM's CPU build only")
+    body = inspect.getsource(runner.CPUModelRunner._zero_block_ids)
+    assert body.strip().endswith("pass"), "CPUModelRunner._zero_block_ids does something now"
+
+
+def test_vllms_runner_has_what_the_extension_touches() -> None:
+    runner = importlib.import_module("vllm.v1.worker.gpu_model_runner")
+    source = inspect.getsource(runner)
+    for name in ("self.kv_caches", "self.kv_cache_config", "_zero_block_ids"):
+        assert name in source, f"vLLM {version('vllm')}: GPUModelRunner no longer has {name}"
+    check_seam(runner.GPUModelRunner, "reload_weights", "self weights_iterator is_checkpoint_format")
+
+
+# ---- verl's configuration tree -------------------------------------------------------------------------------------
+
+# Keys that verl's YAML tree does not list: ours, free-form dictionaries, and fields that only its dataclasses have.
+ADDED = (
+    "vopd",
+    "actor_rollout_ref.vopd",
+    "actor_rollout_ref.rollout.engine_kwargs",
+    "actor_rollout_ref.model.override_config",
+    "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+    "ray_kwargs.ray_init",
+)
+FIELDS = {
+    "actor_rollout_ref.rollout": "RolloutConfig",
+    "actor_rollout_ref.rollout.agent": "AgentLoopConfig",
+}
+
+
+def is_field(key: str) -> bool:
+    parent, _, name = key.rpartition(".")
+    config = importlib.import_module("verl.workers.config.rollout")
+    return parent in FIELDS and name in {f.name for f in fields(getattr(config, FIELDS[parent]))}
+
+
+def leaves(node: Any, prefix: str = "") -> list[str]:
+    if not isinstance(node, dict) or not node:
+        return [prefix]
+    return [
+        leaf for key, value in node.items() for leaf in leaves(value, f"{prefix}.{key}" if prefix else key)
+    ]
+
+
+def check_mapping_knows_verls_keys(mapping: dict[str, Any]) -> None:
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+
+    GlobalHydra.instance().clear()
+    folder = Path(importlib.import_module("verl").__file__).parent / "trainer" / "config"
+    with initialize_config_dir(version_base=None, config_dir=str(folder)):
+        tree = compose("ppo_trainer")
+    absent = object()
+    unknown = [
+        key
+        for key in leaves(mapping)
+        if not key.startswith(ADDED)
+        and not is_field(key)
+        and OmegaConf.select(tree, key, default=absent) is absent
+    ]
+    assert unknown == [], f"{SEAM}verl's configuration has no {unknown}"
+
+
+@pytest.mark.parametrize("file", ["verl.yaml", "verl_cpu.yaml", "verl_cuda.yaml"])
+def test_pitfall_14_every_key_we_set_exists_in_verls_tree(file: str) -> None:
+    path = Path(inspect.getfile(seams)).parent / file
+    check_mapping_knows_verls_keys(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
+
+
+def test_pitfall_14_twin_a_mistyped_key_of_verl_is_seen() -> None:
+    with pytest.raises(AssertionError, match="ppo_mini_bacth_size"):
+        check_mapping_knows_verls_keys({"actor_rollout_ref": {"actor": {"ppo_mini_bacth_size": 4}}})
+
+
+def test_pitfall_14_an_unknown_verl_word_is_an_error() -> None:
+    from vopd.backbone.verl_config import verl_config
+    from vopd.errors import UserError
+
+    assert (
+        verl_config(load("vision_opd", ["+verl.trainer.balance_batch=false"])).trainer.balance_batch is False
+    )
+    with pytest.raises(UserError, match="balance_bacth"):
+        verl_config(load("vision_opd", ["+verl.trainer.balance_bacth=false"]))
