@@ -1,0 +1,99 @@
+"""Every bad input ends a run with exit code 2 and one sentence that names it, before Ray is started."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vopd import run, watch
+
+Words = Callable[[Path], list[str]]
+
+
+@pytest.fixture
+def refusal(
+    tmp_path: Path, words_for: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """`refusal(*words)` gives the sentence on stderr of a run with these words beside the short run's."""
+
+    def no_training(*_: object) -> watch.Outcome:
+        raise AssertionError("training was started")
+
+    monkeypatch.setattr(watch, "run", no_training)
+
+    def refused(*words: str, recipe: str = "vision_opd") -> str:
+        replaced = {word.split("=")[0] for word in words}
+        kept = [w for w in words_for(tmp_path / "run") if w.split("=")[0] not in replaced]
+        assert run.main([recipe, *kept, *words]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("vopd: ") and said.count("\n") == 1, said
+        return said
+
+    return refused
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (["train.setps=3"], "setps"),
+        (["method.top_kk=3"], "top_kk"),
+        (["train.steps=many"], "many"),
+        (["method.top_k=many"], "top_k"),
+        (["profile=nowhere"], "nowhere"),
+        (["model.path=/nowhere/model"], "/nowhere/model"),
+        (["data.folder=/nowhere/data"], "/nowhere/data"),
+        (["hardware.memory_gib=100000"], "100000 GiB"),
+        (["hardware.disk_gib=1e9"], "1e+09 GB"),
+        (["rollout.max_prompt_tokens=20"], "the limit is 20"),
+    ],
+)
+def test_bad_words(refusal: Callable[..., str], words: list[str], named: str) -> None:
+    assert named in refusal(*words)
+
+
+def test_unknown_recipe(refusal: Callable[..., str]) -> None:
+    assert "'vision_odp'" in refusal(recipe="vision_odp")
+
+
+@pytest.fixture
+def spoiled(triplets: Path, tmp_path: Path) -> Callable[[Callable[[pa.Table], pa.Table]], Path]:
+    """`spoiled(change)` gives a copy of the data in which `change` was applied to the training rows."""
+
+    def make(change: Callable[[pa.Table], pa.Table]) -> Path:
+        folder = tmp_path / "spoiled"
+        folder.mkdir()
+        for file in triplets.glob("*.parquet"):
+            table = pq.read_table(file)
+            pq.write_table(change(table) if file.stem == "train" else table, folder / file.name)
+        return folder
+
+    return make
+
+
+def test_empty_data(refusal: Callable[..., str], spoiled: Callable[..., Path]) -> None:
+    folder = spoiled(lambda table: table.slice(0, 0))
+    assert f"{folder / 'train.parquet'}: holds no row" in refusal(f"data.folder={folder}")
+
+
+def test_missing_column(refusal: Callable[..., str], spoiled: Callable[..., Path]) -> None:
+    folder = spoiled(lambda table: table.drop_columns(["question"]))
+    assert f"{folder / 'train.parquet'}: lacks the column 'question'" in refusal(f"data.folder={folder}")
+
+
+def test_an_image_that_is_none(refusal: Callable[..., str], spoiled: Callable[..., Path]) -> None:
+    def spoil(table: pa.Table) -> pa.Table:
+        cells = table["crop"].to_pylist()
+        cells[-1] = {"bytes": b"no picture", "path": None}
+        column = pa.array(cells, table.schema.field("crop").type)
+        return table.set_column(table.schema.get_field_index("crop"), "crop", column)
+
+    said = refusal(f"data.folder={spoiled(spoil)}")
+    assert "train.parquet: row train-0-000047, column crop" in said
+
+
+def test_a_folder_with_a_run_of_other_settings(refusal: Callable[..., str], tmp_path: Path) -> None:
+    assert "/nowhere/data" in refusal("data.folder=/nowhere/data")
+    (tmp_path / "run" / "metrics.jsonl").touch()
+    assert "another seed" in refusal("data.folder=/nowhere/data", "seed=5")

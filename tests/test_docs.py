@@ -1,0 +1,160 @@
+"""What the documents say can be done: their commands, settings, links, files and tests exist; their example works."""
+
+import re
+import shlex
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from vopd.backbone.head import ScoreChunk
+from vopd.config import ROOT, load
+from vopd.method import Method, UpdateBatch, build
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS.append(ROOT / "data" / "miniature" / "base" / "README.md")
+EXAMPLE = ROOT / "docs" / "adding_a_recipe.md"
+OWN = ("recipes", "vopd", "data", "scripts", "tests", "docs", "requirements", "baselines")
+
+
+def name_of(document: Path) -> str:
+    return str(document.relative_to(ROOT))
+
+
+def blocks(document: Path, language: str) -> list[str]:
+    """Fenced blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", document.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def inline(document: Path) -> list[str]:
+    """Text in single backticks, fenced blocks aside; a line break counts as a space."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", prose)]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Words of every `bash ...` and `python ...` command, in blocks and in prose."""
+    lines = [
+        line
+        for language in ("bash", "")
+        for block in blocks(document, language)
+        for line in block.split("\n")
+    ]
+    found = [line for line in lines + inline(document) if re.match(r"(bash|python) ", line)]
+    return [shlex.split(line, comments=True) for line in found]
+
+
+def refusals(document: Path) -> list[str]:
+    """Commands that name no script or module of ours, or settings that a run does not take."""
+    wrong = []
+    for words in commands(document):
+        line = " ".join(words)
+        if words[0] == "python":
+            if "-m" not in words or find_spec(words[words.index("-m") + 1]) is None:
+                wrong.append(f"{line}: no such module")
+        elif not (ROOT / words[1]).is_file():
+            wrong.append(f"{line}: no such script")
+        elif words[1] == "scripts/run_recipe.sh" and words[2] != "--help":
+            recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
+            load(recipe, [word for word in words[3:] if word != "--help"])
+    return wrong
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_commands_name_what_exists_and_settings_that_a_run_takes(document: Path) -> None:
+    assert refusals(document) == []
+
+
+def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
+    document = tmp_path / "x.md"
+    document.write_text("Try `python -m vopd.nothing`:\n```bash\nbash scripts/nothing.sh   # now\n```\n")
+    assert [line.split(":")[0] for line in refusals(document)] == [
+        "bash scripts/nothing.sh",
+        "python -m vopd.nothing",
+    ]
+
+
+def test_the_two_commands_are_among_them() -> None:
+    assert ["bash", "scripts/run_recipe.sh", "vision_opd"] in commands(ROOT / "README.md")
+    assert ["bash", "scripts/test.sh"] in commands(ROOT / "README.md")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_links_inside_the_repository_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", document.read_text())
+    assert [link for link in links if not (document.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
+def test_files_named_in_the_text_exist(document: Path) -> None:
+    named = [code for code in inline(document) if re.fullmatch(rf"({'|'.join(OWN)})/[\w./-]+\.\w+", code)]
+    assert [name for name in named if not (ROOT / name).is_file()] == []
+
+
+def test_tests_named_in_the_method_cards_exist() -> None:
+    code = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
+    named = [word for word in inline(ROOT / "recipes" / "README.md") if word.startswith("test_")]
+    assert len(named) > 10
+    assert [name for name in named if f"def {name}(" not in code] == []
+
+
+def test_the_card_states_the_settings_of_a_run() -> None:
+    paper, miniature = load("vision_opd", ["profile=qwen3_5_4b_8gpu"]), load("vision_opd", [])
+    rows = re.findall(
+        r"^\| `([\w.]+)` \| ([^|]+) \| ([^|]+) \|", (ROOT / "recipes/README.md").read_text(), re.M
+    )
+    assert len(rows) > 5
+    for key, *stated in rows:
+        section, name = key.split(".")
+        given = [str(config[section][name]) for config in (paper, miniature)]
+        assert [text.replace(",", "") for text in stated] == given, key
+
+
+# ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Path:
+    """The recipe's path, outside the repository; every block is written under the name on its first line."""
+    for block in blocks(EXAMPLE, "yaml") + blocks(EXAMPLE, "python"):
+        name = re.match(r"# (\w+\.\w+)\n", block)
+        assert name, block[:40]
+        (tmp_path / name[1]).write_text(block)
+    return next(tmp_path.glob("*.yaml"))
+
+
+def built(recipe: Path, words: list[str]) -> Method:
+    config = load(str(recipe), words)
+    return build(dict(config.method), Path(config.recipe_folder))
+
+
+def test_the_example_recipe_loads_and_keeps_the_profiles_budget(example: Path) -> None:
+    config, default = load(str(example), ["seed=3"]), load("vision_opd", [])
+    assert (config.recipe, config.seed, config.train.lr) == ("frozen_crop", 3, 1e-4)
+    assert (config.train.steps, config.train.prompts) == (default.train.steps, default.train.prompts)
+    method = built(example, ["method.view=noise"])
+    assert (method.scorers["teacher"].view, method.scorers["teacher"].weights) == ("noise", "initial")
+    assert set(method.record()) == {"anchor", "objective", "normalisation", "clip"}
+
+
+def test_the_example_module_scores_and_its_loss_is_the_forward_kl(example: Path) -> None:
+    method = built(example, [])
+    generator = torch.Generator().manual_seed(0)
+    student_CV = torch.randn(6, 9, generator=generator).requires_grad_()
+    teacher_CV = torch.randn(6, 9, generator=generator)
+    scored = method.score(
+        ScoreChunk(student_CV, {"teacher": teacher_CV}, torch.zeros(6, dtype=torch.long), {})
+    )
+    assert tuple(scored) == method.outputs
+    expected = torch.nn.functional.kl_div(
+        student_CV.log_softmax(-1), teacher_CV.log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    torch.testing.assert_close(scored["forward_kl"], expected)
+    per_token = {"forward_kl": scored["forward_kl"].view(2, 3)}
+    mask_BT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    loss = method.loss(per_token, mask_BT, UpdateBatch(rows=2, tokens=4, ranks=1))
+    torch.testing.assert_close(loss, expected[:4].mean())
+    loss.backward()
+    assert student_CV.grad is not None and bool(torch.isfinite(student_CV.grad).all())
+    assert bool((student_CV.grad[:4] != 0).any()) and not bool((student_CV.grad[4:] != 0).any())
