@@ -201,6 +201,8 @@ def _apply(merged: DictConfig, words: list[str]) -> DictConfig:
             raise UserError(
                 f"'{word}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
             )
+    # Keys of verl's tree are checked against that tree later; here any of them may come in.
+    words = [f"++{word}" if word.startswith("verl.") else word for word in words]
     OmegaConf.set_struct(merged.method, True)
     ConfigStore.instance().store(name="vopd_run", node=merged)
     GlobalHydra.instance().clear()

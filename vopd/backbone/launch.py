@@ -6,6 +6,7 @@ runner as one more Ray actor; it runs here instead, which saves a process and it
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import sys
@@ -73,10 +74,22 @@ def train(run_dir: Path) -> None:
         assert isinstance(init, dict)
         progress.note("starting Ray")
         ray.init(**{**init, "runtime_env": runtime_env, "_temp_dir": ray_dir})
+        _preload(seams.LOAD_BALANCER_MODULE)
         try:
             seams.TaskRunner().run(config)
         finally:
             ray.shutdown()
+
+
+def _preload(module: str) -> None:
+    """Have an idle Ray process import `module` while the driver does other things.
+
+    Ray gives an actor an idle process of the same environment: one that needs half a minute of imports finds them
+    done.
+    """
+    import ray
+
+    ray.remote(num_cpus=0)(importlib.import_module).remote(module)
 
 
 def main() -> int:

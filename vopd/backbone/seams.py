@@ -31,8 +31,10 @@ from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
 
 VERL_VERSION = "0.9.1"
 ROLLOUT_SERVER_MODULE = "verl.workers.rollout.vllm_rollout.vllm_async_server"
+LOAD_BALANCER_MODULE = "verl.workers.rollout.llm_server"
 
 __all__ = [
+    "LOAD_BALANCER_MODULE",
     "ROLLOUT_SERVER_MODULE",
     "VERL_VERSION",
     "ActorRolloutRefWorker",
