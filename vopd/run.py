@@ -86,19 +86,19 @@ class Run:
     # ---- before anything starts ---------------------------------------------------------------------------------
 
     def _claim_folder(self) -> None:
-        """Refuse a folder that holds a run with other settings."""
+        """Refuse a folder that holds results of other settings."""
         file = self.folder / "config.yaml"
-        settings = OmegaConf.to_container(self.config, resolve=True)
         if file.exists():
-            other = OmegaConf.to_container(OmegaConf.load(file))
-            differs = sorted(_differences(settings, other))
-            if differs:
+            settings = OmegaConf.to_container(self.config, resolve=True)
+            differs = sorted(_differences(settings, OmegaConf.to_container(OmegaConf.load(file))))
+            if differs and (self.folder / "metrics.jsonl").exists():
                 raise UserError(
                     f"{self.folder} holds a run with another {differs[0]}; remove it or give another run_dir."
                 )
-        else:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            OmegaConf.save(self.config, file)
+            if differs:
+                shutil.rmtree(self.folder / "records", ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, file)
 
     def _check(self) -> None:
         from vopd import preflight  # pulls in pyarrow: not for --help and mistyped words
