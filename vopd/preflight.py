@@ -117,10 +117,13 @@ def check_parquet(
         raise UserError(f"{file}: lacks the column {missing[0]!r}; prepare it again with all columns.")
     if count == 0:
         raise UserError(f"{file}: holds no row; prepare it again.")
+    sample = min(sample, count)
     chosen = sorted({i * count // sample for i in range(sample)} | {count - 1})
-    for row in table.take(chosen, columns=["id", *image_columns]).to_pylist():
-        for column in image_columns:
-            _check_image(row[column], f"{file}: row {row['id']}, column {column}")
+    for start in range(0, len(chosen), 64):  # images of a few rows at a time in memory
+        rows = table.take(chosen[start : start + 64], columns=["id", *image_columns]).to_pylist()
+        for row in rows:
+            for column in image_columns:
+                _check_image(row[column], f"{file}: row {row['id']}, column {column}")
 
 
 def check_prompt_lengths(
@@ -140,7 +143,7 @@ def check_prompt_lengths(
                 if length > limit:
                     raise UserError(
                         f"row {row['id']}: its prompt takes {length} tokens in the {view} view "
-                        f"and the limit is {limit}; raise data.max_prompt_length or leave the row out."
+                        f"and the limit is {limit}; raise rollout.max_prompt_tokens or leave the row out."
                     )
 
 

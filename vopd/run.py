@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,11 @@ from vopd.method import build
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test", "holdout")
 INTERRUPTED = 130
+
+
+def _interrupt(*_: Any) -> None:
+    """SIGTERM ends a run the way Ctrl-C does: the training process must not go on alone."""
+    raise KeyboardInterrupt
 
 
 def main(arguments: list[str]) -> int:
@@ -106,8 +112,9 @@ class Run:
         config = self.config
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
+        # A name that is no folder is a hub id, except on a CPU machine, which works offline.
         model = Path(config.model.path)
-        if model.is_absolute() or model.exists():
+        if config.hardware.device == "cpu" or model.is_absolute() or model.exists():
             preflight.check_model_folder(model)
         self._prepare_data()
         for split in SPLITS:
@@ -146,8 +153,10 @@ class Run:
         datasets.disable_progress_bars()
         processor = AutoProcessor.from_pretrained(config.model.path)
         for split in SPLITS:
-            rows = datasets.Dataset.from_parquet(str(Path(config.data.folder) / f"{split}.parquet"))
-            preflight.check_prompt_lengths(rows, processor, config.rollout.max_prompt_tokens)
+            file = Path(config.data.folder) / f"{split}.parquet"
+            preflight.check_parquet(file, COLUMNS, sample=sys.maxsize)
+            rows = datasets.Dataset.from_parquet(str(file))
+            preflight.check_prompt_lengths(rows, processor, config.rollout.max_prompt_tokens, views)
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
 
@@ -277,4 +286,5 @@ def _differences(first: Any, second: Any, prefix: str = "") -> set[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _interrupt)
     sys.exit(main(sys.argv[1:]))
