@@ -13,61 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3_5ForConditionalGeneration
 
-CHUNK = 32
-
-
-def _unit(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+from vopd.backbone.delta_rule import gated_delta_rule, unit
 
 
 def _norm(x: Tensor, module: torch.nn.Module) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), 1.0 + module.weight, module.eps)
 
 
-def gated_delta_rule(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, g_BTH: Tensor, beta_BTH: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Chunked gated delta rule (arXiv:2412.06464): S_t = e^g_t S_{t-1} (I - b k k^T) + b v k^T.
-
-    Returns o (B, T, H, D) and the last state (B, H, D_k, D_v); queries and keys are normalised here.
-    """
-    batch, length, heads, dim = k_BTHD.shape
-    pad = -length % CHUNK
-    chunks = (length + pad) // CHUNK
-
-    def split(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
-        return x.transpose(1, 2).reshape(batch, heads, chunks, CHUNK, *x.shape[3:])
-
-    q, k, v = split(_unit(q_BTHD) * dim**-0.5), split(_unit(k_BTHD)), split(v_BTHD)
-    beta, decay = split(beta_BTH)[..., None], split(g_BTH).cumsum(-1)
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
-    ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(~lower, -torch.inf).exp()
-    growth = decay.exp()[..., None]
-    k_T = k.transpose(-1, -2)
-    mixing = ((k * beta) @ k_T * ratio).tril(-1)
-    right = torch.cat([v * beta, k * beta * growth], -1)
-    solved = torch.linalg.solve_triangular(mixing, right, upper=False, unitriangular=True)
-    value, key = solved.split([v.shape[-1], dim], -1)
-    local = (q @ k_T) * ratio
-    q_grown = q * growth
-    k_left = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
-    kept = decay[..., -1].exp()[..., None, None]
-    state = q.new_zeros(batch, heads, dim, v.shape[-1])
-    out = []
-    for i in range(chunks):
-        fresh = value[:, :, i] - key[:, :, i] @ state
-        out.append(q_grown[:, :, i] @ state + local[:, :, i] @ fresh)
-        state = state * kept[:, :, i] + k_left[:, :, i] @ fresh
-    o = torch.stack(out, 2).reshape(batch, heads, chunks * CHUNK, -1)[:, :, :length]
-    return o.transpose(1, 2), state
-
-
 def delta_step(
     q_B1HD: Tensor, k_B1HD: Tensor, v_B1HD: Tensor, g_B1H: Tensor, beta_B1H: Tensor, state_BHDD: Tensor
 ) -> tuple[Tensor, Tensor]:
     """One token of the same recurrence; shapes as `gated_delta_rule` with T = 1."""
-    q, k, v = _unit(q_B1HD)[:, 0] * q_B1HD.shape[-1] ** -0.5, _unit(k_B1HD)[:, 0], v_B1HD[:, 0]
+    q, k, v = unit(q_B1HD)[:, 0] * q_B1HD.shape[-1] ** -0.5, unit(k_B1HD)[:, 0], v_B1HD[:, 0]
     state = state_BHDD * g_B1H[:, 0, :, None, None].exp()
     fresh = (v - torch.einsum("bhd,bhde->bhe", k, state)) * beta_B1H[:, 0, :, None]
     state = state + k[..., None] * fresh[..., None, :]

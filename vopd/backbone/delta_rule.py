@@ -31,7 +31,7 @@ def gated_delta_rule(
         x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
         return x.transpose(1, 2).reshape(batch, heads, chunks, CHUNK, *x.shape[3:])
 
-    q, k, v = split(_unit(q_BTHD) * dim**-0.5), split(_unit(k_BTHD)), split(v_BTHD)
+    q, k, v = split(unit(q_BTHD) * dim**-0.5), split(unit(k_BTHD)), split(v_BTHD)
     beta, decay = split(beta_BTH)[..., None], split(g_BTH).cumsum(-1)
     lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
     ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(~lower, -torch.inf).exp()
@@ -55,7 +55,8 @@ def gated_delta_rule(
     return o.transpose(1, 2), state
 
 
-def _unit(x: Tensor) -> Tensor:
+def unit(x: Tensor) -> Tensor:
+    """x over its length along the last dimension, with the layer's epsilon."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from vopd.backbone import seams
@@ -21,7 +22,7 @@ from vopd.backbone.rollout import ViewRolloutManager, ViewRolloutWorker
 from vopd.backbone.trainer import Trainer
 from vopd.backbone.vllm_cpu import CPUWorkerExtension
 from vopd.backbone.worker import MethodWorker, ScoringTrainingWorker
-from vopd.config import load
+from vopd.config import ROOT, load
 
 SEAM = f"verl {version('verl')}: the backbone is written against {seams.VERL_VERSION}; this seam differs: "
 
@@ -248,3 +249,11 @@ def test_pitfall_14_an_unknown_verl_word_is_an_error() -> None:
     )
     with pytest.raises(UserError, match="balance_bacth"):
         verl_config(load("vision_opd", ["+verl.trainer.balance_bacth=false"]))
+
+
+def test_cpu_rollout_never_cuts_a_seeded_prompt() -> None:
+    """vLLM 0.24 rewinds a request's generator when its prompt is prefilled in parts; a CPU generator has no offset."""
+    with pytest.raises(RuntimeError, match="offset"):
+        torch.Generator().get_offset()
+    settings = OmegaConf.load(ROOT / "vopd/backbone/verl_cpu.yaml").actor_rollout_ref.rollout
+    assert settings.enable_chunked_prefill is False
