@@ -67,7 +67,6 @@ class UpdateBatch:
     ranks: int
     advantages_BT: torch.Tensor | None = None
     old_log_probs_BT: torch.Tensor | None = None
-    weights_B: torch.Tensor | None = None
 
 
 def sequence_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, batch: UpdateBatch) -> torch.Tensor:
@@ -83,7 +82,7 @@ def token_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, batch: UpdateBatc
 
 @dataclass(frozen=True)
 class Method:
-    """Base class of all methods; subclasses override `score` and, where needed, `loss` and `prepare`.
+    """Base class of all methods; subclasses override `score`, `loss` and `record`.
 
     Attributes:
         outputs: names of the per-token tensors that `score` returns, in a fixed order. Their means are recorded.

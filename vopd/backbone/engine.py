@@ -186,8 +186,6 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         hidden: list[torch.Tensor | None] = [None] * len(ids)
         for micro_batch in micro_batches:
             index_B = micro_batch["row_index"].tolist()
-            for key in ("temperature", "use_remove_padding"):
-                seams.assign_non_tensor(micro_batch, **{key: data[key]})
             batch = TensorDict(
                 {"responses": _nested([responses[i] for i in index_B])}, batch_size=[len(index_B)]
             )
