@@ -85,8 +85,8 @@ class Run:
             self._summarise(outcome)
         else:
             self.console.print("finished before; remove the folder to run it again")
-        self.console.print((self.folder / "summary.txt").read_text(), markup=False)
-        self.console.print(f"records, plots and the trained model: {self.folder}")
+        self.console.print((self.folder / "summary.txt").read_text(), markup=False, soft_wrap=True)
+        self.console.print(f"records, plots and the trained model: {self.folder}", soft_wrap=True)
         return 0
 
     # ---- before anything starts ---------------------------------------------------------------------------------

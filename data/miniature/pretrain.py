@@ -2,7 +2,8 @@
 
 Four stages, each of which learns one thing that the next one needs:
 
-1. text   the language model looks a named value up among the options and says its letter (no image);
+1. text   the language model looks a named value up among the options and says its letter, and the other way
+          round, a letter that it is told (the prompt of a hinted teacher) to the named value; no image;
 2. eyes   the vision tower names everything in packed scenes, and all that can be said of a crop;
 3. crops  both together answer questions about crops;
 4. both   crops and full scenes in turn. Most of these scenes hold few distractors: the model sees full
@@ -47,6 +48,8 @@ FACTS = {
 SPARSE = (0, 6)
 CROWDED_SHARE = 0.1
 HINTED_SHARE = 0.2
+HINTED_SHARE_OF_TALK = 0.5
+LOOKUPS = 300
 CROWDED = (20, 30)
 PACKED = (40, 60)
 SAVE_EVERY = 100
@@ -78,7 +81,7 @@ class Learner:
             {"model": self.model, "cells": self.cells, "boxed": self.boxed, "facts": self.facts}
         )
         self.stages = (
-            Stage("text", 250, 2e-3, self.text_loss),
+            Stage("text", 800, 2e-3, self.text_loss),
             Stage("eyes", 600, 3e-3, self.eyes_loss),
             Stage("crops", 300, 1.5e-3, self.crops_loss),
             Stage("both", 700, 1e-3, self.both_loss),
@@ -95,36 +98,50 @@ class Learner:
     def text_loss(self, step: int) -> Tensor:
         """Several right responses in a row after one list of options; at first only the look-up itself."""
         rng = self._rng(0, step)
-        rows = [self._lookup(rng) if step < 150 or i % 4 == 0 else self._talk(rng) for i in range(32)]
-        length = max(len(ids) for ids, _ in rows)
+        rows = [self._lookup(rng) if step < LOOKUPS or i % 4 == 0 else self._talk(rng) for i in range(32)]
+        length = max(len(ids) for ids, _, _ in rows)
         ids = torch.zeros(len(rows), length, dtype=torch.long)
         labels = torch.full_like(ids, IGNORED)
-        for i, (row, wanted) in enumerate(rows):
+        looked_up = torch.zeros_like(ids, dtype=torch.bool)
+        letters = torch.tensor([self.coder.encode(f" {c}")[0] for c in "ABCD"])
+        for i, (row, wanted, value) in enumerate(rows):
             ids[i, : len(row)] = torch.tensor(row)
             labels[i, : len(wanted)] = torch.tensor(wanted)
+            looked_up[i] = torch.isin(labels[i], letters) | (labels[i] == value)
         hidden = self.fast.hidden(self.fast.embed(ids, None), self.fast.positions(0, 0, 0, length))
         kept = labels != IGNORED
         loss = F.cross_entropy(self.fast.logits(hidden[kept]).float(), labels[kept], reduction="none")
-        letters = torch.isin(labels[kept], torch.tensor([self.coder.encode(f" {c}")[0] for c in "ABCD"]))
-        return loss.mean() + loss[letters].mean()
+        return loss.mean() + loss[looked_up[kept]].mean()
 
-    def _lookup(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _lookup(self, rng: np.random.Generator) -> tuple[list[int], list[int], int]:
+        """Ids, labels, and no value: all that is labelled here has been looked up."""
         values = [v for pool in world.POOLS.values() for v in pool]
         chosen = [values[i] for i in rng.permutation(len(values))[:4]]
         ids = self.coder.encode("".join(f" {c}) {v}" for c, v in zip("ABCD", chosen, strict=True)))
         labels = [IGNORED] * len(ids)
+        told = rng.random() < HINTED_SHARE_OF_TALK
         for j in rng.integers(0, 4, 8):
-            ids += self.coder.encode(f" {chosen[j]}. Answer: {'ABCD'[j]}")
-            labels += [IGNORED] * (len(ids) - len(labels) - 2) + [ids[-1], IGNORED]
-        return ids, labels
+            letter, value = "ABCD"[j], f" {chosen[j]}"
+            known, sought = (f"\n{letter}\n\nIt is", value) if told else (f"{value}. Answer:", f" {letter}")
+            ids += self.coder.encode(known)
+            labels += [IGNORED] * (len(ids) - len(labels) - 1) + self.coder.encode(sought)
+            ids += self.coder.encode(sought)
+        labels += [IGNORED] * (len(ids) - len(labels))
+        return ids, labels, IGNORED - 1
 
-    def _talk(self, rng: np.random.Generator) -> tuple[list[int], list[int]]:
+    def _talk(self, rng: np.random.Generator) -> tuple[list[int], list[int], int]:
+        """Ids, labels, and the token of the value that a hint lets one look up (else one that never occurs)."""
         family = FAMILIES[rng.integers(len(FAMILIES))]
         pool = world.POOLS[family]
         options = tuple(pool[i] for i in rng.permutation(len(pool))[:4])
-        ids = self.coder.prompt(world.question_text(family, options), 0)
+        question, spoken, value = world.question_text(family, options), rng.integers(0, 4, 3), IGNORED - 1
+        if rng.random() < HINTED_SHARE_OF_TALK:
+            spoken = spoken[:1]  # a second response could copy from the first
+            value = self.coder.encode(f" {options[spoken[0]]}")[0]
+            question = self.told(question, "ABCD"[spoken[0]], options[spoken[0]], rng)
+        ids = self.coder.prompt(question, 0)
         labels = [IGNORED] * (len(ids) - 1)
-        for j in rng.integers(0, 4, 3):
+        for j in spoken:
             noun = ("digit", "shape")[rng.integers(2)] if family == "colour" else family
             told = {k: v[rng.integers(len(v))] for k, v in FACTS.items()}
             told |= {"name": world.POOLS[noun][rng.integers(len(world.POOLS[noun]))]}
@@ -132,7 +149,7 @@ class Learner:
             facts = Facts(noun, **(told | ({"tilt": None} if noun == "shape" else {})))
             said = [*self.coder.encode(response(facts, family, "ABCD"[j], rng)), self.coder.end]
             ids, labels = ids + said, labels + said
-        return ids, [*labels, IGNORED]
+        return ids, [*labels, IGNORED], value
 
     # ---- 2. eyes
     def eyes_loss(self, step: int) -> Tensor:
@@ -180,25 +197,29 @@ class Learner:
         if step % 3 == 0:
             return self._answer_crops(self._scenes(3, step, 64), rng)
         clutter = CROWDED if rng.random() < CROWDED_SHARE else SPARSE
-        scenes = self._scenes(3, step, 32, clutter)
-        asked = [self.hinted(s, rng) if rng.random() < HINTED_SHARE else s.question for s in scenes]
-        return self._answer_scenes(scenes, asked, rng)
+        return self._answer_scenes(self._scenes(3, step, 32, clutter), rng)
 
-    def _answer_scenes(self, scenes: list[Scene], asked: list[str], rng: np.random.Generator) -> Tensor:
+    def _asked(self, scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+        """The scenes' questions, some with the answer told."""
+        return [
+            self.told(s.question, s.answer, s.asked, rng) if rng.random() < HINTED_SHARE else s.question
+            for s in scenes
+        ]
+
+    def _answer_scenes(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         seen = self.fast.see(pictures(scenes, "full"))
-        batch = self.coder.scenes(scenes, "full", asked, rng)
+        batch = self.coder.scenes(scenes, "full", self._asked(scenes, rng), rng)
         return response_loss(self.fast, batch, seen) + 0.3 * self._cells_loss(seen, scenes)
 
     def _answer_crops(self, scenes: list[Scene], rng: np.random.Generator) -> Tensor:
         seen = self.fast.see(pictures(scenes, "crop"))
-        batch = self.coder.scenes(scenes, "crop", [s.question for s in scenes], rng)
+        batch = self.coder.scenes(scenes, "crop", self._asked(scenes, rng), rng)
         return response_loss(self.fast, batch, seen) + 0.3 * self._facts_loss(seen, scenes)
 
     @staticmethod
-    def hinted(scene: Scene, rng: np.random.Generator) -> str:
+    def told(question: str, letter: str, value: str, rng: np.random.Generator) -> str:
         """The prompt of a teacher that is told the answer: mostly the letter, sometimes the option's text."""
-        told = scene.answer if rng.random() < 0.8 else scene.asked
-        return HINTED.format(question=scene.question, answer=told)
+        return HINTED.format(question=question, answer=letter if rng.random() < 0.8 else value)
 
 
 def quick_check(learner: Learner, rows: int = 96) -> dict[str, float]:
@@ -289,7 +310,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     try:
         pretrain(args.out, args.seed, args.threads)

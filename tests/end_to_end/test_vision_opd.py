@@ -48,6 +48,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=log.parent,
+            env=os.environ | {"WANDB_MODE": "offline"},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -101,7 +102,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path
     """The folder of an uninterrupted run of four updates."""
     place = tmp_path_factory.mktemp("whole")
     folder, log = place / "run", place / "terminal.txt"
-    code = finish(start(words_for(folder), log), RUN_SECONDS)
+    words = [*words_for(folder), "logging.tensorboard=true", "logging.wandb=true"]
+    code = finish(start(words, log), RUN_SECONDS)
     assert code == 0, told(folder, log)
     return folder
 
@@ -139,6 +141,12 @@ def test_every_update_is_finite_and_rollout_and_trainer_agree(finished: Path) ->
             "seconds/update_weights",
             "seconds/step",
         } <= line.keys()
+
+
+def test_verls_trackers_write_into_the_run_folder(finished: Path) -> None:
+    assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
+    assert list((finished / "wandb").glob("offline-run-*/*.wandb"))
+    assert not (ROOT / "tensorboard_log").exists() and not (ROOT / "wandb").exists()
 
 
 def test_records_answer_every_question_before_and_after(finished: Path) -> None:

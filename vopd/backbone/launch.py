@@ -6,7 +6,6 @@ runner as one more Ray actor; it runs here instead, which saves a process and it
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import sys
@@ -33,12 +32,17 @@ def environment(run: DictConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQ_NUM_THREADS": "1",
+        # Where verl's trackers write; without these it would be the current folder.
+        "TENSORBOARD_DIR": f"{run.run_dir}/tensorboard",
+        "WANDB_DIR": str(run.run_dir),
     }
     if run.hardware.device != "cpu":
         return common
     return common | {
         "VERL_PLATFORM": "cpu",
         "OMP_NUM_THREADS": "1",
+        # The trainer uses more (worker.py). Threads that spin while they wait take the cores from everything else.
+        "OMP_WAIT_POLICY": "PASSIVE",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "TORCHDYNAMO_DISABLE": "1",
@@ -74,22 +78,10 @@ def train(run_dir: Path) -> None:
         assert isinstance(init, dict)
         progress.note("starting Ray")
         ray.init(**{**init, "runtime_env": runtime_env, "_temp_dir": ray_dir})
-        _preload(seams.LOAD_BALANCER_MODULE)
         try:
             seams.TaskRunner().run(config)
         finally:
             ray.shutdown()
-
-
-def _preload(module: str) -> None:
-    """Have an idle Ray process import `module` while the driver does other things.
-
-    Ray gives an actor an idle process of the same environment: one that needs half a minute of imports finds them
-    done.
-    """
-    import ray
-
-    ray.remote(num_cpus=0)(importlib.import_module).remote(module)
 
 
 def main() -> int:

@@ -15,6 +15,7 @@ from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopO
 from verl.single_controller.base.decorator import Dispatch, make_nd_compute_dataproto_dispatch_fn, register
 from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.utils import Role
+from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
@@ -28,13 +29,12 @@ from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.engine_workers import ActorRolloutRefWorker, TrainingWorker
+from verl.workers.rollout.llm_server import LLMServerClient, LLMServerManager
 
 VERL_VERSION = "0.9.1"
 ROLLOUT_SERVER_MODULE = "verl.workers.rollout.vllm_rollout.vllm_async_server"
-LOAD_BALANCER_MODULE = "verl.workers.rollout.llm_server"
 
 __all__ = [
-    "LOAD_BALANCER_MODULE",
     "ROLLOUT_SERVER_MODULE",
     "VERL_VERSION",
     "ActorRolloutRefWorker",
@@ -45,6 +45,8 @@ __all__ = [
     "Dispatch",
     "FSDPEngineWithLMHead",
     "FSDPModule",
+    "LLMServerClient",
+    "LLMServerManager",
     "PPOTrainerSync",
     "Role",
     "TaskRunner",
@@ -65,6 +67,7 @@ __all__ = [
     "register",
     "register_engine",
     "register_trainer",
+    "use_server_manager",
 ]
 
 # Both classes are already Ray actors in verl; subclassing needs the plain class behind them.
@@ -80,6 +83,11 @@ def register_engine(engine: type[FSDPEngineWithLMHead]) -> None:
     EngineRegistry._engines.setdefault("language_model", {}).setdefault("fsdp2", {})[get_device_name()] = (
         engine
     )
+
+
+def use_server_manager(manager: type[LLMServerManager]) -> None:
+    """Make verl's trainers start their rollout servers through `manager`; they name the class and take no other."""
+    trainer_base.LLMServerManager = manager
 
 
 def nested_positions(rows_4L: list[torch.Tensor]) -> torch.Tensor:

@@ -27,6 +27,7 @@ from verl.utils.metric import reduce_metrics
 from vopd.backbone import seams
 from vopd.backbone.progress import Progress
 from vopd.backbone.rollout import early_workers
+from vopd.backbone.servers import ServerManager
 from vopd.backbone.worker import MethodWorker
 from vopd.evaluation.records import write_records
 from vopd.method import build
@@ -56,6 +57,7 @@ class Trainer(seams.PPOTrainerSync):
         self.prompts_drawn = 0
         self.skipped_in_a_row = 0
         self.train_dataloader_it: Any = None
+        seams.use_server_manager(ServerManager)
         super().__init__(config)
         # The training process is about to import and load for a while: load what comes next meanwhile.
         threading.Thread(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ class ScoringTrainingWorker(seams.TrainingWorker):
 
     def __init__(self, config: Any) -> None:
         if seams.get_device_name() == "cpu":
+            # Ranks work while the rollout waits, so they share all cores; every other process keeps to one thread.
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
             # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it skips that once a group exists.
             seams.initialize_global_process_group_ray(backend="cpu:gloo")
         seams.register_engine(ScoringEngine)

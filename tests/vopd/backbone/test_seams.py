@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from vopd.backbone import seams
 from vopd.backbone.engine import ScoringEngine
 from vopd.backbone.rollout import ViewRolloutManager, ViewRolloutWorker
+from vopd.backbone.servers import CountingClient, ServerManager
 from vopd.backbone.trainer import Trainer
 from vopd.backbone.vllm_cpu import CPUWorkerExtension
 from vopd.backbone.worker import MethodWorker, ScoringTrainingWorker
@@ -59,6 +60,11 @@ OVERRIDES = [
     (ScoringEngine, seams.FSDPEngineWithLMHead, "save_checkpoint", "self local_path"),
     (ScoringEngine, seams.FSDPEngineWithLMHead, "load_checkpoint", "self local_path"),
     (ScoringTrainingWorker, seams.TrainingWorker, "__init__", "self config"),
+    (CountingClient, seams.LLMServerClient, "__init__", "self config load_balancer_handle"),
+    (CountingClient, seams.LLMServerClient, "_acquire_server", "self request_id"),
+    (CountingClient, seams.LLMServerClient, "_release_server", "self server_id request_id"),
+    (ServerManager, seams.LLMServerManager, "_init_global_load_balancer", "self"),
+    (ServerManager, seams.LLMServerManager, "get_client", "self client_cls"),
     (MethodWorker, seams.ActorRolloutRefWorker, "init_model", "self"),
     (MethodWorker, seams.ActorRolloutRefWorker, "update_actor", "self data"),
     (
@@ -157,6 +163,20 @@ def test_workers_are_found_by_their_class_attributes() -> None:
 def test_the_trainer_is_registered_under_its_name() -> None:
     trainers = importlib.import_module("verl.trainer.ppo.v1.trainer_base")
     assert trainers.get_trainer_cls("vopd") is Trainer
+
+
+def test_the_trainer_starts_servers_through_the_name_that_we_replace() -> None:
+    source = inspect.getsource(seams.PPOTrainerSync.__mro__[1])
+    assert "LLMServerManager.create(" in source and "self.llm_server_manager.get_client()" in source, SEAM
+
+
+def test_both_caches_of_images_are_dropped_when_weights_arrive() -> None:
+    """The rollouts of a prompt share one encoding of its image; one by the weights of before would be wrong."""
+    rollout = importlib.import_module("verl.workers.rollout.vllm_rollout.vllm_rollout")
+    server = importlib.import_module("verl.workers.rollout.vllm_rollout.vllm_async_server")
+    assert "clear_kv_cache.remote()" in inspect.getsource(rollout.ServerAdapter.update_weights), SEAM
+    source = inspect.getsource(server.vLLMHttpServer.clear_kv_cache)
+    assert "reset_mm_cache()" in source and "reset_encoder_cache()" in source, SEAM
 
 
 def test_the_rollout_bans_vision_placeholders() -> None:

@@ -1,0 +1,36 @@
+"""Two FSDP2 ranks and two rollout servers through the whole stack: the same prompts, finite and agreeing numbers."""
+
+import json
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from vopd.config import ROOT
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+
+def test_two_ranks_train_through_the_whole_stack(
+    tmp_path: Path, words_for: Callable[[Path], list[str]]
+) -> None:
+    folder = tmp_path / "run"
+    words = [*words_for(folder), "hardware.devices_per_node=2", "train.steps=2"]
+    command = [sys.executable, "-P", "-m", "vopd.run", "vision_opd", *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
+    log = folder / "log.txt"
+    assert done.returncode == 0, done.stderr + (
+        log.read_text(errors="replace")[-6000:] if log.exists() else ""
+    )
+    steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert line["rollouts"] == 16 and line["skipped_updates"] == 0
+        assert all(math.isfinite(v) for v in line.values() if isinstance(v, int | float))
+        assert 0 <= line["rollout/k3"] < 1e-3
+    shards = folder / "checkpoints" / "global_step_2" / "actor"
+    assert {f.name for f in shards.glob("teacher_rank_*.pt")} == {"teacher_rank_0.pt", "teacher_rank_1.pt"}
+    assert (folder / "model" / "model.safetensors").is_file()
