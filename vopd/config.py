@@ -61,6 +61,8 @@ class Train:
     gradient_checkpointing: bool = True
     save_every: int = 50
     max_skipped_updates: int = 5
+    # Where groups are filtered: most prompts a step may draw in their place, in batches of `prompts`.
+    max_refills: int = 10
 
 
 @dataclass
@@ -75,6 +77,11 @@ class Rollout:
     cache_gib: float = 0.0
     memory_share: float = 0.5
     tensor_parallel: int = 1
+    # Share of max_response_tokens that a response may have in training; evaluation always has all of it.
+    train_share: float = 1.0
+    # Store each step's rollouts in the run folder (rollouts/); train on such a folder instead of generating.
+    record: bool = False
+    replay: str | None = None
     chat_template: dict[str, Any] = field(default_factory=dict)
 
 

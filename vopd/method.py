@@ -2,9 +2,10 @@
 
 A method is one module with two names: `Settings`, a dataclass whose defaults are the vetted values, and
 `build(settings) -> Method`. The trainer knows methods only through the fields and calls below; it never asks for
-a name. Every contract value it branches on is listed here.
+a name. Every contract value it branches on is listed here: VIEWS, WEIGHTS, ROLLOUT_WEIGHTS, ADVANTAGES, PREPARED.
 
-Shapes: C tokens of a chunk, V vocabulary, B sequences of a micro-batch, T response tokens (right padded).
+Shapes: C tokens of a chunk, V vocabulary, B sequences (of a micro-batch in `loss`, of a whole step in `rewards` and
+`prepare`), T response tokens (right padded).
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from vopd.errors import UserError
 from vopd.views import VIEWS
 
 WEIGHTS = ("current", "initial", "ema", "trust_region")
+ROLLOUT_WEIGHTS = ("current", "initial")
+# verl's registered estimators that need rewards and groups alone. Another one: `prepare` returns `advantages`.
+ADVANTAGES = (
+    "grpo", "grpo_passk", "gpg", "opo", "reinforce_plus_plus_baseline", "rloo",
+)  # fmt: skip
+PREPARED = ("weights", "kept", "advantages")
 
 
 @dataclass(frozen=True)
@@ -49,9 +56,40 @@ class Scorer:
 
 @dataclass(frozen=True)
 class Rollout:
-    """Who generates: the student (current weights) from this view."""
+    """Who generates, and which groups are trained on.
+
+    Args:
+        view: what the generating policy sees, a name in `vopd.views.VIEWS`.
+        weights: `current` (the student's, synchronised after each update) or `initial`: all rollouts of the run are
+            generated before the first update, stored in the run folder, and trained on from there.
+        filter_groups: whether groups that are all right or all wrong are thrown away and replaced by the next prompts
+            (verl's dynamic sampling, on correctness whatever the reward).
+    """
 
     view: str = "full"
+    weights: str = "current"
+    filter_groups: bool = False
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """One step's responses, for `rewards` and `prepare`; rows in canonical order (prompt, rollout index).
+
+    Attributes:
+        correct_B: the verdict of the one answer parser.
+        rewards_B: float32; 1.0 where correct until `Method.rewards` has given others.
+        truncated_B: whether the response has no end of its own.
+        lengths_B: response tokens.
+        group_B: equal for the rollouts of one prompt, counting from 0.
+        limit: most tokens a response may have.
+    """
+
+    correct_B: torch.Tensor
+    rewards_B: torch.Tensor
+    truncated_B: torch.Tensor
+    lengths_B: torch.Tensor
+    group_B: torch.Tensor
+    limit: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +97,8 @@ class UpdateBatch:
     """What `loss` may use beside the per-token numbers of one micro-batch.
 
     The three counts are global (all micro-batches, all ranks): they make the loss of one optimiser update the same
-    for every split of its rows. FSDP averages gradients over ranks, hence `ranks` as a factor.
+    for every split of its rows. FSDP averages gradients over ranks, hence `ranks` as a factor. Rows that `prepare`
+    did not keep have a mask of zeros and are not counted.
     """
 
     rows: int
@@ -67,36 +106,67 @@ class UpdateBatch:
     ranks: int
     advantages_BT: torch.Tensor | None = None
     old_log_probs_BT: torch.Tensor | None = None
+    weights_B: torch.Tensor | None = None
+    kept_B: torch.Tensor | None = None
+
+
+def _weighted(values_BT: torch.Tensor, batch: UpdateBatch) -> torch.Tensor:
+    return values_BT if batch.weights_B is None else values_BT * batch.weights_B[:, None]
 
 
 def sequence_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, batch: UpdateBatch) -> torch.Tensor:
-    """Mean over a response's tokens (1/|y|), then mean over the update's rows (Vision-OPD, eq. 3-4)."""
-    per_row_B = (values_BT * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)
-    return per_row_B.sum() * batch.ranks / batch.rows
+    """Mean over a response's tokens (1/|y|), then mean over the update's rows (Vision-OPD, eq. 3-4).
+
+    Rows are multiplied by their weights where `prepare` gave some; the divisor stays the number of rows.
+    """
+    per_row_B = (_weighted(values_BT, batch) * mask_BT).sum(-1) / mask_BT.sum(-1).clamp(min=1)
+    return per_row_B.sum() * batch.ranks / max(batch.rows, 1)
 
 
 def token_mean(values_BT: torch.Tensor, mask_BT: torch.Tensor, batch: UpdateBatch) -> torch.Tensor:
-    """Mean over all response tokens of the update (DAPO, eq. 8)."""
-    return (values_BT * mask_BT).sum() * batch.ranks / max(batch.tokens, 1)
+    """Mean over all response tokens of the update (DAPO, eq. 8); rows weighted as in `sequence_mean`."""
+    return (_weighted(values_BT, batch) * mask_BT).sum() * batch.ranks / max(batch.tokens, 1)
 
 
 @dataclass(frozen=True)
 class Method:
-    """Base class of all methods; subclasses override `score`, `loss` and `record`.
+    """Base class of all methods; subclasses override `score`, `loss` and `record`, where needed the rest.
 
     Attributes:
         outputs: names of the per-token tensors that `score` returns, in a fixed order. Their means are recorded.
+            `log_prob` and `entropy` are recorded in any case; a mean called `divergence` is watched for collapse.
         scorers: named policies that score the response; their logits reach `score` under the same names.
-        rollout: who generates.
-        advantage: an estimator registered in verl (`grpo`, ...) or None: no reward is computed then.
-        needs_old_log_probs: whether the loss takes a ratio to the policy before the update.
+        rollout: who generates, and which groups are kept.
+        student_view: what the student is trained on, behind the same responses.
+        advantage: a name in ADVANTAGES or None: no estimator is called then.
+        needs_old_log_probs: whether the loss takes a ratio to the policy before the first update of a batch.
     """
 
     outputs: tuple[str, ...]
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
     rollout: Rollout = field(default_factory=Rollout)
+    student_view: str = "full"
     advantage: str | None = None
     needs_old_log_probs: bool = False
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """All views of a run, the one that generates first."""
+        scorers = [scorer.view for scorer in self.scorers.values()]
+        return tuple(dict.fromkeys([self.rollout.view, self.student_view, *scorers]))
+
+    def rewards(self, rollouts: Rollouts) -> torch.Tensor:
+        """Rewards (B,), float32, of one step's responses: 1.0 where correct unless overridden."""
+        return rollouts.correct_B.to(torch.float32)
+
+    def prepare(self, rollouts: Rollouts) -> Mapping[str, torch.Tensor]:
+        """What the update needs to know of the whole step; any of the names in PREPARED.
+
+        `weights` (B,): factors of the rows' terms in the loss, also in `UpdateBatch.weights_B`. `kept` (B,) bool: the
+        other rows drop out of mask and counts; an update without any kept row changes nothing and is counted.
+        `advantages` (B,): in place of a registered estimator.
+        """
+        return {}
 
     def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         """Per-token numbers (C,) from the logits (C, V) of student (with gradient) and scorers (without)."""
@@ -113,11 +183,28 @@ class Method:
         raise NotImplementedError
 
 
+def final_views(method: Method) -> list[str]:
+    """The views in which a run's test questions are answered before and after it."""
+    return list(dict.fromkeys(["full", "crop", *method.views]))
+
+
 def check(method: Method) -> Method:
-    """Raise UserError where a method names a view or weights outside the contract."""
-    for view in [method.rollout.view, *(s.view for s in method.scorers.values())]:
+    """Raise UserError where a method has a value outside the contract."""
+    for view in method.views:
         if view not in VIEWS:
             raise UserError(f"The method asks for the view '{view}'; choose one of {', '.join(VIEWS)}.")
+    if method.rollout.weights not in ROLLOUT_WEIGHTS:
+        raise UserError(
+            f"The method generates with weights '{method.rollout.weights}'; choose one of "
+            f"{', '.join(ROLLOUT_WEIGHTS)}."
+        )
+    if method.rollout.filter_groups and method.rollout.weights == "initial":
+        raise UserError("Groups cannot be filtered where all rollouts are generated before the first update.")
+    if method.advantage is not None and method.advantage not in ADVANTAGES:
+        raise UserError(
+            f"The method asks for the advantage '{method.advantage}'; choose one of {', '.join(ADVANTAGES)}, or "
+            "return `advantages` from prepare."
+        )
     for name, scorer in method.scorers.items():
         if scorer.weights not in WEIGHTS:
             raise UserError(
@@ -130,6 +217,24 @@ def check(method: Method) -> Method:
     if not method.outputs:
         raise UserError("The method declares no outputs; name the per-token numbers that score returns.")
     return method
+
+
+def checked(prepared: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
+    """What `prepare` returned, in the types that travel; UserError for other names, shapes or types."""
+    found: dict[str, torch.Tensor] = {}
+    for name, values_B in prepared.items():
+        if name not in PREPARED:
+            raise UserError(f"prepare returned '{name}'; it may return {', '.join(PREPARED)}.")
+        if tuple(values_B.shape) != (rows,):
+            raise UserError(f"prepare returned {name} of shape {tuple(values_B.shape)}; give ({rows},).")
+        if (values_B.dtype == torch.bool) != (name == "kept"):
+            raise UserError(
+                f"prepare returned {name} of type {values_B.dtype}; kept is bool, the others float."
+            )
+        if not torch.isfinite(values_B).all():
+            raise UserError(f"prepare returned {name} with a value that is not finite.")
+        found[name] = values_B if name == "kept" else values_B.to(torch.float32)
+    return found
 
 
 def load_module(name: str, beside: Path | None = None) -> ModuleType:

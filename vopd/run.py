@@ -23,7 +23,7 @@ from vopd import provenance, watch
 from vopd.backbone.launch import FAILURE, environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
-from vopd.method import build
+from vopd.method import build, final_views
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test", "holdout")
@@ -107,7 +107,8 @@ class Run:
         OmegaConf.save(self.config, file)
 
     def _check(self) -> None:
-        from vopd import preflight  # pulls in pyarrow: not for --help and mistyped words
+        from vopd import preflight  # both pull in pyarrow: not for --help and mistyped words
+        from vopd.backbone import recording
 
         config = self.config
         preflight.check_disk(self.folder, config.hardware.disk_gib)
@@ -116,6 +117,10 @@ class Run:
         model = Path(config.model.path)
         if config.hardware.device == "cpu" or model.is_absolute() or model.exists():
             preflight.check_model_folder(model)
+        if config.rollout.replay:
+            recording.check(
+                Path(config.rollout.replay), config.train.steps, config.train.prompts, config.train.rollouts
+            )
         self._prepare_data()
         for split in SPLITS:
             preflight.check_parquet(Path(config.data.folder) / f"{split}.parquet", COLUMNS)
@@ -136,9 +141,7 @@ class Run:
     def _check_prompts(self) -> None:
         """Every prompt of every split in every view fits; remembered by hash, because it takes a minute on 6K rows."""
         config = self.config
-        views = sorted(
-            {"full", "crop", self.method.rollout.view, *(s.view for s in self.method.scorers.values())}
-        )
+        views = sorted(final_views(self.method))
         key = provenance.hash_json(
             [self.data_hash(), self.model_hash(), config.rollout.max_prompt_tokens, views]
         )
@@ -216,6 +219,7 @@ class Run:
                 self.data_hash(),
                 sampling,
                 rows,
+                final_views(self.method),
                 template,
                 code,
                 provenance.library_versions(),
@@ -267,6 +271,8 @@ def _absolute(config: DictConfig) -> DictConfig:
     runs = Path(config.run_dir)
     config.run_dir = str(runs if runs.is_absolute() else ROOT / runs)
     config.data.folder = str(ROOT / config.data.folder)
+    if config.rollout.replay:
+        config.rollout.replay = str(ROOT / config.rollout.replay)
     if (ROOT / config.model.path).exists():
         config.model.path = str(ROOT / config.model.path)
     return config

@@ -118,7 +118,7 @@ class _Drawing:
         if event["kind"] == "note":
             self.progress.console.print(f"[dim]{event['text']}[/dim]")
             return
-        name = "training" if event["kind"] == "step" else f"answering ({event['name']})"
+        name = event["name"] if event["kind"] != "evaluation" else f"answering ({event['name']})"
         if name not in self.tasks:
             self.tasks[name] = self.progress.add_task(name, total=event["total"], shown="")
         numbers = {k: v for k, v in event.items() if isinstance(v, float)}

@@ -21,6 +21,7 @@ from transformers import (
 
 from data.miniature import world
 from data.miniature.responses import response
+from vopd.views import HINTED
 
 SPECIALS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>",
@@ -29,10 +30,6 @@ SPECIALS = (
 VOCABULARY = 1024
 PATCH = 8
 MERGE = 2
-HINTED = (
-    "{question}\n\nHere is a reference solution to this problem:\n{answer}\n\nAfter understanding the "
-    "reference solution, please try to solve this problem using your own approach below:"
-)
 CHAT_TEMPLATE = (
     "{%- for m in messages -%}{{- '<|im_start|>' + m.role + '\n' -}}"
     "{%- if m.content is string -%}{{- m.content -}}{%- else -%}{%- for c in m.content -%}"

@@ -27,12 +27,13 @@ from vopd.backbone import delta_rule, seams
 from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
+from vopd.divergence import entropy, sampled_token_log_prob
 from vopd.method import Method, UpdateBatch
 from vopd.teacher import TeacherWeights, components, stores
 
-# Always scored beside a method's own outputs: it shows whether rollout and trainer agree. A method that needs its
-# gradient returns it itself under this name.
-LOG_PROB = "log_prob"
+# Always scored beside a method's own outputs: whether rollout and trainer agree, whether the policy collapses. A
+# method that needs a gradient through one of them returns it itself under this name.
+LOG_PROB, ENTROPY = "log_prob", "entropy"
 
 
 def warmup_factor(step: int, warmup_steps: int) -> float:
@@ -63,7 +64,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
     def attach(self, method: Method, chunk: int) -> None:
         """Train with `method` from here on. Call after `initialize`, before the first update."""
         self.method = method
-        self.names = tuple(dict.fromkeys((*method.outputs, LOG_PROB)))
+        self.names = tuple(dict.fromkeys((*method.outputs, LOG_PROB, ENTROPY)))
         self.chunk = chunk
         self.store_names = stores(method.scorers.values())
         self.teachers = TeacherWeights(self.module, self.store_names)
@@ -77,23 +78,41 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             return super().train_batch(data, loss_function)
         start = time.perf_counter()
         self.optimizer_zero_grad()
-        rows = list(data["rendered"])
-        self._rows = rows
-        data["row_index"] = torch.arange(len(rows))
+        self._number_rows(data)
         self._sums: dict[str, float] = defaultdict(float)
+        kept = self._drop_rows(data)
         self._scorer_hidden, self._scorer_head = self._score_with_teachers(data)
         scored = time.perf_counter()
         outputs = self.forward_backward_batch(data, loss_function, forward_only=False)
-        norm = self.optimizer_step()
-        applied = bool(torch.isfinite(torch.tensor(norm)))
-        if applied:
+        # Without a kept row there is no gradient, but the optimiser's momentum and decay would move the weights.
+        norm = self.optimizer_step() if kept else 0.0
+        finite = bool(torch.isfinite(torch.tensor(norm)))
+        if kept and finite:
             self._reshard()
             self.teachers.update(self.module)
-        outputs["metrics"] = self._metrics(norm, applied)
+        outputs["metrics"] = self._metrics(norm, finite)
+        outputs["metrics"]["empty_updates"] = [0.0 if kept else 1.0]
+        outputs["metrics"]["update_rows"] = [float(kept)]
         outputs["metrics"]["seconds/scorers"] = [scored - start]
         outputs["metrics"]["seconds/student"] = [time.perf_counter() - scored]
         self.update_in_batch += 1
         return outputs
+
+    def _number_rows(self, data: TensorDict) -> None:
+        self._rows = list(data["rendered"])
+        data["row_index"] = torch.arange(len(self._rows))
+
+    def _drop_rows(self, data: TensorDict) -> int:
+        """Rows of the update that count, on all ranks; the others lose their mask (`Method.prepare`)."""
+        if "kept" not in data.keys():
+            return int(data["global_batch_size"])
+        kept_B = data["kept"]
+        masks = zip(_rows_of(data["loss_mask"]), kept_B, strict=True)
+        data["loss_mask"] = _nested([mask_R * kept for mask_R, kept in masks])
+        count = kept_B.sum().to(self._device())
+        torch.distributed.all_reduce(count, group=self.get_data_parallel_group())
+        seams.assign_non_tensor(data, global_batch_size=int(count))
+        return int(count)
 
     def forward_step(
         self, micro_batch: TensorDict, loss_function: Callable[..., Any] | None, forward_only: bool
@@ -117,11 +136,11 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             extras=extras_N,
         )
         numbers_NM = self._forward(
-            micro_batch, [self._rows[i][self.method.rollout.view] for i in index_B], context
+            micro_batch, [self._rows[i][self.method.student_view] for i in index_B], context
         )
         lengths = [len(r) for r in responses]
         per_token = {name: _pad(numbers_NM[:, m], lengths) for m, name in enumerate(self.names)}
-        mask_BT = _pad(torch.cat(_rows_of(micro_batch["response_mask"])).to(numbers_NM), lengths)
+        mask_BT = _pad(torch.cat(_rows_of(micro_batch["loss_mask"])).to(numbers_NM), lengths)
         batch = UpdateBatch(
             rows=int(micro_batch["global_batch_size"]),
             tokens=int(micro_batch["batch_num_tokens"]),
@@ -130,6 +149,8 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             old_log_probs_BT=_pad(extras_N["old_log_probs"], lengths)
             if "old_log_probs" in extras_N
             else None,
+            weights_B=self._of_rows(micro_batch, "weights"),
+            kept_B=self._of_rows(micro_batch, "kept"),
         )
         loss = self.method.loss(per_token, mask_BT, batch)
         self._count(loss / batch.ranks, per_token, mask_BT, micro_batch, lengths)
@@ -137,12 +158,31 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
 
     def _score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         assert self.method is not None
-        numbers = self.method.score(chunk)
-        if LOG_PROB in numbers:
-            return numbers
+        numbers = dict(self.method.score(chunk))
         with torch.no_grad():
-            log_prob_C = chunk.student_logits_CV.log_softmax(-1).gather(-1, chunk.tokens_C[:, None])[:, 0]
-        return {**numbers, LOG_PROB: log_prob_C}
+            if LOG_PROB not in numbers:
+                numbers |= _sampled_log_prob(chunk)
+            if ENTROPY not in numbers:
+                numbers[ENTROPY] = entropy(chunk.student_logits_CV)
+        return numbers
+
+    def _of_rows(self, micro_batch: TensorDict, name: str) -> torch.Tensor | None:
+        return micro_batch[name].to(self._device()) if name in micro_batch.keys() else None
+
+    # ---- the policy before the update -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def log_probs(self, data: TensorDict) -> torch.Tensor:
+        """Log-probs of each row's response under the student as it is now, jagged (B, R)."""
+        assert self.method is not None
+        self._number_rows(data)
+
+        def scoring(responses: list[torch.Tensor]) -> ScoringContext:
+            tokens_N = torch.cat(responses).to(self._device())
+            return ScoringContext(_sampled_log_prob, (LOG_PROB,), tokens_N, self.chunk)
+
+        numbers = self._by_row(data, self.method.student_view, scoring)
+        return _nested([numbers_RM[:, 0].cpu() for numbers_RM in numbers])
 
     # ---- scorers ------------------------------------------------------------------------------------------------
 
@@ -171,6 +211,17 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
 
     def _hidden(self, data: TensorDict, view: str) -> list[torch.Tensor]:
         """Last hidden states (R, H) of every row's response behind this view's prompt, in the order of rows."""
+        prompts = sum(len(row[view]["prompt_ids"]) for row in self._rows)
+        self._sums["scorer_tokens"] += prompts + sum(map(len, _rows_of(data["responses"])))
+        return self._by_row(data, view, lambda _: GatherContext())
+
+    def _by_row(
+        self,
+        data: TensorDict,
+        view: str,
+        context: Callable[[list[torch.Tensor]], ScoringContext | GatherContext],
+    ) -> list[torch.Tensor]:
+        """What the head returns (R, ...) for each row's response behind this view's prompt, in the order of rows."""
         responses = _rows_of(data["responses"])
         rendered = [row[view] for row in self._rows]
         ids = [with_response(v, r)[0] for v, r in zip(rendered, responses, strict=True)]
@@ -183,19 +234,16 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         micro_batches, _ = seams.prepare_micro_batches(
             data=view_data, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
         )
-        hidden: list[torch.Tensor | None] = [None] * len(ids)
+        found: list[torch.Tensor | None] = [None] * len(ids)
         for micro_batch in micro_batches:
             index_B = micro_batch["row_index"].tolist()
-            batch = TensorDict(
-                {"responses": _nested([responses[i] for i in index_B])}, batch_size=[len(index_B)]
-            )
+            chosen = [responses[i] for i in index_B]
+            batch = TensorDict({"responses": _nested(chosen)}, batch_size=[len(index_B)])
             seams.assign_non_tensor(batch, temperature=1.0, use_remove_padding=data["use_remove_padding"])
-            hidden_NH = self._forward(batch, [rendered[i] for i in index_B], GatherContext())
-            for i, rows_RH in zip(
-                index_B, hidden_NH.split([len(responses[i]) for i in index_B]), strict=True
-            ):
-                hidden[i] = rows_RH
-        return hidden  # type: ignore[return-value]  # every row is in exactly one micro-batch
+            values_N = self._forward(batch, [rendered[i] for i in index_B], context(chosen))
+            for i, values_R in zip(index_B, values_N.split([len(r) for r in chosen]), strict=True):
+                found[i] = values_R
+        return found  # type: ignore[return-value]  # every row is in exactly one micro-batch
 
     def _scorer(self, name: str, index_B: list[int]) -> tuple[Component, ...]:
         assert self.method is not None
@@ -261,7 +309,10 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         self._sums["tokens"] += mask_BT.sum().item()
         for name, values_BT in per_token.items():
             self._sums[f"token/{name}"] += (values_BT * mask_BT).sum().item()
-        if "rollout_log_probs" in micro_batch.keys() and self.update_in_batch == 0:
+        assert self.method is not None
+        rollout, view = self.method.rollout, self.method.student_view
+        comparable = rollout.weights == "current" and rollout.view == view and self.update_in_batch == 0
+        if "rollout_log_probs" in micro_batch.keys() and comparable:
             rollout_BT = _pad(torch.cat(_rows_of(micro_batch["rollout_log_probs"])).to(mask_BT), lengths)
             difference_BT = (rollout_BT - per_token[LOG_PROB]) * mask_BT
             self._sums["rollout/k3"] += ((difference_BT.exp() - 1 - difference_BT) * mask_BT).sum().item()
@@ -271,7 +322,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
                 self._sums["max/rollout/probs_diff"], probs_BT.max().item()
             )
 
-    def _metrics(self, norm: float, applied: bool) -> dict[str, Any]:
+    def _metrics(self, norm: float, finite: bool) -> dict[str, Any]:
         """Means over the update's tokens on all ranks; a rank's maximum stays a maximum."""
         group = self.get_data_parallel_group()
         sums = {k: v for k, v in self._sums.items() if not k.startswith("max/")}
@@ -279,10 +330,12 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         torch.distributed.all_reduce(sum_S, group=group)
         total = dict(zip(sorted(sums), sum_S.tolist(), strict=True))
         tokens = max(total.pop("tokens"), 1.0)
+        scorer_tokens = total.pop("scorer_tokens", 0.0)
         metrics: dict[str, Any] = {k: [v if k == "loss" else v / tokens] for k, v in total.items()}
         metrics["update_loss"] = metrics.pop("loss")
         metrics["update_tokens"] = [tokens]
-        metrics["skipped_updates"] = [0.0 if applied else 1.0]
+        metrics["scorer_tokens"] = [scorer_tokens]
+        metrics["skipped_updates"] = [0.0 if finite else 1.0]
         for key in (k for k in self._sums if k.startswith("max/")):
             value = torch.tensor(self._sums[key], device=self._device())
             torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -376,6 +429,10 @@ def response_positions(lengths_B: list[int], responses_B: list[int], packed: boo
             for start, length, response in zip(starts, lengths_B, responses_B, strict=True)
         ]
     )
+
+
+def _sampled_log_prob(chunk: ScoreChunk) -> dict[str, torch.Tensor]:
+    return {LOG_PROB: sampled_token_log_prob(chunk.student_logits_CV, chunk.tokens_C)}
 
 
 def _rows_of(nested: torch.Tensor) -> list[torch.Tensor]:

@@ -22,7 +22,12 @@ class Progress:
 
     def step(self, step: int, total: int, line: dict[str, Any]) -> None:
         """A finished training step."""
-        self._write({"kind": "step", "done": step, "total": total} | {k: line[k] for k in SHOWN if k in line})
+        shown = {k: line[k] for k in SHOWN if k in line}
+        self._write({"kind": "step", "name": "training", "done": step, "total": total} | shown)
+
+    def generation(self, done: int, total: int) -> None:
+        """Steps whose rollouts are generated, where all are before the first update."""
+        self._write({"kind": "generation", "name": "generating", "done": done, "total": total})
 
     def evaluation(self, name: str, done: int, total: int) -> None:
         """Questions answered so far in evaluation `name`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from vopd.backbone import seams
+from vopd.backbone.groups import METRIC
 from vopd.backbone.rendering import Rendered, render
 from vopd.errors import UserError
 from vopd.evaluation.scoring import is_correct, parse_answer
@@ -39,6 +41,11 @@ def decode(row: dict[str, Any]) -> dict[str, Any]:
         except (OSError, Image.DecompressionBombError) as error:
             raise UserError(f"Row {row['id']}, column {column}: not a readable image ({error}).") from error
     return decoded
+
+
+def training_limit(settings: Any) -> int:
+    """Most tokens of a response in training: `rollout.train_share` of what evaluation allows."""
+    return max(1, int(settings.rollout.train_share * settings.rollout.max_response_tokens))
 
 
 class ViewRolloutWorker(seams.AgentLoopWorker):
@@ -94,17 +101,22 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
         trace: bool = True,
         **kwargs: Any,
     ) -> None:
-        """One request to vLLM. The first view is the one that generates."""
+        """One request to vLLM, or one recorded response. The first view is the one that generates."""
         row, rollout = kwargs["row"], kwargs["session_id"]
         view = kwargs["views"][0]
-        rendered: Rendered = kwargs["rendered"][view]
-        seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
-        output = await self.llm_client.generate(
-            request_id=uuid4().hex,
-            prompt_ids=rendered.prompt_ids_P.tolist(),
-            sampling_params={**sampling_params, "seed": seed},
-            image_data=rendered.images,
-        )
+        if "recorded" in kwargs:
+            tokens, log_probs = (kwargs["recorded"][name][rollout] for name in ("tokens", "log_probs"))
+            output: Any = SimpleNamespace(token_ids=tokens, log_probs=log_probs, extra_fields={})
+        else:
+            rendered: Rendered = kwargs["rendered"][view]
+            seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
+            limit = {} if trajectory["validate"] else {"max_tokens": training_limit(self.config.vopd)}
+            output = await self.llm_client.generate(
+                request_id=uuid4().hex,
+                prompt_ids=rendered.prompt_ids_P.tolist(),
+                sampling_params={**sampling_params, **limit, "seed": seed},
+                image_data=rendered.images,
+            )
         await self._store(output, row, view, trajectory, kwargs)
 
     async def _store(
@@ -155,17 +167,15 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
     ) -> dict[str, Any]:
         rendered: dict[str, Rendered] = kwargs["rendered"]
         prompt_P = rendered[kwargs["views"][0]].prompt_ids_P
-        reward_R = torch.zeros(len(response_R))
-        reward_R[-1] = float(record["correct"])
         return {
-            "uid": kwargs["uid"],
             "prompts": prompt_P,
             "responses": response_R,
             "input_ids": torch.cat([prompt_P, response_R]),
             "response_mask": torch.ones_like(response_R),
             "loss_mask": torch.ones_like(response_R),
             "rollout_log_probs": torch.tensor(output.log_probs, dtype=torch.float32),
-            "rm_scores": reward_R,
+            # Where verl's group filter looks for its metric.
+            "extra_fields": {"reward_extra_info": {METRIC: float(record["correct"])}},
             "rendered": {view: r.for_training() for view, r in rendered.items()},
         }
 

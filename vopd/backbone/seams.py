@@ -17,6 +17,7 @@ from verl.trainer.main_ppo import TaskRunnerV1
 from verl.trainer.ppo.utils import Role
 from verl.trainer.ppo.v1 import trainer_base
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+from verl.trainer.ppo.v1.replay_buffer import ReplayBuffer
 from verl.trainer.ppo.v1.trainer_base import register_trainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.device import get_device_id, get_device_name
@@ -48,6 +49,7 @@ __all__ = [
     "LLMServerClient",
     "LLMServerManager",
     "PPOTrainerSync",
+    "ReplayBuffer",
     "Role",
     "TaskRunner",
     "TrainingWorker",
@@ -67,6 +69,7 @@ __all__ = [
     "register",
     "register_engine",
     "register_trainer",
+    "use_replay_buffer",
     "use_server_manager",
 ]
 
@@ -88,6 +91,11 @@ def register_engine(engine: type[FSDPEngineWithLMHead]) -> None:
 def use_server_manager(manager: type[LLMServerManager]) -> None:
     """Make verl's trainers start their rollout servers through `manager`; they name the class and take no other."""
     trainer_base.LLMServerManager = manager
+
+
+def use_replay_buffer(buffer: type[ReplayBuffer]) -> None:
+    """Make verl's synchronous trainer wait in `buffer`; a custom sampler would go without group filtering."""
+    trainer_base.ReplayBuffer = buffer
 
 
 def nested_positions(rows_4L: list[torch.Tensor]) -> torch.Tensor:

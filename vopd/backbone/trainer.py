@@ -1,11 +1,13 @@
 """The training loop: verl's synchronous V1 trainer, told to run a method and to keep an honest record.
 
-One step: n rollouts per prompt -> rows in canonical order -> [old log-probs, advantages where the method asks] ->
-update (scorers, student, teachers; inside the worker) -> weight sync. Evaluation goes through the same rollout.
+One step: n rollouts per prompt -> rows in canonical order -> rewards, and advantages, weights, kept rows where the
+method has them -> update (old log-probs, scorers, student, teachers; inside the worker) -> weight sync. Evaluation goes
+through the same rollout. Rollouts can be stored and trained on later, by this run or another (`recording`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import math
@@ -20,17 +22,22 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
+from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
-from vopd.backbone import seams
+from vopd.backbone import recording, seams
+from vopd.backbone.groups import GroupBuffer
+from vopd.backbone.policy_gradient import advantages
 from vopd.backbone.progress import Progress
-from vopd.backbone.rollout import early_workers
+from vopd.backbone.rollout import early_workers, training_limit
 from vopd.backbone.servers import ServerManager
 from vopd.backbone.worker import MethodWorker
+from vopd.errors import UserError
 from vopd.evaluation.records import write_records
-from vopd.method import build
+from vopd.guards import collapse_flags
+from vopd.method import Method, Rollouts, build, checked
 
 NAME = "vopd"
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
@@ -50,14 +57,15 @@ class Trainer(seams.PPOTrainerSync):
         self.run_dir = Path(self.vopd.run_dir)
         beside = Path(self.vopd.recipe_folder) if self.vopd.recipe_folder else None
         self.method = build(OmegaConf.to_container(self.vopd.method, resolve=True), beside)  # type: ignore[arg-type]
-        self.views = tuple(
-            dict.fromkeys([self.method.rollout.view, *(s.view for s in self.method.scorers.values())])
-        )
         self.progress = Progress(self.run_dir)
         self.prompts_drawn = 0
+        self.refilled = 0
         self.skipped_in_a_row = 0
+        self.first_line: dict[str, Any] | None = None
         self.train_dataloader_it: Any = None
+        self.recorded = self._recorded()
         seams.use_server_manager(ServerManager)
+        seams.use_replay_buffer(GroupBuffer)
         super().__init__(config)
         # The training process is about to import and load for a while: load what comes next meanwhile.
         threading.Thread(
@@ -80,20 +88,69 @@ class Trainer(seams.PPOTrainerSync):
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
-    def _fetch_one_gen_batch(self) -> Any:
-        if self.train_dataloader_it is None:
-            self.train_dataloader_it = iter(self.train_dataloader)
-        rows = next(self.train_dataloader_it, None)
-        if rows is None:
-            self.train_dataloader_it = iter(self.train_dataloader)
-            rows = next(self.train_dataloader_it)
-        return self._requests(list(rows["row"]), [",".join(self.views)] * len(rows["row"]))
+    def _recorded(self) -> Path | None:
+        """Folder of the rollouts to train on, or None: they are generated step by step."""
+        if self.vopd.rollout.replay:
+            return Path(self.vopd.rollout.replay)
+        return self.run_dir / "rollouts" if self.method.rollout.weights == "initial" else None
 
-    def _requests(self, rows: list[dict[str, Any]], views: list[str]) -> Any:
+    def _next_train_batch(self, num_prompts: int | None = None) -> Any:
+        views = ",".join(self.method.views)
+        if self.recorded is None:
+            rows = self._draw(num_prompts or self.vopd.train.prompts)
+            batch = self._requests(rows, [views] * len(rows))
+        else:
+            groups, self.recorded_seconds = recording.read(self.recorded, self.global_steps)
+            rows = [self._row(group.row_id) for group in groups]
+            batch = self._requests(rows, [views] * len(rows), groups)
+        seams.assign_non_tensor(batch, global_steps=self.global_steps)
+        return batch
+
+    def _draw(self, count: int) -> list[dict[str, Any]]:
+        """The next rows of the prompt stream; `count` is a multiple of the loader's batch."""
+        rows: list[dict[str, Any]] = []
+        while len(rows) < count:
+            if self.train_dataloader_it is None:
+                self.train_dataloader_it = iter(self.train_dataloader)
+            drawn = next(self.train_dataloader_it, None)
+            if drawn is None:
+                self.train_dataloader_it = iter(self.train_dataloader)
+                drawn = next(self.train_dataloader_it, None)
+            if drawn is None:
+                raise UserError(
+                    f"train.prompts={count}: the training file has fewer rows; take fewer prompts."
+                )
+            rows.extend(drawn["row"])
+        return rows
+
+    def _row(self, row_id: str) -> dict[str, Any]:
+        if not hasattr(self, "_places"):
+            self._places = {name: place for place, name in enumerate(self.train_dataset.rows["id"])}
+        if row_id not in self._places:
+            raise UserError(f"{self.recorded}: row {row_id} is not in the training data; take the same data.")
+        return self.train_dataset.rows[self._places[row_id]]
+
+    def _add_prompts_to_generate(self, num_prompts: int) -> int:
+        """verl asks for prompts in place of filtered groups; it would do so for ever."""
+        self.refilled += num_prompts
+        if self.refilled > self.vopd.train.max_refills * self.vopd.train.prompts:
+            raise TrainingError(
+                f"Step {self.global_steps}: {self.refilled} more prompts would be needed to replace groups whose "
+                f"{self.config.actor_rollout_ref.rollout.n} answers are all right or all wrong; the policy is nearly "
+                "always right, or nearly always wrong, on this data. Raise train.max_refills or train.rollouts, or "
+                "take other data."
+            )
+        return super()._add_prompts_to_generate(num_prompts)
+
+    def _requests(
+        self, rows: list[dict[str, Any]], views: list[str], groups: list[recording.Group] | None = None
+    ) -> Any:
         """Rows as verl's prompt batch. Keys count upwards, so that sorting them is sorting the prompt stream.
 
         views: per row, the views to render, joined by commas; the first one generates.
+        groups: responses to take instead of generating.
         """
+        recorded = {"recorded": [{"tokens": g.tokens, "log_probs": g.log_probs} for g in groups or []]}
         uids = [f"{self.prompts_drawn + i:010d}" for i in range(len(rows))]
         self.prompts_drawn += len(rows)
         return seams.get_tensordict(
@@ -103,31 +160,89 @@ class Trainer(seams.PPOTrainerSync):
                 "uid": uids,
                 "index": list(range(len(rows))),
                 "dummy_tensor": torch.zeros(len(rows), 1, dtype=torch.uint8),
+                **(recorded if groups else {}),
             }
         )
+
+    def _generate_ahead(self) -> None:
+        """All rollouts of the run from the weights as they are, one file a step; whole files are kept."""
+        folder, steps = self.run_dir / "rollouts", self.total_training_steps
+        if all(recording.path(folder, step).exists() for step in range(1, steps + 1)):
+            return
+        if self.global_steps:
+            raise TrainingError(f"{folder} lacks rollouts of the initial weights; remove {self.run_dir}.")
+        for step in range(1, steps + 1):
+            rows = self._draw(self.vopd.train.prompts)
+            if not recording.path(folder, step).exists():
+                start = time.perf_counter()
+                batch = self._requests(rows, [self.method.rollout.view] * len(rows))
+                seams.assign_non_tensor(batch, global_steps=step)
+                self._submit_batch_to_rollout(batch)
+                done, _ = self.replay_buffer.sample(
+                    global_steps=step, partition_id="train", batch_size=len(rows)
+                )
+                self._store(self._complete(done, len(rows)), folder, step, time.perf_counter() - start)
+                tq.kv_clear(keys=done.keys, partition_id="train")
+            self.progress.generation(step, steps)
+
+    def _store(self, batch: KVBatchMeta, folder: Path, step: int, seconds: float) -> None:
+        """Write a step's rollouts in canonical order."""
+        keys = sorted(batch.keys, key=_sort_key)
+        fields = ["record", "responses", "rollout_log_probs"]
+        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
+        groups: list[recording.Group] = []
+        columns = (data["record"], data["responses"].unbind(), data["rollout_log_probs"].unbind())
+        for key, record, tokens_R, log_probs_R in zip(keys, *columns, strict=True):
+            if _sort_key(key)[1] == 0:
+                groups.append(recording.Group(seams.plain(record)["id"], [], []))
+            groups[-1].tokens.append(tokens_R.tolist())
+            groups[-1].log_probs.append(log_probs_R.tolist())
+        recording.write(folder, step, groups, seconds)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
     def _step_once(
         self, metrics: dict[str, Any], timing_raw: dict[str, float], sample_batch_size: int
     ) -> KVBatchMeta:
+        self.refilled = 0
         with marked_timer("gen", timing_raw):
-            batch, sampled = self.replay_buffer.sample(
+            batch, _ = self.replay_buffer.sample(
                 global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
             )
-            metrics.update(sampled)
             self.on_sample_end()
         batch = self._arrange(self._complete(batch, sample_batch_size))
         batch.extra_info["temperature"] = 1.0
-        if self.method.needs_old_log_probs:
-            with marked_timer("old_log_prob", timing_raw):
-                batch = self._compute_old_log_prob(batch, metrics=metrics)
-        if self.method.advantage is not None:
-            with marked_timer("adv", timing_raw):
-                batch = self._compute_advantage(batch, metrics=metrics)
+        if self.vopd.rollout.record:
+            self._store(batch, self.run_dir / "rollouts", self.global_steps, timing_raw["gen"])
+        with marked_timer("prepare", timing_raw):
+            prepared = self._prepare(batch, metrics)
         with marked_timer("update_actor", timing_raw):
-            self._update_actor(batch, metrics)
+            self._update_actor(batch, metrics, prepared)
         return batch
+
+    def _prepare(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> list[str]:
+        """Rewards, and what the method makes of the whole step; names of the fields that the rows were given."""
+        keys = sorted(batch.keys, key=_sort_key)
+        records = self._records(keys, batch.partition_id)
+        rollouts = step_rollouts(keys, records, training_limit(self.vopd))
+        rewards_B = self.method.rewards(rollouts).to(torch.float32)
+        if rewards_B.shape != rollouts.rewards_B.shape or not torch.isfinite(rewards_B).all():
+            raise UserError(f"rewards must return {len(keys)} finite numbers, one per rollout.")
+        rollouts = dataclasses.replace(rollouts, rewards_B=rewards_B)
+        fields = row_fields(self.method, rollouts)
+        groups = self.config.actor_rollout_ref.rollout.n
+        share_G = rollouts.correct_B.view(-1, groups).float().mean(-1)
+        metrics["reward"] = rewards_B.mean().item()
+        metrics["mixed_groups"] = ((share_G > 0) & (share_G < 1)).float().mean().item()
+        if fields:
+            tq.kv_batch_put(
+                keys=keys, partition_id=batch.partition_id, fields=TensorDict(fields, [len(keys)])
+            )
+        return list(fields)
+
+    def _records(self, keys: list[str], partition_id: str) -> list[dict[str, Any]]:
+        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["record"])
+        return [dict(seams.plain(record)) for record in data["record"]]
 
     def _complete(self, batch: KVBatchMeta, prompts: int) -> KVBatchMeta:
         """All rollouts of all prompts, or a sentence: verl would fill the place of a failed group with padding."""
@@ -157,10 +272,12 @@ class Trainer(seams.PPOTrainerSync):
         batch.reorder([i for rank in range(ranks) for i in shares[rank]])
         return batch
 
-    def _update_actor(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> KVBatchMeta:
-        rows = len(batch) // self.vopd.train.updates_per_batch
-        extra = [name for name in ("old_log_probs", "advantages") if name in (batch.fields or ())]
-        batch.fields = [*UPDATE_FIELDS, *extra]
+    def _update_actor(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], prepared: list[str] | None = None
+    ) -> KVBatchMeta:
+        updates = self.vopd.train.updates_per_batch
+        rows = len(batch) // updates
+        batch.fields = [*UPDATE_FIELDS, *(prepared or [])]
         batch.extra_info.update(
             global_batch_size=rows,
             mini_batch_size=rows,
@@ -170,6 +287,9 @@ class Trainer(seams.PPOTrainerSync):
         )
         output = self.actor_rollout_wg.update_actor(batch)
         update = reduce_metrics(dict(output["metrics"]))
+        for name in ("scorer_tokens", "update_rows"):
+            update[name] *= updates  # a sum over the batch, not a mean over its updates
+        update["updates"] = round(updates * (1 - update["skipped_updates"] - update["empty_updates"]))
         metrics.update({f"update/{k}": v for k, v in update.items()})
         self._guard(update)
         return batch
@@ -193,15 +313,19 @@ class Trainer(seams.PPOTrainerSync):
         epoch: int,
     ) -> None:
         """One line of metrics.jsonl; replaces verl's, which wants advantages and values of every method."""
-        data = tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=["record"])
-        records = [seams.plain(r) for r in data["record"]]
+        records = self._records(batch.keys, batch.partition_id)
         lengths = [r["response_tokens"] for r in records]
+        thrown = self.replay_buffer.take_thrown()
+        if self.recorded is not None:  # what it cost to generate them belongs to the step that trains on them
+            for phase in ("gen", "step"):
+                timing_raw[phase] += self.recorded_seconds
         line = {
             "step": global_steps,
             "epoch": epoch,
             "prompts": len(batch) // self.config.actor_rollout_ref.rollout.n,
             "rollouts": len(batch),
-            "tokens_generated": sum(lengths),
+            "tokens_generated": sum(lengths) + thrown["tokens_evicted"] + thrown["tokens_surplus"],
+            **thrown,
             "tokens_prompt": sum(t["prompt_len"] for t in batch.tags if "prompt_len" in t),
             "response_length": sum(lengths) / len(lengths),
             "response_length_max": max(lengths),
@@ -210,11 +334,19 @@ class Trainer(seams.PPOTrainerSync):
             **_renamed(metrics),
             **{f"seconds/{k}": v for k, v in timing_raw.items()},
         }
+        self.first_line = self.first_line or self._first_line() or line
+        line |= {f"collapse/{k}": int(v) for k, v in collapse_flags(line, self.first_line).items()}
         metrics.clear()
         metrics.update({k: v for k, v in line.items() if isinstance(v, int | float)})
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
         self.progress.step(global_steps, self.total_training_steps, line)
+
+    def _first_line(self) -> dict[str, Any] | None:
+        """The run's first step, where an interruption lies between it and now."""
+        file = self.run_dir / "metrics.jsonl"
+        lines = file.read_text().splitlines() if file.exists() else []
+        return dict(json.loads(lines[0])) if lines else None
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
@@ -268,8 +400,7 @@ class Trainer(seams.PPOTrainerSync):
                 f"{self.run_dir / 'log.txt'}."
             )
         keys = sorted(done.keys, key=_sort_key)
-        data = tq.kv_batch_get(keys=keys, partition_id="val", select_fields=["record"])
-        records = [dict(seams.plain(r)) for r in data["record"]]
+        records = self._records(keys, "val")
         tq.kv_clear(keys=keys, partition_id="val")
         return records
 
@@ -287,10 +418,46 @@ class Trainer(seams.PPOTrainerSync):
             self.prompts_drawn = json.loads((folder / "vopd.json").read_text())["prompts_drawn"]
 
     def fit(self, agent_loop_manager: Any) -> None:
+        self.agent_loop_manager = agent_loop_manager
+        if self.recorded is not None and not self.vopd.rollout.replay:
+            self._generate_ahead()
         super().fit(agent_loop_manager)
         if self.vopd.export:
             self.progress.note("writing the trained weights")
             self.actor_rollout_wg.export(str(self.run_dir / "model"), self.vopd.export)
+
+
+def step_rollouts(keys: list[str], records: list[dict[str, Any]], limit: int) -> Rollouts:
+    """A step's records as the contract's tensors; keys in canonical order."""
+    correct_B = torch.tensor([bool(record["correct"]) for record in records])
+    groups: dict[str, int] = {}
+    return Rollouts(
+        correct_B=correct_B,
+        rewards_B=correct_B.to(torch.float32),
+        truncated_B=torch.tensor([bool(record["truncated"]) for record in records]),
+        lengths_B=torch.tensor([int(record["response_tokens"]) for record in records]),
+        group_B=torch.tensor([groups.setdefault(_sort_key(key)[0], len(groups)) for key in keys]),
+        limit=limit,
+    )
+
+
+def row_fields(method: Method, rollouts: Rollouts) -> dict[str, torch.Tensor]:
+    """What travels with the rows beside tokens: weights, kept, and advantages per token (jagged)."""
+    lengths = rollouts.lengths_B.tolist()
+    fields = checked(method.prepare(rollouts), len(lengths))
+    if method.advantage is not None:
+        if "advantages" in fields:
+            raise UserError(
+                f"The method names the advantage '{method.advantage}' and prepares others; drop one."
+            )
+        mask_BT = (torch.arange(max(lengths)) < rollouts.lengths_B[:, None]).to(torch.float32)
+        fields["advantages"] = advantages(method.advantage, rollouts.rewards_B, rollouts.group_B, mask_BT)
+    elif "advantages" in fields:
+        fields["advantages"] = fields["advantages"][:, None].expand(-1, max(lengths))
+    if "advantages" in fields:
+        rows = [row_T[:length] for row_T, length in zip(fields["advantages"], lengths, strict=True)]
+        fields["advantages"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
+    return fields
 
 
 def _sort_key(key: str) -> tuple[str, int]:

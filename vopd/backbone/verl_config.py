@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from vopd.errors import UserError
+from vopd.method import Method, build, final_views
 
 HERE = Path(__file__).parent
 GIB = 1024**3
@@ -39,7 +40,8 @@ def verl_config(run: DictConfig) -> DictConfig:
     vopd = OmegaConf.create(OmegaConf.to_container(run, resolve=True))
     assert isinstance(vopd, DictConfig)
     words = vopd.pop("verl")
-    vopd.evaluate = _plans(vopd)
+    method = build(vopd.method, Path(vopd.recipe_folder) if vopd.recipe_folder else None)
+    vopd.evaluate = _plans(vopd, method)
     trackers = [name for name in ("tensorboard", "wandb") if vopd.logging[name]]
     OmegaConf.set_struct(config, False)
     config.vopd = vopd
@@ -47,6 +49,8 @@ def verl_config(run: DictConfig) -> DictConfig:
     for file in ("verl.yaml", f"verl_{device}.yaml"):
         config = _merged(config, OmegaConf.load(HERE / file))
     config.trainer.logger = trackers
+    # A recording is trained on as it is: its groups were filtered, or not, when it was made.
+    config.algorithm.filter_groups.enable = method.rollout.filter_groups and vopd.rollout.replay is None
     OmegaConf.set_struct(config, True)
     try:
         config = _merged(config, words)
@@ -63,11 +67,14 @@ def _merged(base: DictConfig, more: Any) -> DictConfig:
     return merged
 
 
-def _plans(vopd: DictConfig) -> dict[str, Any]:
-    """Which file is answered in which views, before / after and during training. Test is never used in between."""
+def _plans(vopd: DictConfig, method: Method) -> dict[str, Any]:
+    """Which file is answered in which views, before / after and during training. Test is never used in between.
+
+    What a scorer or the generating policy sees is answered too: a teacher's own accuracy stands beside its student's.
+    """
     folder, e = vopd.data.folder, vopd.evaluate
     final = [
-        {"file": f"{folder}/test.parquet", "rows": e.test_rows, "views": ["full", "crop"]},
+        {"file": f"{folder}/test.parquet", "rows": e.test_rows, "views": final_views(method)},
         {"file": f"{folder}/holdout.parquet", "rows": e.holdout_rows, "views": ["full"]},
     ]
     during = [{"file": f"{folder}/validation.parquet", "rows": e.validation_rows, "views": ["full", "crop"]}]

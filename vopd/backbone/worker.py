@@ -28,6 +28,19 @@ class ScoringTrainingWorker(seams.TrainingWorker):
         seams.register_engine(ScoringEngine)
         super().__init__(config)
 
+    def log_probs(self, data: TensorDict) -> torch.Tensor:
+        """Log-probs of all rows before the first mini-batch, in micro-batches like those of an update."""
+        engine = self.engine.engine_config
+        seams.assign_non_tensor(
+            data,
+            use_remove_padding=self.model_config.get("use_remove_padding", False),
+            use_dynamic_bsz=engine.use_dynamic_bsz,
+            max_token_len_per_gpu=engine.max_token_len_per_gpu,
+            micro_batch_size_per_gpu=engine.micro_batch_size_per_gpu,
+        )
+        with self.engine.eval_mode():
+            return self.engine.log_probs(data)
+
 
 class MethodWorker(seams.ActorRolloutRefWorker):
     """Student, teachers and the weight sync to the rollout, in one process per device.
@@ -50,7 +63,10 @@ class MethodWorker(seams.ActorRolloutRefWorker):
 
     @seams.register(dispatch_mode=seams.make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: TensorDict) -> TensorDict:
-        self.actor.engine.update_in_batch = 0
+        engine = self.actor.engine
+        engine.update_in_batch = 0
+        if engine.method.needs_old_log_probs:
+            data["old_log_probs"] = self.actor.log_probs(data)
         return super().update_actor(data)
 
     @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)

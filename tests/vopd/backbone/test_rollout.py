@@ -17,7 +17,15 @@ from vopd.errors import UserError
 
 ROLLOUTS = 4
 SETTINGS = {
-    "vopd": {"seed": 0, "rollout": {"max_prompt_tokens": 4096, "chat_template": {}}},
+    "vopd": {
+        "seed": 0,
+        "rollout": {
+            "max_prompt_tokens": 4096,
+            "max_response_tokens": 40,
+            "train_share": 0.5,
+            "chat_template": {},
+        },
+    },
     "actor_rollout_ref": {"rollout": {"n": ROLLOUTS, "val_kwargs": {"n": 1}}},
 }
 

@@ -1,0 +1,73 @@
+"""OPSD (arXiv 2601.18734): the teacher sees the same image and is told the right answer.
+
+    L = E_{y ~ p_S(. | I, q)}  1/|y|  sum_n  D( p_T(. | I, q + answer, y_<n)  ||  p_S(. | I, q, y_<n) )
+
+Two variants in one module. As the Vision-OPD paper runs it: D is the JSD on the student's top k plus tail, the teacher
+a moving average. The original: D is the forward KL over the whole vocabulary, its entries clipped one by one,
+sum_v min(p_T(v) log(p_T(v) / p_S(v)), clip), and the teacher the initial weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vopd.backbone.head import ScoreChunk
+from vopd.divergence import pointwise_forward_kl, top_k_tail_divergence
+from vopd.errors import UserError
+from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
+
+
+@dataclass
+class Settings:
+    """Defaults: the Vision-OPD paper's variant. `clip` takes the original's divergence, without top_k and beta."""
+
+    top_k: int | None = 100
+    beta: float = 0.5
+    clip: float | None = None
+    teacher: str = "ema"
+    teacher_rate: float = 0.05
+    teacher_view: str = "answer_hint"
+
+
+@dataclass(frozen=True)
+class OPSD(Method):
+    """See the module's docstring."""
+
+    settings: Settings = field(default_factory=Settings)
+
+    def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
+        student_CV, teacher_CV, s = chunk.student_logits_CV, chunk.scorer_logits["teacher"], self.settings
+        if s.clip is not None:
+            return {"divergence": pointwise_forward_kl(student_CV, teacher_CV, s.clip)}
+        return {"divergence": top_k_tail_divergence(student_CV, teacher_CV, s.top_k, s.beta).divergence_T}
+
+    def loss(
+        self, per_token: Mapping[str, torch.Tensor], mask_BT: torch.Tensor, batch: UpdateBatch
+    ) -> torch.Tensor:
+        return sequence_mean(per_token["divergence"], mask_BT, batch)
+
+    def record(self) -> dict[str, Any]:
+        s = self.settings
+        support = "full vocabulary" if s.top_k is None else f"student top-{s.top_k} + tail"
+        rate = f"({s.teacher_rate})" if s.teacher in ("ema", "trust_region") else ""
+        return {
+            "anchor": f"{s.teacher}{rate} on {s.teacher_view}",
+            "objective": f"JSD {s.beta}, {support}" if s.clip is None else "forward KL, full vocabulary",
+            "normalisation": "per-sequence mean",
+            "clip": "none" if s.clip is None else f"{s.clip:g} per entry of the vocabulary",
+        }
+
+
+def build(settings: Settings) -> Method:
+    """The method with these settings."""
+    if settings.clip is not None and settings.top_k is not None:
+        raise UserError("method.clip is for the full vocabulary; set method.top_k=null with it.")
+    return OPSD(
+        outputs=("divergence",),
+        scorers={"teacher": Scorer(settings.teacher_view, settings.teacher, settings.teacher_rate)},
+        settings=settings,
+    )

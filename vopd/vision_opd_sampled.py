@@ -1,0 +1,60 @@
+"""Vision-OPD on the sampled token alone, the paper's alternative to the divergence over the top k.
+
+    A_n = log p_T(y_n | I', q, y_<n) - log p_S(y_n | I, q, y_<n)
+    L   = - 1/|y| sum_n stop_gradient(A_n) log p_S(y_n | I, q, y_<n)
+
+An unbiased estimate of the reverse KL's gradient, with the variance of one sample a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from vopd.backbone.head import ScoreChunk
+from vopd.divergence import sampled_token_log_prob
+from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
+
+
+@dataclass
+class Settings:
+    """The teacher is Vision-OPD's."""
+
+    teacher: str = "ema"
+    teacher_rate: float = 0.05
+    teacher_view: str = "crop"
+
+
+@dataclass(frozen=True)
+class SampledVisionOPD(Method):
+    """See the module's docstring."""
+
+    def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
+        log_prob_C = sampled_token_log_prob(chunk.student_logits_CV, chunk.tokens_C)
+        teacher_C = sampled_token_log_prob(chunk.scorer_logits["teacher"], chunk.tokens_C)
+        return {"log_prob": log_prob_C, "advantage": (teacher_C - log_prob_C).detach()}
+
+    def loss(
+        self, per_token: Mapping[str, torch.Tensor], mask_BT: torch.Tensor, batch: UpdateBatch
+    ) -> torch.Tensor:
+        return sequence_mean(-per_token["advantage"].detach() * per_token["log_prob"], mask_BT, batch)
+
+    def record(self) -> dict[str, Any]:
+        teacher = self.scorers["teacher"]
+        return {
+            "anchor": f"{teacher.weights}({teacher.rate}) on {teacher.view}",
+            "objective": "policy gradient of the reverse KL, sampled token",
+            "normalisation": "per-sequence mean",
+            "clip": "none",
+        }
+
+
+def build(settings: Settings) -> Method:
+    """The method with these settings."""
+    return SampledVisionOPD(
+        outputs=("log_prob", "advantage"),
+        scorers={"teacher": Scorer(settings.teacher_view, settings.teacher, settings.teacher_rate)},
+    )
