@@ -524,6 +524,145 @@ def case_first_learning_rate(s: Setting) -> dict[str, Any]:
     return out
 
 
+def case_old_before_update(s: Setting) -> dict[str, Any]:
+    """Old log-probs by the engine: those of the update that follows, and of the policy before a moved one."""
+    engine = build_engine(s.models["tied"], lr=1e-2)
+    engine.attach(s.methods["probe"]("crop", "initial"), chunk=3)
+    with engine.eval_mode():
+        old = [row.clone() for row in engine.log_probs(mini_batch(s.fields)).unbind()]
+    first = update(engine, mini_batch(s.fields))["rows"]
+    second = update(engine, mini_batch(s.fields))["rows"]
+    return {
+        "apart": max((old[i] - first[i]["log_prob"]).abs().max().item() for i in first),
+        "apart_after_update": max((old[i] - second[i]["log_prob"]).abs().max().item() for i in second),
+    }
+
+
+def case_prepared(s: Setting) -> dict[str, Any]:
+    """An update with two of four rows kept, of these two alone, with weights, and with none kept (twice as defect)."""
+
+    def fields(kept: list[bool], weights: list[float] | None = None) -> list[dict[str, Any]]:
+        more = [{"kept": torch.tensor(k)} for k in kept]
+        for i, weight in enumerate(weights or []):
+            more[i]["weights"] = torch.tensor(weight)
+        return [f | m for f, m in zip(s.fields, more, strict=True)]
+
+    method = s.methods["probe"]("crop", "ema", 0.3)
+    two = [True, False, True, False]
+    played = {
+        "all": update(s.attach(method), mini_batch(s.fields)),
+        "two": update(s.attach(method), mini_batch(fields(two))),
+        "two_split": update(s.attach(method), mini_batch(fields(two), LONGEST)),
+        "weighted": update(s.attach(method), mini_batch(fields([True] * 4, [2.0, 0.0, 2.0, 0.0]))),
+    }
+    if torch.distributed.get_world_size() == 1:
+        played["two_alone"] = update(s.attach(method), mini_batch([s.fields[0], s.fields[2]]))
+    out = {k: {"loss": v["loss"], "grads": v["grads"]} for k, v in played.items()}
+    engine = build_engine(s.models["tied"], lr=1e-2)
+    engine.attach(method, chunk=64)
+    update(engine, mini_batch(s.fields))  # momentum that would move the weights
+    student, teacher = shards(engine), {k: v.clone() for k, v in engine.teachers.shards["ema:0.3"].items()}
+    metrics = update(engine, mini_batch(fields([False] * 4)))["metrics"]
+    out["none"] = {
+        "empty": metrics["empty_updates"],
+        "skipped": metrics["skipped_updates"],
+        "student_moved": any(not torch.equal(student[k], v) for k, v in shards(engine).items()),
+        "teacher_moved": any(
+            not torch.equal(teacher[k], v) for k, v in engine.teachers.shards["ema:0.3"].items()
+        ),
+    }
+    return out
+
+
+def case_stock(s: Setting) -> dict[str, Any]:
+    """Three updates on one recorded batch: our recipe, and verl's own head, advantages and actor loss."""
+    from dataclasses import replace
+    from functools import partial
+
+    import numpy as np
+    from verl.trainer.ppo import core_algos
+    from verl.workers.config import FSDPActorConfig
+    from verl.workers.utils.losses import ppo_loss
+
+    from vopd.backbone import seams
+    from vopd.backbone.trainer import row_fields, step_rollouts
+    from vopd.method import build
+
+    keys = ["0_0_0", "0_1_0", "1_0_0", "1_1_0"]
+    lengths = list(RESPONSE_LENGTHS)
+    records = [
+        {"correct": c, "truncated": False, "response_tokens": n}
+        for c, n in zip([True, False, False, True], lengths, strict=True)
+    ]
+    rollouts = step_rollouts(keys, records, 8)
+    out: dict[str, Any] = {}
+    for name, settings, mode, low, high in (
+        ("grpo", {"module": "baselines.grpo"}, "seq-mean-token-mean", 0.2, 0.2),
+        ("dapo", {"module": "baselines.dapo"}, "token-mean", 0.2, 0.28),
+    ):
+        method = build(settings)
+        rollouts = replace(rollouts, rewards_B=method.rewards(rollouts))
+        advantages = row_fields(method, rollouts)["advantages"].unbind()
+
+        ours = build_engine(s.models["tied"], lr=1e-3)
+        ours.attach(method, chunk=3)
+        with ours.eval_mode():
+            old = [row + 0.1 for row in ours.log_probs(mini_batch(s.fields)).unbind()]
+        fields = [
+            f | {"old_log_probs": o, "advantages": a}
+            for f, o, a in zip(s.fields, old, advantages, strict=True)
+        ]
+        out[name] = {"ours": [], "stock": []}
+        for _ in range(3):
+            played = update(ours, mini_batch(fields, packed=False))
+            out[name]["ours"].append((played["loss"], played["metrics"]["grad_norm"]))
+
+        width = max(lengths)
+        mask_BT = (torch.arange(width) < torch.tensor(lengths)[:, None]).float()
+        scores_BT = torch.zeros_like(mask_BT)
+        for i, n in enumerate(lengths):
+            scores_BT[i, n - 1] = rollouts.rewards_B[i]
+        verls_BT, _ = core_algos.compute_grpo_outcome_advantage(
+            scores_BT, mask_BT, np.array(["a", "a", "b", "b"], dtype=object)
+        )
+        config = FSDPActorConfig(
+            strategy="fsdp2",
+            rollout_n=2,
+            ppo_mini_batch_size=4,
+            use_dynamic_bsz=True,
+            loss_agg_mode=mode,
+            clip_ratio=low,
+            clip_ratio_low=low,
+            clip_ratio_high=high,
+        )
+        stock = build_engine(s.models["tied"], lr=1e-3)  # without a method it is verl's engine
+        rows = []
+        for i, f in enumerate(s.fields):
+            full = f["rendered"]["full"]
+            rows.append(
+                {
+                    "input_ids": f["input_ids"],
+                    "prompts": full["prompt_ids"],
+                    "responses": f["responses"],
+                    "response_mask": f["response_mask"],
+                    "loss_mask": f["loss_mask"],
+                    "old_log_probs": old[i],
+                    "advantages": verls_BT[i, : lengths[i]],
+                    "multi_modal_inputs": full["multi_modal_inputs"],
+                }
+            )
+        from vopd.backbone.rendering import with_response
+
+        positions = [with_response(f["rendered"]["full"], f["responses"])[1] for f in s.fields]
+        for _ in range(3):
+            data = mini_batch(rows, packed=False)
+            data["position_ids"] = seams.nested_positions(positions)
+            with stock.train_mode():
+                result = stock.train_batch(data, partial(ppo_loss, config))
+            out[name]["stock"].append((sum(result["loss"]), float(result["metrics"]["grad_norm"])))
+    return out
+
+
 CASES: dict[str, Callable[[Setting], dict[str, Any]]] = {
     name.removeprefix("case_"): function for name, function in list(globals().items()) if name[:5] == "case_"
 }
