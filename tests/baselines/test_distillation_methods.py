@@ -88,9 +88,7 @@ def test_the_sampled_tokens_gradient_is_on_average_that_of_the_reverse_kl() -> N
     (wanted_V,) = torch.autograd.grad(kl, student_V, retain_graph=True)
     mean_V = torch.zeros(5, dtype=torch.float64)
     for token in range(5):
-        given = ScoreChunk(
-            student_V[None].clone(), {"teacher": teacher_V[None]}, torch.tensor([token]), {}
-        )
+        given = ScoreChunk(student_V[None].clone(), {"teacher": teacher_V[None]}, torch.tensor([token]), {})
         per_token = {k: v[None] for k, v in method.score(given).items()}
         loss = method.loss(per_token, torch.ones(1, 1), UpdateBatch(1, 1, 1))
         mean_V += p_V[token].detach() * torch.autograd.grad(loss, student_V, retain_graph=True)[0]

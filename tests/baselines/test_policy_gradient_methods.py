@@ -24,7 +24,9 @@ def rollouts(correct: list[bool], lengths: list[int] = LENGTHS, limit: int = 10)
     return step_rollouts(keys, records, limit)
 
 
-def played(name: str, old_shift: float = 0.3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+def played(
+    name: str, old_shift: float = 0.3
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Loss of a recipe's method and its gradient; log-probs and advantages to recompute it from."""
     torch.manual_seed(0)
     method = build({"module": f"baselines.{name}"})
