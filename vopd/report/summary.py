@@ -24,6 +24,7 @@ from vopd.errors import UserError
 from vopd.evaluation import statistics
 from vopd.evaluation.records import Record, answers, rates_by, read_records, select
 from vopd.evaluation.statistics import Difference, Interval
+from vopd.guards import FLAGS
 
 TEST, HOLD_OUT = "test", "holdout"
 
@@ -43,11 +44,25 @@ class Row:
 
 @dataclass(frozen=True)
 class Cost:
-    """What the training took: updates, generated tokens, seconds in all and by phase (phases may nest)."""
+    """What the training took; seconds in all and by phase (phases may nest).
+
+    Prompts and rollouts are those trained on; those thrown away by a group filter are counted beside them, and their
+    tokens are part of `tokens_generated`. `rows_trained` of the rollouts entered a loss. `tokens_scored`: prompt and
+    response tokens that teachers and references read.
+    """
 
     updates: int
+    updates_empty: int
+    updates_skipped: int
+    prompts: int
+    prompts_thrown: int
     rollouts: int
+    rollouts_thrown: int
+    rows_trained: int
+    kept_share: float
     tokens_generated: int
+    tokens_thrown: int
+    tokens_scored: int
     seconds: float
     seconds_by_phase: dict[str, float]
 
@@ -66,6 +81,8 @@ class Summary:
     """First and last value of every number in metrics.jsonl."""
     rates: dict[str, dict[str, dict[str, float]]]
     """before/after -> "split/view" and "split/view/family" -> accuracy, truncated, unparsed, response_tokens."""
+    collapse: dict[str, list[int]]
+    """Flag of `vopd.guards` -> the steps at which it was up."""
     torn_lines: int
     run: dict[str, Any]
     """What the caller passed: code version, data hash, settings."""
@@ -110,6 +127,9 @@ def summarise(run_dir: Path, extra: Mapping[str, Any]) -> Summary:
         cost=_cost(metrics),
         metrics=_first_and_last(metrics),
         rates={when: _rates(r) for when, r in records.items()},
+        collapse={
+            flag: [int(line["step"]) for line in metrics if line.get(f"collapse/{flag}")] for flag in FLAGS
+        },
         torn_lines=sum(file.torn for file in files.values()),
         run=dict(extra),
     )
@@ -164,10 +184,25 @@ def _cost(metrics: Sequence[Mapping[str, Any]]) -> Cost:
                 phases[phase] = phases.get(phase, 0.0) + float(value)
     # Where the trainer times the whole step, the other phases lie inside it.
     seconds = phases["step"] if "step" in phases else sum(phases.values())
+
+    def total(*names: str) -> int:
+        return round(sum(line.get(name, 0) for line in metrics for name in names))
+
+    rollouts = total("rollouts")
+    rows = round(sum(line.get("update_rows", line.get("rollouts", 0)) for line in metrics))
     return Cost(
-        updates=len(metrics),
-        rollouts=int(sum(line.get("rollouts", 0) for line in metrics)),
-        tokens_generated=int(sum(line.get("tokens_generated", 0) for line in metrics)),
+        updates=round(sum(line.get("updates", 1) for line in metrics)),
+        updates_empty=sum(line.get("empty_updates", 0) > 0 for line in metrics),
+        updates_skipped=sum(line.get("skipped_updates", 0) > 0 for line in metrics),
+        prompts=total("prompts"),
+        prompts_thrown=total("prompts_evicted", "prompts_surplus"),
+        rollouts=rollouts,
+        rollouts_thrown=total("rollouts_evicted", "rollouts_surplus"),
+        rows_trained=rows,
+        kept_share=rows / rollouts if rollouts else 0.0,
+        tokens_generated=total("tokens_generated"),
+        tokens_thrown=total("tokens_evicted", "tokens_surplus"),
+        tokens_scored=total("scorer_tokens"),
         seconds=seconds,
         seconds_by_phase=phases,
     )
@@ -257,8 +292,13 @@ def render(summary: Summary) -> str:
         + " (full)",
         f"training            {cost.updates:,} updates, {cost.rollouts:,} rollouts, "
         f"{cost.tokens_generated:,} generated tokens, {cost.seconds:,.0f} s",
+        f"                    {cost.prompts:,} prompts, {100 * cost.kept_share:.0f}% of rollouts in a loss, "
+        f"{cost.tokens_thrown:,} tokens thrown away, {cost.tokens_scored:,} scored",
         "seconds by phase    " + ", ".join(f"{name} {value:,.0f}" for name, value in phases),
     ]
+    for flag, steps in summary.collapse.items():
+        if steps:
+            lines.append(f"COLLAPSE ({flag})".ljust(20) + f"at {len(steps)} steps, first at {steps[0]}")
     if summary.torn_lines:
         lines.append(f"dropped             {summary.torn_lines} record lines cut short by an interruption")
     return to_text(accuracy_table(summary.rows, "Before and after training (95% intervals)"), *lines)

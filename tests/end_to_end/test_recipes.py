@@ -1,0 +1,245 @@
+"""Every recipe through the real stack for two updates each, and recipes that live outside the repository.
+
+What is asserted of each is what makes it that method: who generated, what was thrown away, what was kept, which teacher
+was asked. That the objective is right is shown elsewhere, against independent computations.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from vopd.config import ROOT
+from vopd.evaluation.records import read_records
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
+
+Words = Callable[[Path], list[str]]
+SECONDS = 900
+
+
+def run(recipe: str, words: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "vopd.run", recipe, *words]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS)
+
+
+def short(words_for: Words, folder: Path, *more: str) -> list[str]:
+    """Two updates of 8 prompts x 4."""
+    return [*words_for(folder), "train.steps=2", "train.rollouts=4", *more]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def told(done: subprocess.CompletedProcess[str], folder: Path) -> str:
+    log = folder / "log.txt"
+    return done.stderr + (log.read_text(errors="replace")[-6000:] if log.exists() else "")
+
+
+def trained(recipe: str, words: list[str], folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics; what holds for every recipe is asserted here."""
+    done = run(recipe, words)
+    assert done.returncode == 0, told(done, folder)
+    steps = lines(folder)
+    assert [line["step"] for line in steps] == [1, 2]
+    for line in steps:
+        assert [k for k, v in line.items() if isinstance(v, int | float) and not math.isfinite(v)] == []
+        assert line["prompts"] == 8 and line["rollouts"] == 32 and line["skipped_updates"] == 0
+        assert line["updates"] == 1 and line["grad_norm"] > 0
+        assert line["entropy"] > 0 and line["log_prob"] < 0
+        assert {"collapse/length", "collapse/entropy", "collapse/divergence"} <= line.keys()
+    summary = json.loads((folder / "summary.json").read_text())
+    assert set(summary["run"]["method"]) == {"anchor", "objective", "normalisation", "clip"}
+    assert summary["cost"]["updates"] == 2 and summary["cost"]["prompts"] == 16
+    assert summary["cost"]["tokens_generated"] == sum(line["tokens_generated"] for line in steps)
+    return steps
+
+
+def agrees(steps: list[dict[str, Any]]) -> bool:
+    """Rollout and trainer give the sampled tokens the same probability."""
+    return all(0 <= line["rollout/k3"] < 1e-3 for line in steps)
+
+
+@pytest.fixture(scope="module")
+def grpo(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path:
+    folder = tmp_path_factory.mktemp("grpo") / "run"
+    steps = trained("grpo", short(words_for, folder, "rollout.record=true"), folder)
+    assert agrees(steps)
+    assert all(line["scorer_tokens"] == 0 and line["tokens_evicted"] == 0 for line in steps)
+    assert all(line["reward"] == pytest.approx(line["rollout_accuracy"]) for line in steps)
+    assert any(line["mixed_groups"] > 0 for line in steps)
+    return folder
+
+
+def test_grpo_replayed_from_its_recording_makes_the_same_updates(
+    grpo: Path, tmp_path: Path, words_for: Words
+) -> None:
+    assert sorted(f.name for f in (grpo / "rollouts").iterdir()) == [
+        "step000001.parquet",
+        "step000002.parquet",
+    ]
+    folder = tmp_path / "run"
+    replayed = trained("grpo", short(words_for, folder, f"rollout.replay={grpo / 'rollouts'}"), folder)
+    for first, second in zip(lines(grpo), replayed, strict=True):
+        for key in ("loss", "grad_norm", "log_prob", "entropy", "tokens_generated", "rollout_accuracy"):
+            assert second[key] == pytest.approx(first[key], rel=1e-6, abs=1e-9), key
+
+
+def test_dapo_evicts_groups_and_draws_new_ones(tmp_path: Path, words_for: Words) -> None:
+    folder = tmp_path / "run"
+    steps = trained("dapo", short(words_for, folder, "rollout.record=true"), folder)
+    assert agrees(steps)
+    assert all(line["mixed_groups"] == 1.0 for line in steps)
+    assert sum(line["prompts_evicted"] for line in steps) >= 1
+    for line in steps:
+        assert line["rollouts_evicted"] == 4 * line["prompts_evicted"]
+        assert line["tokens_evicted"] >= line["rollouts_evicted"]
+        kept = sum(map(len, pq.read_table(folder / "rollouts" / f"step{line['step']:06d}.parquet")["tokens"]))
+        assert line["tokens_generated"] == kept + line["tokens_evicted"] + line["tokens_surplus"]
+    # At least one refill: the stream went on beyond the first draw of each step.
+    drawn = json.loads((folder / "checkpoints" / "global_step_2" / "vopd.json").read_text())["prompts_drawn"]
+    assert drawn - (24 * 2 + 12) * (not_cached(folder)) >= 8 * 2 + 1
+
+
+def not_cached(folder: Path) -> int:
+    """1 if the evaluation before training was answered in this run: its requests are numbered too."""
+    names = [json.loads(x)["name"] for x in (folder / "evaluations.jsonl").read_text().splitlines()]
+    return int("before" in names)
+
+
+def test_a_policy_that_is_always_wrong_ends_dapo_with_a_sentence(
+    tmp_path: Path, triplets: Path, words_for: Words
+) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for file in triplets.glob("*.parquet"):
+        table = pq.read_table(file)
+        if file.stem == "train":
+            place = table.schema.get_field_index("answer")
+            table = table.set_column(place, "answer", pa.array(["Z"] * len(table)))
+        pq.write_table(table, data / file.name)
+    folder = tmp_path / "run"
+    words = [w for w in short(words_for, folder, "train.max_refills=2") if not w.startswith("data.folder")]
+    done = run("dapo", [*words, f"data.folder={data}"])
+    assert done.returncode == 1, told(done, folder)
+    assert "all right or all wrong" in done.stderr and "train.max_refills" in done.stderr
+    assert not (folder / "summary.json").exists()
+
+
+def test_sft_generates_first_and_trains_on_what_is_right(tmp_path: Path, words_for: Words) -> None:
+    folder = tmp_path / "run"
+    steps = trained("sft_self_teacher", short(words_for, folder), folder)
+    assert len(list((folder / "rollouts").glob("*.parquet"))) == 2
+    for line in steps:
+        assert 0 < line["update_rows"] <= line["rollouts"] * line["rollout_accuracy"]
+        assert "rollout/k3" not in line  # another view's policy generated: nothing to agree with
+    summary = json.loads((folder / "summary.json").read_text())
+    kept = sum(line["update_rows"] for line in steps)
+    assert summary["cost"]["rows_trained"] == kept and summary["cost"]["kept_share"] == kept / 64
+    progress = [json.loads(x) for x in (folder / "progress.jsonl").read_text().splitlines()]
+    kinds = [event["kind"] for event in progress]
+    assert kinds.index("generation") < kinds.index("step")
+
+
+@pytest.mark.parametrize("recipe", ["opsd", "opsd_original"])
+def test_opsd_asks_a_hinted_teacher(recipe: str, tmp_path: Path, words_for: Words) -> None:
+    folder = tmp_path / "run"
+    steps = trained(recipe, short(words_for, folder), folder)
+    assert agrees(steps)
+    assert all(line["divergence"] > 0 and line["scorer_tokens"] > 0 for line in steps)
+    before = read_records(folder / "records" / "before.jsonl").records
+    assert sum(r.view == "answer_hint" for r in before) == 24
+
+
+def test_a_teacher_that_sees_what_the_student_sees_starts_at_rounding_level(
+    tmp_path: Path, words_for: Words
+) -> None:
+    folder = tmp_path / "run"
+    done = run("controls/vision_opd_full_teacher", short(words_for, folder))
+    assert done.returncode == 0, told(done, folder)
+    first, _ = lines(folder)
+    assert abs(first["loss"]) < 1e-7 and first["grad_norm"] < 1e-4
+
+
+# ---- recipes outside the repository ----------------------------------------------------------------------------------
+
+HEAD = """
+from dataclasses import dataclass
+import torch
+from vopd.method import Method, Rollout, Scorer, sequence_mean
+
+@dataclass
+class Settings:
+    pass
+
+class Outside(Method):
+    def record(self):
+        return {"anchor": "x", "objective": "x", "normalisation": "x", "clip": "none"}
+
+    def score(self, chunk):
+        student = chunk.student_logits_CV.log_softmax(-1)
+        kls = [t.log_softmax(-1) for t in chunk.scorer_logits.values()]
+        divergence = sum((t.exp() * (t - student)).sum(-1) for t in kls)
+        return {"divergence": divergence}
+
+    def loss(self, per_token, mask_BT, batch):
+        return sequence_mean(per_token["divergence"], mask_BT, batch)
+"""
+TEACHER = "scorers={'a': Scorer('crop', 'initial')}"
+OUTSIDE = {
+    "two_scorers": """
+def build(settings):
+    scorers = {"a": Scorer("crop", "trust_region", 0.05), "b": Scorer("full", "initial")}
+    return Outside(outputs=("divergence",), scorers=scorers)
+""",
+    "group_weights": f"""
+class Weighted(Outside):
+    def prepare(self, rollouts):
+        z = rollouts.rewards_B - rollouts.lengths_B / rollouts.limit
+        groups = z.view(-1, 4)
+        return {{"weights": 4 * groups.softmax(-1).flatten()}}
+
+def build(settings):
+    return Weighted(outputs=("divergence",), {TEACHER})
+""",
+    "custom_aggregation": f"""
+class LongestFirst(Outside):
+    def prepare(self, rollouts):
+        return {{"advantages": rollouts.rewards_B - 0.5, "kept": ~rollouts.truncated_B}}
+
+    def loss(self, per_token, mask_BT, batch):
+        assert batch.advantages_BT.shape == mask_BT.shape and batch.kept_B.dtype == torch.bool
+        place_T = torch.arange(mask_BT.shape[1], 0, -1)
+        values = per_token["divergence"] * place_T * (1 + batch.advantages_BT.abs())
+        return (values * mask_BT).sum() * batch.ranks / max(batch.tokens, 1)
+
+def build(settings):
+    return LongestFirst(outputs=("divergence",), {TEACHER})
+""",
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_recipe_outside_the_repository_trains(name: str, tmp_path: Path, words_for: Words) -> None:
+    recipe, folder = tmp_path / f"{name}.yaml", tmp_path / "run"
+    recipe.write_text(f"method:\n  module: {name}.py\n")
+    (tmp_path / f"{name}.py").write_text(f'"""A recipe of its own."""\n{HEAD}{OUTSIDE[name]}')
+    words = ["bash", str(ROOT / "scripts" / "run_recipe.sh"), str(recipe), *short(words_for, folder)]
+    done = subprocess.run(
+        words, capture_output=True, text=True, cwd=tmp_path, timeout=SECONDS, env=os.environ.copy()
+    )
+    assert done.returncode == 0, told(done, folder)
+    steps = lines(folder)
+    assert [line["step"] for line in steps] == [1, 2]
+    assert all(line["grad_norm"] > 0 and math.isfinite(line["loss"]) for line in steps)
+    views = 2 if name == "two_scorers" else 1
+    assert all(line["scorer_tokens"] > views * line["tokens_generated"] for line in steps)
