@@ -102,7 +102,7 @@ def test_tests_named_in_the_method_cards_exist() -> None:
 def test_the_card_states_the_settings_of_a_run() -> None:
     paper, miniature = load("vision_opd", ["profile=qwen3_5_4b_8gpu"]), load("vision_opd", [])
     rows = re.findall(
-        r"^\| `([\w.]+)` \| ([^|]+) \| ([^|]+) \|", (ROOT / "recipes/README.md").read_text(), re.M
+        r"^\| `(\w+\.\w+)` \| ([^|]+) \| ([^|]+) \|", (ROOT / "recipes/README.md").read_text(), re.M
     )
     assert len(rows) > 5
     for key, *stated in rows:

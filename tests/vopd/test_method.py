@@ -105,6 +105,10 @@ def test_pitfall_14_twin_settings_that_take_every_key_are_seen(
         ({"scorers": {"t": Scorer("crop", "ema", 0.0)}}, "rate of ema is 0.0"),
         ({"scorers": {"t": Scorer("crop", "trust_region", 1.5)}}, "rate of trust_region is 1.5"),
         ({"outputs": ()}, "declares no outputs"),
+        ({"student_view": "ful"}, "view 'ful'"),
+        ({"rollout": Rollout(weights="ema")}, "weights 'ema'; choose one of current, initial"),
+        ({"rollout": Rollout("crop", "initial", True)}, "cannot be filtered"),
+        ({"advantage": "gae"}, "advantage 'gae'; choose one of grpo"),
     ],
 )
 def test_check_refuses_what_is_outside_the_contract(changes: dict[str, object], sentence: str) -> None:
@@ -140,6 +144,13 @@ def test_pitfall_05_shares_of_any_split_add_up(aggregate, lengths: list[int], ra
     batch = update(rows, sum(lengths), ranks)
     shares = [aggregate(values_BT[i : i + 1], mask_BT[i : i + 1], batch) for i in range(rows)]
     torch.testing.assert_close(sum(shares) / ranks, whole)
+
+
+def test_weights_multiply_rows_and_leave_the_divisor() -> None:
+    values_BT, mask_BT = torch.tensor([[1.0, 3.0], [5.0, 9.0]]), torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    batch = UpdateBatch(rows=2, tokens=3, ranks=1, weights_B=torch.tensor([1.5, 0.5]))
+    assert sequence_mean(values_BT, mask_BT, batch).item() == pytest.approx((1.5 * 2 + 0.5 * 5) / 2)
+    assert token_mean(values_BT, mask_BT, batch).item() == pytest.approx((1.5 * 4 + 0.5 * 5) / 3)
 
 
 def test_a_row_without_tokens_counts_as_nothing() -> None:

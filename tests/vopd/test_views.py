@@ -16,6 +16,8 @@ def row() -> dict[str, Any]:
         "image": Image.new("RGB", (40, 30), "white"),
         "crop": Image.new("RGB", (20, 10), "black"),
         "question": "Which?\nA. one\nB. two",
+        "options": ["one", "two"],
+        "answer": "B",
     }
 
 
@@ -27,7 +29,7 @@ def parts(messages: Any) -> tuple[Any, str]:
 
 
 def check_same_question_in_every_view(row: dict[str, Any]) -> None:
-    assert {parts(view(row))[1] for view in VIEWS.values()} == {row["question"]}
+    assert {parts(VIEWS[view](row))[1] for view in ("full", "crop", "noise")} == {row["question"]}
 
 
 def test_every_view_asks_the_same_question(row: dict[str, Any]) -> None:
@@ -53,3 +55,36 @@ def test_noise_has_the_crops_size_and_depends_on_the_row_alone(row: dict[str, An
     assert one.size == row["crop"].size
     assert one.tobytes() == again.tobytes() != other.tobytes()
     assert 30 < np.asarray(one).std() < 70
+
+
+@pytest.mark.parametrize(("view", "told"), [("answer_hint", "B"), ("answer_hint_text", "two")])
+def test_the_answer_is_told_in_opsds_words_behind_the_question(
+    row: dict[str, Any], view: str, told: str
+) -> None:
+    picture, text = parts(VIEWS[view](row))
+    assert picture is row["image"]
+    assert text == (
+        row["question"]
+        + "\n\nHere is a reference solution to this problem:\n"
+        + told
+        + "\n\nAfter understanding "
+        "the reference solution, please try to solve this problem using your own approach below:"
+    )
+
+
+def test_the_miniature_is_pretrained_with_the_very_words() -> None:
+    from data.miniature import model
+    from vopd import views
+
+    assert model.HINTED is views.HINTED
+
+
+@pytest.mark.parametrize(
+    ("options", "answer", "told"),
+    [(["A. one", "B. two"], "B", "two"), (["(A) one", "(B) two"], "B", "two"), ([], "yes", "yes")],
+)
+def test_an_options_own_letter_is_not_part_of_its_text(
+    row: dict[str, Any], options: list[str], answer: str, told: str
+) -> None:
+    text = parts(VIEWS["answer_hint_text"](row | {"options": options, "answer": answer}))[1]
+    assert f"problem:\n{told}\n\n" in text

@@ -338,3 +338,56 @@ def test_teacher_and_student_change_places_exactly(one_rank: Results) -> None:
 @pytest.mark.distributed
 def test_a_non_finite_gradient_is_skipped_and_counted(one_rank: Results, check_skipped: Any) -> None:
     check_skipped(one_rank("non_finite"))
+
+
+# ---- what a method may ask of a whole step -----------------------------------------------------------------------------
+
+
+@pytest.mark.distributed
+def test_old_log_probs_are_those_of_the_policy_before_the_update(one_rank: Results) -> None:
+    played = one_rank("old_before_update")
+    assert played["apart"] < 1e-5
+    assert played["apart_after_update"] > 1e-3
+
+
+def check_same(played: dict[str, Any], first: str, second: str) -> None:
+    assert played[first]["loss"] == pytest.approx(played[second]["loss"], rel=1e-5)
+    for name, grad in played[second]["grads"].items():
+        assert (played[first]["grads"][name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.distributed
+def test_rows_not_kept_are_as_if_they_were_not_there(one_rank: Results) -> None:
+    played = one_rank("prepared")
+    check_same(played, "two", "two_alone")
+    check_same(played, "two_split", "two_alone")
+    with pytest.raises(AssertionError):
+        check_same(played, "two", "all")
+
+
+@pytest.mark.distributed
+def test_weights_multiply_the_terms_of_their_rows(one_rank: Results) -> None:
+    """Weights 2, 0, 2, 0 of four rows: the mean over rows 0 and 2."""
+    check_same(one_rank("prepared"), "weighted", "two_alone")
+
+
+@pytest.mark.distributed
+def test_an_update_without_a_kept_row_moves_nothing(one_rank: Results) -> None:
+    assert one_rank("prepared")["none"] == {
+        "empty": [1.0],
+        "skipped": [0.0],
+        "student_moved": False,
+        "teacher_moved": False,
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("recipe", ["grpo", "dapo"])
+def test_three_updates_equal_those_of_stock_verl(one_rank: Results, recipe: str) -> None:
+    """Our recipe against verl's own head, advantages and actor loss on the same rows: loss and gradient norm."""
+    played = one_rank("stock")[recipe]
+    assert len(played["ours"]) == 3
+    assert len({round(loss, 6) for loss, _ in played["ours"]}) == 3, "nothing was learnt between the updates"
+    for (loss, norm), (stock_loss, stock_norm) in zip(played["ours"], played["stock"], strict=True):
+        assert loss == pytest.approx(stock_loss, rel=1e-6, abs=1e-7)
+        assert norm == pytest.approx(stock_norm, rel=1e-6)

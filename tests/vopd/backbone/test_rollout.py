@@ -238,3 +238,27 @@ def test_positions_and_pixels_of_both_views_travel(played: Played, row: dict[str
         patches = values["multi_modal_inputs"]["image_grid_thw"].prod()
         assert values["multi_modal_inputs"]["pixel_values"].shape[0] == patches
         assert torch.isfinite(values["multi_modal_inputs"]["pixel_values"]).all()
+
+
+def test_a_recorded_response_takes_the_place_of_the_request(played: Played, row: dict[str, Any]) -> None:
+    recorded = {
+        "tokens": [[30 + i, 2] for i in range(ROLLOUTS)],
+        "log_probs": [[-0.5, -0.25 * i] for i in range(ROLLOUTS)],
+    }
+    prompt = {"row": row, "views": "full", "uid": "7", "index": 0, "global_steps": 3, "agent_name": "x"}
+    prompt["recorded"] = recorded
+    asyncio.run(played.worker._run_prompt(prompt, {}, {"step": 3, "validate": False}))
+    assert played.requests == []
+    for stored in played.stored:
+        i, fields = int(stored["key"].split("_")[1]), stored["fields"][0]
+        assert fields["responses"].tolist() == recorded["tokens"][i]
+        assert fields["rollout_log_probs"].tolist() == recorded["log_probs"][i]
+        verdict = fields["extra_fields"]["reward_extra_info"]["correct"]
+        assert verdict == float(fields["record"]["correct"])
+
+
+def test_training_may_have_a_shorter_limit_than_evaluation(played: Played, row: dict[str, Any]) -> None:
+    played.run(row)
+    played.run(row, validate=True)
+    limits = [request["sampling_params"].get("max_tokens") for request in played.requests]
+    assert limits == [20] * ROLLOUTS + [None]

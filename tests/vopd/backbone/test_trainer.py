@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,15 @@ from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import create_rl_sampler
+from verl.trainer.ppo.v1 import replay_buffer
 
-from vopd.backbone.trainer import Trainer, TrainingError, _renamed, _sort_key
+from vopd.backbone import seams
+from vopd.backbone.groups import METRIC, GroupBuffer
+from vopd.backbone.trainer import Trainer, TrainingError, _renamed, _sort_key, row_fields, step_rollouts
 from vopd.backbone.verl_config import verl_config
 from vopd.config import load
+from vopd.errors import UserError
+from vopd.method import Method
 
 # ---- prompts -------------------------------------------------------------------------------------------------------
 
@@ -130,3 +136,131 @@ def test_names_of_the_record() -> None:
     line = _renamed(given)
     assert sorted(line) == ["divergence", "grad_norm", "loss", "seconds/student"]
     assert (line["loss"], line["divergence"]) == (1.0, 2.0)
+
+
+# ---- groups that are thrown away ---------------------------------------------------------------------------------------
+
+
+def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = trainer()
+    made.vopd.train.update({"prompts": 8, "max_refills": 2})
+    made.refilled, submitted = 0, []
+    monkeypatch.setattr(
+        seams.PPOTrainerSync, "_add_prompts_to_generate", lambda self, n: submitted.append(n) or n
+    )
+    for _ in range(2):
+        made._add_prompts_to_generate(8)
+    with pytest.raises(TrainingError, match="Step 4: 17 more prompts.*2 answers are all right or all wrong"):
+        made._add_prompts_to_generate(1)
+    assert submitted == [8, 8]
+
+
+class Queue:
+    """TransferQueue as the buffer sees it: prompts with a status, rollouts with a verdict and a length."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.items: dict[str, dict[str, Any]] = {}
+        self.verdicts: dict[str, float] = {}
+        monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda *_: {"train": dict(self.items)})
+        monkeypatch.setattr(replay_buffer.tq, "kv_clear", self.clear)
+        monkeypatch.setattr(replay_buffer.tq, "kv_batch_get", self.get)
+
+    def clear(self, partition_id: str, keys: list[str]) -> None:
+        for key in keys:
+            self.items.pop(key, None)
+
+    def get(self, keys: list[str], partition_id: str, select_fields: list[str]) -> dict[str, Any]:
+        assert select_fields == ["extra_fields"]
+        return {"extra_fields": [{"reward_extra_info": {METRIC: self.verdicts[key]}} for key in keys]}
+
+    def finish(self, uid: str, verdicts: list[float]) -> None:
+        self.items[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
+        for i, verdict in enumerate(verdicts):
+            key = f"{uid}_{i}_0"
+            self.items[key] = {"status": "success", "response_len": 10 + i}
+            self.verdicts[key] = verdict
+
+
+def test_groups_alike_are_evicted_replaced_and_counted_and_the_streams_first_ones_win(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    queue, refills = Queue(monkeypatch), []
+    stream = iter([[1, 0], [0, 0], [0, 1], [1, 0], [1, 0], [1, 0], [0, 1], [1, 0]])
+
+    def refill(count: int) -> int:
+        refills.append(count)
+        for _ in range(count):
+            queue.finish(f"{len(queue.verdicts) // 2:010d}", [float(v) for v in next(stream)])
+        return count
+
+    for uid, verdicts in (("0000000000", [1.0, 1.0]), ("0000000001", [0.0, 0.0])):
+        queue.finish(uid, verdicts)
+    buffer = GroupBuffer(
+        trainer_mode="sync",
+        trainer_config=OmegaConf.create({}),
+        max_off_policy_threshold=None,
+        max_off_policy_strategy="drop",
+        sampler_kwargs=OmegaConf.create({}),
+        poll_interval=0.0,
+        refill_fn=refill,
+        filter_groups_metric=METRIC,
+        train_batch_size=2,
+        gen_batch_size=1,
+    )
+    done, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+    # 0 and 1 are alike, 3 too; 2 and the next mixed one of the stream win.
+    assert sorted({key.split("_")[0] for key in done.keys}) == ["0000000002", "0000000004"]
+    assert sum(refills) >= 3
+    thrown = buffer.take_thrown()
+    assert thrown["prompts_evicted"] == 3 and thrown["rollouts_evicted"] == 6
+    assert thrown["tokens_evicted"] == 3 * 21
+    assert thrown["prompts_surplus"] == sum(refills) - 3
+    assert thrown["tokens_surplus"] == 21 * thrown["prompts_surplus"]
+    assert set(buffer.take_thrown().values()) == {0}
+
+
+# ---- what prepare may say ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepares(Method):
+    """Returns what it is told to."""
+
+    prepared: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def prepare(self, rollouts: Any) -> dict[str, torch.Tensor]:
+        return self.prepared
+
+
+def rollouts() -> Any:
+    records = [{"correct": c, "truncated": False, "response_tokens": n} for c, n in ((True, 2), (False, 3))]
+    return step_rollouts(["0000000007_0_0", "0000000007_1_0"], records, 8)
+
+
+def test_advantages_of_rows_become_those_of_their_tokens() -> None:
+    prepared = {"advantages": torch.tensor([0.5, -2.0])}
+    fields = row_fields(Prepares(outputs=("x",), prepared=prepared), rollouts())
+    assert [row.tolist() for row in fields["advantages"].unbind()] == [[0.5] * 2, [-2.0] * 3]
+
+
+@pytest.mark.parametrize(
+    ("advantage", "prepared", "sentence"),
+    [
+        (None, {"wieghts": torch.ones(2)}, "'wieghts'; it may return weights, kept, advantages"),
+        (None, {"weights": torch.ones(3)}, r"shape \(3,\)"),
+        (None, {"kept": torch.ones(2)}, "kept is bool"),
+        (None, {"weights": torch.tensor([1.0, math.nan])}, "not finite"),
+        ("grpo", {"advantages": torch.ones(2)}, "drop one"),
+    ],
+)
+def test_what_is_no_contract_value_is_refused(advantage: Any, prepared: Any, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        row_fields(Prepares(outputs=("x",), advantage=advantage, prepared=prepared), rollouts())
+
+
+def test_groups_are_filtered_where_the_method_says_so_but_never_in_a_replay() -> None:
+    def filtered(recipe: str, *words: str) -> bool:
+        return bool(verl_config(load(recipe, list(words))).algorithm.filter_groups.enable)
+
+    assert [filtered(r) for r in ("vision_opd", "grpo", "dapo")] == [False, False, True]
+    assert not filtered("dapo", "rollout.replay=somewhere")
