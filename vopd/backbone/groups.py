@@ -32,7 +32,7 @@ class GroupBuffer(seams.ReplayBuffer):
         return taken
 
     def _clear_groups(self, partition_id: str, uids: set[str]) -> None:
-        alike = self._dapo_classification_cache[partition_id]
+        alike = seams.verdicts_of_groups(self, partition_id)
         why = {uid: "surplus" if alike.get(uid) is None else "evicted" for uid in uids}
         self.thrown.update(f"prompts_{reason}" for reason in why.values())
         for key, tag in self.partitions[partition_id].items():

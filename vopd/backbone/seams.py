@@ -71,6 +71,7 @@ __all__ = [
     "register_trainer",
     "use_replay_buffer",
     "use_server_manager",
+    "verdicts_of_groups",
 ]
 
 # Both classes are already Ray actors in verl; subclassing needs the plain class behind them.
@@ -96,6 +97,11 @@ def use_server_manager(manager: type[LLMServerManager]) -> None:
 def use_replay_buffer(buffer: type[ReplayBuffer]) -> None:
     """Make verl's synchronous trainer wait in `buffer`; a custom sampler would go without group filtering."""
     trainer_base.ReplayBuffer = buffer
+
+
+def verdicts_of_groups(buffer: ReplayBuffer, partition_id: str) -> dict[str, float | None]:
+    """Prompt key -> the metric that all its rollouts share, None where they differ; finished groups alone."""
+    return buffer._dapo_classification_cache[partition_id]
 
 
 def nested_positions(rows_4L: list[torch.Tensor]) -> torch.Tensor:

@@ -22,7 +22,7 @@ from vopd.divergence import top_k_tail_divergence
 Results = Callable[..., dict[str, Any]]
 
 
-# ---- no engine needed ----------------------------------------------------------------------------------------------
+# ---- no engine needed
 
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=5))
@@ -116,7 +116,7 @@ def test_a_delta_rule_that_swallows_boundaries_is_given_its_real_signature() -> 
     assert honest(swallowing)(one, one, one, g=one, beta=one, output_final_state=True) == (one, True)
 
 
-# ---- the engine against plain transformers -------------------------------------------------------------------------
+# ---- the engine against plain transformers
 
 
 def reference(model: nn.Module, engine_case: ModuleType, column: str) -> dict[int, torch.Tensor]:
@@ -212,7 +212,7 @@ def test_second_update_of_a_batch_is_scored_by_the_moved_teacher(
         check_scored_as_alone(played["rows"][1], by_the_first, "teacher_log_prob")
 
 
-# ---- the engine against itself --------------------------------------------------------------------------------------
+# ---- the engine against itself -------------------------------------------------------------------------------------
 
 
 @pytest.mark.distributed
@@ -340,7 +340,7 @@ def test_a_non_finite_gradient_is_skipped_and_counted(one_rank: Results, check_s
     check_skipped(one_rank("non_finite"))
 
 
-# ---- what a method may ask of a whole step -----------------------------------------------------------------------------
+# ---- what a method may ask of a whole step -------------------------------------------------------------------------
 
 
 @pytest.mark.distributed

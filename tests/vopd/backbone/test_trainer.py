@@ -25,7 +25,7 @@ from vopd.config import load
 from vopd.errors import UserError
 from vopd.method import Method
 
-# ---- prompts -------------------------------------------------------------------------------------------------------
+# ---- prompts
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def test_pitfall_15_twin_another_source_of_order_is_seen(trees: dict[int, DictCo
         check_order_is_a_function_of_the_seed(changed)
 
 
-# ---- rows of a step --------------------------------------------------------------------------------------------------
+# ---- rows of a step ------------------------------------------------------------------------------------------------
 
 
 def trainer(ranks: int = 1, updates: int = 1, **vopd: Any) -> Trainer:
@@ -113,7 +113,7 @@ def test_a_failed_rollout_stops_the_run_with_a_sentence() -> None:
         trainer()._complete(batch([0, 1, 2]), 2)
 
 
-# ---- what is counted -------------------------------------------------------------------------------------------------
+# ---- what is counted -----------------------------------------------------------------------------------------------
 
 
 def test_skipped_updates_in_a_row_stop_the_run() -> None:
@@ -138,7 +138,7 @@ def test_names_of_the_record() -> None:
     assert (line["loss"], line["divergence"]) == (1.0, 2.0)
 
 
-# ---- groups that are thrown away ---------------------------------------------------------------------------------------
+# ---- groups that are thrown away -----------------------------------------------------------------------------------
 
 
 def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +150,7 @@ def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch)
     )
     for _ in range(2):
         made._add_prompts_to_generate(8)
-    with pytest.raises(TrainingError, match="Step 4: 17 more prompts.*2 answers are all right or all wrong"):
+    with pytest.raises(TrainingError, match=r"Step 4: 17 more prompts.*2 answers are all right or all wrong"):
         made._add_prompts_to_generate(1)
     assert submitted == [8, 8]
 
@@ -219,7 +219,7 @@ def test_groups_alike_are_evicted_replaced_and_counted_and_the_streams_first_one
     assert set(buffer.take_thrown().values()) == {0}
 
 
-# ---- what prepare may say ----------------------------------------------------------------------------------------------
+# ---- what prepare may say ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
