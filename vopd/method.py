@@ -32,38 +32,6 @@ WEIGHTS = ("current", "initial", "ema", "trust_region")
 ROLLOUT_WEIGHTS = ("current", "initial")
 # verl's registered estimators that need rewards and groups alone. Another one: `prepare` returns `advantages`.
 ADVANTAGES = ("grpo", "gpg", "opo", "reinforce_plus_plus_baseline", "rloo")
-PREPARED.
-
-Shapes: C tokens of a chunk, V vocabulary, B sequences (of a micro-batch in `loss`, of a whole step in `rewards` and
-`prepare`), T response tokens (right padded).
-"""
-
-from __future__ import annotations
-
-import dataclasses
-import importlib
-import importlib.util
-import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from types import ModuleType
-from typing import Any
-
-import torch
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from vopd.backbone.head import ScoreChunk
-from vopd.errors import UserError
-from vopd.views import VIEWS
-
-WEIGHTS = ("current", "initial", "ema", "trust_region")
-ROLLOUT_WEIGHTS = ("current", "initial")
-# verl's registered estimators that need rewards and groups alone. Another one: `prepare` returns `advantages`.
-ADVANTAGES = (
-    "grpo", "grpo_passk", "gpg", "opo", "reinforce_plus_plus_baseline", "rloo",
-)  # fmt: skip
 PREPARED = ("weights", "kept", "advantages")
 
 

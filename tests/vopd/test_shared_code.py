@@ -15,7 +15,7 @@ METHODS = [*(ROOT / "baselines").glob("[a-z]*.py"), *(ROOT / "vopd").glob("visio
 RECIPES = [file for file in (ROOT / "recipes").rglob("*.yaml") if file.parent.name != "profiles"]
 NAMES = {file.stem for file in [*METHODS, *RECIPES]} | {"sft"}
 SHARED = [f for folder in ("vopd", "data") for f in (ROOT / folder).rglob("*.py") if f not in METHODS]
-# Where the name is not one of ours: verl's estimators and its buffer, the example that --help prints, the published data set.
+# Not ours: verl's estimator and its buffer. Ours, and harmless: the example that --help prints, the published data.
 ALLOWED = {
     ("vopd/method.py", "grpo"),
     ("vopd/backbone/seams.py", "dapo"),

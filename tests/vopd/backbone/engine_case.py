@@ -604,10 +604,11 @@ def case_stock(s: Setting) -> dict[str, Any]:
         rollouts = replace(rollouts, rewards_B=method.rewards(rollouts))
         advantages = row_fields(method, rollouts)["advantages"].unbind()
 
-        ours = build_engine(s.models["tied"], lr=1e-3)
+        ours = build_engine(s.models["tied"], lr=1e-5)
         ours.attach(method, chunk=3)
         with ours.eval_mode():
-            old = [row + 0.1 for row in ours.log_probs(mini_batch(s.fields)).unbind()]
+            # Another policy's, differently so by row: with a ratio of 1 the losses of a group would cancel.
+            old = [row + 0.05 * i for i, row in enumerate(ours.log_probs(mini_batch(s.fields)).unbind())]
         fields = [
             f | {"old_log_probs": o, "advantages": a}
             for f, o, a in zip(s.fields, old, advantages, strict=True)
@@ -635,7 +636,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
             clip_ratio_low=low,
             clip_ratio_high=high,
         )
-        stock = build_engine(s.models["tied"], lr=1e-3)  # without a method it is verl's engine
+        stock = build_engine(s.models["tied"], lr=1e-5)  # without a method it is verl's engine
         rows = []
         for i, f in enumerate(s.fields):
             full = f["rendered"]["full"]

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 
 from vopd.backbone import seams
 from vopd.backbone.engine import ScoringEngine
+from vopd.backbone.groups import GroupBuffer
 from vopd.backbone.rollout import ViewRolloutManager, ViewRolloutWorker
 from vopd.backbone.servers import CountingClient, ServerManager
 from vopd.backbone.trainer import Trainer
@@ -40,7 +41,10 @@ OVERRIDES = [
     (Trainer, seams.PPOTrainerSync, "__init__", "self config"),
     (Trainer, seams.PPOTrainerSync, "_build_replay_buffer", "self"),
     (Trainer, seams.PPOTrainerSync, "_init_resource_pool_mgr", "self"),
-    (Trainer, seams.PPOTrainerSync, "_fetch_one_gen_batch", "self"),
+    (Trainer, seams.PPOTrainerSync, "_next_train_batch", "self num_prompts"),
+    (Trainer, seams.PPOTrainerSync, "_add_prompts_to_generate", "self num_prompts"),
+    (GroupBuffer, seams.ReplayBuffer, "_clear_groups", "self partition_id uids"),
+    (GroupBuffer, seams.ReplayBuffer, "_select_prompt_uids", "self partition_id sampleable_keys batch_size"),
     (Trainer, seams.PPOTrainerSync, "_step_once", "self metrics timing_raw sample_batch_size"),
     (Trainer, seams.PPOTrainerSync, "_update_actor", "self batch metrics"),
     (Trainer, seams.PPOTrainerSync, "_validate", "self"),
