@@ -88,14 +88,15 @@ OVERRIDES = [
 # Called, not overridden: (owner, method, arguments by name that we rely on)
 CALLED = [
     (seams.AgentLoopWorker, "generate_sequences", "self batch"),
-    (seams.PPOTrainerSync, "_compute_old_log_prob", "self batch metrics"),
-    (seams.PPOTrainerSync, "_compute_advantage", "self batch metrics"),
+    (seams.PPOTrainerSync, "_submit_batch_to_rollout", "self batch"),
+    (seams.ReplayBuffer, "sample", "self global_steps partition_id batch_size"),
     (seams.PPOTrainerSync, "on_sample_end", "self"),
     (seams.FSDPEngineWithLMHead, "prepare_model_inputs", "self micro_batch"),
     (seams.FSDPEngineWithLMHead, "forward_backward_batch", "self data loss_function forward_only"),
     (seams.FSDPEngineWithLMHead, "optimizer_step", "self"),
     (seams.FSDPEngineWithLMHead, "optimizer_zero_grad", "self"),
     (seams.FSDPEngineWithLMHead, "get_per_tensor_param", "self"),
+    (seams.FSDPEngineWithLMHead, "eval_mode", "self"),
     (seams.FSDPEngineWithLMHead, "get_data_parallel_group", "self"),
 ]
 
@@ -172,6 +173,15 @@ def test_the_trainer_is_registered_under_its_name() -> None:
 def test_the_trainer_starts_servers_through_the_name_that_we_replace() -> None:
     source = inspect.getsource(seams.PPOTrainerSync.__mro__[1])
     assert "LLMServerManager.create(" in source and "self.llm_server_manager.get_client()" in source, SEAM
+
+
+def test_the_trainer_waits_in_the_buffer_of_the_name_that_we_replace() -> None:
+    source = inspect.getsource(seams.PPOTrainerSync.__mro__[1]._build_replay_buffer)
+    assert "ReplayBuffer if self.trainer_mode" in source and "if sampler_cls is ReplayBuffer" in source, SEAM
+    assert "refill_fn=self._add_prompts_to_generate" in source, SEAM
+    assert "_dapo_classification_cache" in inspect.getsource(seams.ReplayBuffer._dapo_filtered_keys), SEAM
+    sample = inspect.getsource(seams.ReplayBuffer.sample)
+    assert "self._clear_groups(partition_id, surplus_uids)" in sample and "self._select_prompt_uids(" in sample, SEAM
 
 
 def test_both_caches_of_images_are_dropped_when_weights_arrive() -> None:
