@@ -127,13 +127,19 @@ class Run:
         if self.config.data.prepare is None:
             return
         command = watch.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
-        # Its progress bar is for a person; in a file it would be thousands of lines.
-        bar = None if self.console.is_terminal else subprocess.DEVNULL
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=bar)
+        # Its progress bars are for a person; the file is read for what went wrong, which stands last.
+        log = self.folder / "prepare.txt"
+        with log.open("wb") as file:
+            errors = None if self.console.is_terminal else file
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
         if done.returncode:
+            said = log.read_text(errors="replace").split()
             raise UserError(
-                f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}."
+                f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}"
+                + (f" ({' '.join(said[-60:])})" if said else "")
+                + "."
             )
+        log.unlink()
 
     def _check_prompts(self) -> None:
         """Every prompt of every split in every view fits; remembered by hash, because it takes seconds on 6K rows."""
