@@ -13,7 +13,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import schema, stamp, validate
+from data import schema, stamp
 from data.miniature import world
 from vopd.errors import UserError
 
@@ -86,6 +86,8 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
 
 
 def _validate(out: Path) -> None:
+    from data import validate  # slow to import, and not needed where the files are there already
+
     report = validate.stamped(out)
     if report.blocking:
         raise UserError(f"{out}: the generated data did not pass its own checks.\n{report.text()}")
