@@ -7,6 +7,7 @@ train, validation, test and holdout (the letter family, which post-training neve
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,16 +94,22 @@ def _validate(out: Path) -> None:
         raise UserError(f"{out}: the generated data did not pass its own checks.\n{report.text()}")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Exit code 0, or 2 if what was made does not pass its checks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(".cache/miniature"))
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+    args = parser.parse_args(arguments)
+    try:
+        print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+    except UserError as error:
+        print(f"data.miniature: {error}", file=sys.stderr)
+        return UserError.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))
