@@ -2,12 +2,15 @@
 
 import re
 import shlex
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
 
+from data import schema, validate
+from data.miniature import prepare as miniature
+from data.vision_opd_6k import prepare as vision_opd_6k
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
 from vopd.method import Method, UpdateBatch, build
@@ -109,6 +112,46 @@ def test_the_card_states_the_settings_of_a_run() -> None:
         section, name = key.split(".")
         given = [str(config[section][name]) for config in (paper, miniature)]
         assert [text.replace(",", "") for text in stated] == given, key
+
+
+# ---- the commands of docs/data.md ----------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_data_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fewer rows, a folder of the published layout for /data/published, and .cache in a temporary place."""
+    spec = spec_from_file_location("published_layout", ROOT / "tests" / "data" / "published_layout.py")
+    assert spec and spec.loader
+    layout = module_from_spec(spec)
+    spec.loader.exec_module(layout)
+    layout.build(tmp_path / "published", 32)
+    monkeypatch.setattr(miniature, "ROWS", {"train": 24, "validation": 4, "test": 4, "holdout": 4})
+    monkeypatch.setattr(vision_opd_6k, "DEFAULTS", {"validation": 4, "test": 4, "seed": 0})
+    mains = {
+        "data.miniature.prepare": miniature.main,
+        "data.validate": validate.main,
+        "data.vision_opd_6k": lambda words: vision_opd_6k.main(words[1:]),
+    }
+    run = [words for words in commands(ROOT / "docs" / "data.md") if words[0] == "python"]
+    assert {words[2] for words in run} == set(mains)
+    monkeypatch.chdir(ROOT)
+    for words in run:
+        places = {"/data/published": tmp_path / "published", ".cache": tmp_path / "cache"}
+        for stated, place in places.items():
+            words = [
+                word.replace(stated, str(place), 1) if word.startswith(stated) else word for word in words
+            ]
+        assert mains[words[2]](words[3:]) == 0, (words, capsys.readouterr())
+    assert (tmp_path / "cache" / "vision_opd_6k" / "validated.json").is_file()
+
+
+def test_the_data_page_names_every_kind_and_column() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (yes|no) \|", page, re.MULTILINE)
+    kinds = dict.fromkeys(validate.BLOCKING, "yes") | dict.fromkeys(validate.WARNING, "no")
+    assert dict(rows) == kinds and len(rows) == len(kinds)
+    assert [column for column in schema.COLUMNS if f"`{column}`" not in page] == []
 
 
 # ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------
