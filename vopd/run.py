@@ -161,10 +161,13 @@ class Run:
         stamp.touch()
 
     def data_hash(self) -> str:
-        """Hash of the four parquet files."""
+        """Hash of the four splits."""
         if not hasattr(self, "_data_hash"):
+            from data import schema
+
             folder = Path(self.config.data.folder)
-            self._data_hash = provenance.hash_files(folder / f"{split}.parquet" for split in SPLITS)
+            hashes = {split: schema.split_hash(folder / f"{split}.parquet") for split in SPLITS}
+            self._data_hash = provenance.hash_json(hashes)
         return self._data_hash
 
     def model_hash(self) -> str:

@@ -28,6 +28,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict]:
         yield {
             "id": s.id,
             "image": schema.encode(Image.fromarray(s.image)),
+            "original": None,  # the generator makes it from the id: stored, it would double the files
             "crop": schema.encode(Image.fromarray(s.crop)),
             "box": list(s.box),
             "question": s.question,
@@ -38,6 +39,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict]:
             "family": s.family,
             "source": "miniature",
             "licence": LICENCE,
+            "provenance": f"data/miniature/world.py, seed {seed}, {split} {index}",
             "split": split,
         }
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
+from data import schema
 from vopd import preflight
 from vopd.errors import UserError
 from vopd.views import VIEWS
@@ -178,10 +179,10 @@ def test_image_is_no_image(tmp_path, column, row, content):
 
 
 @pytest.mark.parametrize(
-    "pixels", [100, 500]
-)  # 40 * 24 lies above twice the first limit, and below it for the second
-def test_image_too_large(tmp_path, monkeypatch, pixels):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    "bound", [(schema, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")], ids=["ours", "pillows"]
+)
+def test_image_too_large(tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(*bound, 100)
     file = write_rows(tmp_path / "train.parquet", 2)
     assert "row row-0, column image" in refused(preflight.check_parquet, file, COLUMNS)
 

@@ -15,7 +15,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import ray
 import torch
 import transfer_queue as tq
@@ -25,6 +24,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from vopd.backbone import seams
+from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.progress import Progress
 from vopd.backbone.rollout import early_workers
 from vopd.backbone.worker import MethodWorker
@@ -231,15 +231,17 @@ class Trainer(seams.PPOTrainerSync):
         if path.exists():
             return {"evaluation/reused": 1.0}
         requests = [
-            (row, view)
+            (rows, index, view)
             for part in plan
-            for row in _rows(str(part.file), int(part.rows))
+            for rows in [TripletDataset(str(part.file), None, None, max_samples=int(part.rows))]
+            for index in range(len(rows))
             for view in part.views
         ]
         records: list[dict[str, Any]] = []
         start, size = time.perf_counter(), int(self.vopd.evaluate.batch)
         for first in range(0, len(requests), size):
-            records += self._answer(requests[first : first + size])
+            batch = [(rows.row(index), view) for rows, index, view in requests[first : first + size]]
+            records += self._answer(batch)
             self.progress.evaluation(name, len(records), len(requests))
         write_records(path, records)
         groups: dict[str, list[bool]] = defaultdict(list)
@@ -294,13 +296,6 @@ class Trainer(seams.PPOTrainerSync):
 def _sort_key(key: str) -> tuple[str, int]:
     uid, session, _ = key.rsplit("_", 2)
     return uid, int(session)
-
-
-def _rows(file: str, count: int) -> list[dict[str, Any]]:
-    rows = datasets.Dataset.from_parquet(file)
-    for column in ("image", "crop"):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    return list(rows.select(range(min(count, len(rows)))) if count > 0 else rows)
 
 
 def _renamed(metrics: dict[str, Any]) -> dict[str, Any]:
