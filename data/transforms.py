@@ -12,10 +12,10 @@ Shapes are drawn without anti-aliasing in colours that are not the frame's red.
 
 from __future__ import annotations
 
-import io
 import textwrap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -60,9 +60,11 @@ class Task:
     shapes: tuple[Shape, ...]
 
 
-def multiple_choice(question: str, options: tuple[str, ...] | list[str], hint: str) -> str:
+def multiple_choice(question: str, options: Sequence[str], hint: str) -> str:
     """The whole text shown to the model: question, one option a line, hint."""
-    listed = "\n".join(f"{chr(ord('A') + i)}) {option}" for i, option in enumerate(options))
+    listed = "\n".join(
+        f"{letter}) {option}" for letter, option in zip(schema.letters(options), options, strict=True)
+    )
     return f"{question}\n{listed}\n{hint}".rstrip()
 
 
@@ -139,7 +141,9 @@ TASKS: dict[str, Callable[[Box, np.random.Generator], Task]] = {
 def _square(window: Box) -> tuple[int, int, int]:
     side = min(window[2] - window[0], window[3] - window[1])
     if side < SMALLEST_WINDOW:
-        raise UserError(f"A window of {side} pixels is too small to draw in; at least {SMALLEST_WINDOW} are needed.")
+        raise UserError(
+            f"A window of {side} pixels is too small to draw in; at least {SMALLEST_WINDOW} are needed."
+        )
     return window[0], window[1], side
 
 
@@ -150,7 +154,12 @@ def _two_colours(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _task(
-    name: str, question: str, right: str, pool: tuple[str, ...], shapes: tuple[Shape, ...], rng: np.random.Generator
+    name: str,
+    question: str,
+    right: str,
+    pool: tuple[str, ...],
+    shapes: tuple[Shape, ...],
+    rng: np.random.Generator,
 ) -> Task:
     wrong = [value for value in pool if value != right]
     wrong = [wrong[i] for i in rng.permutation(len(wrong))[:3].tolist()]
@@ -193,16 +202,18 @@ def overlay(
     return draw(picture, task.shapes), task
 
 
-def overlay_row(row: Mapping[str, Any], rng: np.random.Generator, name: str | None = None) -> dict[str, Any]:
-    """A row with images as bytes, its question replaced by an overlay task inside its box."""
+def overlay_row(
+    row: Mapping[str, Any], rng: np.random.Generator, folder: Path = Path(), name: str | None = None
+) -> dict[str, Any]:
+    """A row whose question is replaced by an overlay task inside its box; `folder`: what paths in it start from."""
     box: Box = tuple(row["box"])
-    image, task = overlay(picture_of(row["image"]), box, rng, name)
+    image, task = overlay(picture_of(row["image"], folder), box, rng, name)
     changed: dict[str, Any] = {"image": schema.encode(image)}
     clean = image
     if row.get("original"):
-        clean = draw(picture_of(row["original"]), task.shapes)
+        clean = draw(picture_of(row["original"], folder), task.shapes)
         changed["original"] = schema.encode(clean)
-    size = picture_of(row["crop"]).size
+    size = schema.open_image(row["crop"], folder).size
     changed["crop"] = schema.encode(clean.crop(box).resize(size, Image.Resampling.LANCZOS))
     return {
         **row,
@@ -215,8 +226,8 @@ def overlay_row(row: Mapping[str, Any], rng: np.random.Generator, name: str | No
     }
 
 
-def render_row(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-    """A row with images as bytes, a span of its question's words rendered under image and crop.
+def render_row(row: Mapping[str, Any], rng: np.random.Generator, folder: Path = Path()) -> dict[str, Any]:
+    """A row with a span of its question's words rendered under image and crop; `folder` as in `overlay_row`.
 
     Options and hint stay text. The strip is at most FULL_STRIP of the image's height and CROP_STRIP of the crop's;
     the longest span that fits from its first word on is taken. A row whose question is too short stays as it is.
@@ -227,7 +238,8 @@ def render_row(row: Mapping[str, Any], rng: np.random.Generator) -> dict[str, An
         return dict(row)
     start = int(rng.integers(0, len(words) - SHORTEST_SPAN + 1))
     stop = int(rng.integers(start + SHORTEST_SPAN, len(words) + 1))
-    views = {"image": (picture_of(row["image"]), FULL_STRIP), "crop": (picture_of(row["crop"]), CROP_STRIP)}
+    shares = {"image": FULL_STRIP, "crop": CROP_STRIP}
+    views = {column: (picture_of(row[column], folder), share) for column, share in shares.items()}
     while stop > start:
         span = " ".join(words[start:stop])
         strips = {name: strip(span, picture.size, share) for name, (picture, share) in views.items()}
@@ -277,6 +289,6 @@ def _stack(picture: Image.Image, under: Image.Image | None) -> Image.Image:
     return both
 
 
-def picture_of(cell: Mapping[str, Any]) -> Image.Image:
-    """The RGB picture of an image column's cell that holds bytes."""
-    return Image.open(io.BytesIO(cell["bytes"])).convert("RGB")
+def picture_of(cell: Mapping[str, Any], folder: Path) -> Image.Image:
+    """The RGB picture of an image column's cell; `folder` is the one that its path, if it has one, starts from."""
+    return schema.decode_image(cell, folder).convert("RGB")

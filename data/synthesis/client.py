@@ -23,8 +23,13 @@ import openai
 from omegaconf import DictConfig
 from openai.types.chat import ChatCompletion
 from pydantic import BaseModel, ValidationError
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
-from tenacity import wait_random_exponential
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 from tqdm import tqdm
 
 from data.synthesis.journal import Journal, Record
@@ -40,7 +45,7 @@ MEDIA = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
 Shape = TypeVar("Shape", bound=BaseModel)
 
 
-class Rejected(Exception):
+class RejectedError(Exception):
     """An item's end: the message is the reason that is recorded and counted, `detail` what was received."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -89,7 +94,13 @@ class Client:
         await self._openai.close()
 
     async def send(self, request: Request) -> Reply:
-        """The model's text; raises `Rejected`, one of OUTAGES after the last try, `UserError` for wrong settings."""
+        """The model's text.
+
+        Raises:
+            RejectedError: the last word on this request.
+            OUTAGES: no answer after the last try.
+            UserError: the server does not know the model or the key.
+        """
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self.server.tries),
             retry=retry_if_exception_type(OUTAGES),
@@ -106,9 +117,9 @@ class Client:
                 "check the server's address, the model's name and OPENAI_API_KEY."
             ) from error
         except openai.APIStatusError as error:
-            raise Rejected(f"request refused with status {error.status_code}", error.message) from error
+            raise RejectedError(f"request refused with status {error.status_code}", error.message) from error
         except (json.JSONDecodeError, openai.APIResponseValidationError) as error:
-            raise Rejected("reply breaks the protocol", str(error)) from error
+            raise RejectedError("reply breaks the protocol", str(error)) from error
         return self._read(completion)
 
     async def _create(self, request: Request) -> ChatCompletion:
@@ -146,15 +157,15 @@ class Client:
         # A body that is JSON of another shape comes back as an object without its fields, or as text.
         choices = getattr(completion, "choices", None)
         if not choices or choices[0].message is None:
-            raise Rejected("reply breaks the protocol", repr(completion))
+            raise RejectedError("reply breaks the protocol", repr(completion))
         choice = choices[0]
         if choice.message.refusal or choice.finish_reason == "content_filter":
-            raise Rejected("the model refused", choice.message.refusal or "content filter")
+            raise RejectedError("the model refused", choice.message.refusal or "content filter")
         if choice.finish_reason == "length":
-            raise Rejected("reply cut off at max_tokens", choice.message.content or "")
+            raise RejectedError("reply cut off at max_tokens", choice.message.content or "")
         text = cut_reasoning(choice.message.content or "")
         if not text or not text.strip():
-            raise Rejected("empty reply")
+            raise RejectedError("empty reply")
         usage = getattr(completion, "usage", None)
         return Reply(text.strip(), (usage.prompt_tokens, usage.completion_tokens) if usage else (0, 0))
 
@@ -174,14 +185,14 @@ def retry_after(value: str) -> float | None:
 
 
 def read_json(text: str, shape: type[Shape]) -> Shape:
-    """The first JSON object in a reply, code fences and words around it allowed, as `shape`; raises `Rejected`."""
+    """The first JSON object in a reply, code fences and words around it allowed, as `shape`; raises `RejectedError`."""
     if is_refusal(text) and "{" not in text:
-        raise Rejected("the model refused", text)
+        raise RejectedError("the model refused", text)
     try:
         value, _ = json.JSONDecoder().raw_decode(text, max(text.find("{"), 0))
         return shape.model_validate(value)
     except (ValueError, ValidationError, RecursionError) as error:
-        raise Rejected("reply is not the JSON asked for", text) from error
+        raise RejectedError("reply is not the JSON asked for", text) from error
 
 
 async def ask_all(
@@ -193,8 +204,8 @@ async def ask_all(
 ) -> int:
     """Send every request whose id the journal lacks, `server.concurrency` at a time; how many stayed unanswered.
 
-    read: makes the fields of a record from a reply, or raises `Rejected`. After OUTAGES_IN_A_ROW requests without an
-    answer the server counts as down: `UserError`, with everything answered kept.
+    read: makes the fields of a record from a reply, or raises `RejectedError`. After OUTAGES_IN_A_ROW requests
+    without an answer the server counts as down: `UserError`, with everything answered kept.
     """
     waiting = [r for r in requests if r.id not in journal.records]
     queue = iter(tqdm(waiting, desc=f"synthesis: {name}", disable=not waiting))
@@ -208,7 +219,7 @@ async def ask_all(
                 reply = await client.send(request)
                 in_a_row, record["tokens"] = 0, list(reply.tokens)
                 record |= read(request, reply.text)
-            except Rejected as rejection:
+            except RejectedError as rejection:
                 in_a_row = 0
                 record |= {"reason": str(rejection), "detail": rejection.detail}
             except OUTAGES as error:

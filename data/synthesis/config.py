@@ -151,7 +151,9 @@ def load(words: list[str]) -> DictConfig:
         words = words[1:]
     wrong = [word for word in words if "=" not in word]
     if wrong:
-        raise UserError(f"'{wrong[0]}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys).")
+        raise UserError(
+            f"'{wrong[0]}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
+        )
     try:
         config = OmegaConf.merge(*layers, OmegaConf.from_dotlist(words))
     except (OmegaConfBaseException, YAMLError) as error:
@@ -183,7 +185,14 @@ def _check(config: DictConfig) -> None:
     for key, value in shares.items():
         if not 0 <= value <= 1:
             raise UserError(f"{key}={value} is not a share; give a number from 0 to 1.")
-    counts = ("server.concurrency", "server.tries", "crop.enlarge", "ask.questions", "answer.samples", "box.width")
+    counts = (
+        "server.concurrency",
+        "server.tries",
+        "crop.enlarge",
+        "ask.questions",
+        "answer.samples",
+        "box.width",
+    )
     for key in counts:
         if OmegaConf.select(config, key) < 1:
             raise UserError(f"{key} must be at least 1.")

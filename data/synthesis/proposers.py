@@ -69,7 +69,9 @@ def _candidates(lab: np.ndarray) -> list[tuple[int, int, int, int]]:
     boxes: set[tuple[int, int, int, int]] = set()
     for channel in cv2.split(lab):
         channel = cv2.normalize(channel, None, 0, 255, cv2.NORM_MINMAX)
-        mser = cv2.MSER_create(delta=5, min_area=SMALLEST**2, max_area=max(SMALLEST**2 + 1, height * width // 8))
+        mser = cv2.MSER_create(
+            delta=5, min_area=SMALLEST**2, max_area=max(SMALLEST**2 + 1, height * width // 8)
+        )
         boxes |= {tuple(map(int, box)) for box in mser.detectRegions(channel)[1]}
         edges = cv2.dilate(cv2.Canny(channel, 60, 160), np.ones((3, 3), np.uint8))
         contours, _ = cv2.findContours(edges, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
