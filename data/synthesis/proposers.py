@@ -47,6 +47,8 @@ def opencv(image: Image.Image, labels: list[str]) -> list[Region]:
     """
     scale = min(1.0, WORKING_SIDE / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if min(size) < SMALLEST:
+        return []
     lab = cv2.cvtColor(np.asarray(image.convert("RGB").resize(size, Image.Resampling.BOX)), cv2.COLOR_RGB2LAB)
     boxes = _candidates(lab)
     if not boxes:

@@ -1,7 +1,7 @@
 """A stand-in for a model server: speaks the chat-completions protocol with images, answers by rule, fails on demand.
 
-For tests, for measuring the pipeline's own speed, and for trying it out without a model:
-`python -m data.synthesis.stub_server --port 8000`. It listens on this machine only and its rows mean nothing.
+For tests, and as a process of its own (`--port`, `--delay`) for `benchmarks/synthesis.py`. It listens on this machine
+only, and what it answers means nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ QUESTIONS = ("What is the colour of most of it?", "Which channel is darkest?", "
 
 def answer(image: Image.Image, text: str, seed: int) -> str:
     """What the stub says: the same for the same image, text and seed."""
-    means = image.convert("RGB").resize((1, 1)).getpixel((0, 0))
+    means = image.convert("RGB").resize((1, 1), Image.Resampling.BOX).getpixel((0, 0))
     assert isinstance(means, tuple)
     names = ("red", "green", "blue")
     if '"objects"' in text:
