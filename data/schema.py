@@ -8,8 +8,11 @@ either way the folder can be moved.
 
 import hashlib
 import io
+import os
 import re
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
@@ -49,6 +52,22 @@ MAX_PIXELS = 80_000_000
 MAX_BYTES = 128 * 2**20
 BATCH_BYTES = 32 * 2**20
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
+
+
+class ImageTooLargeError(UserError):
+    """An image with more pixels or bytes than are allowed: a decompression bomb, or a mistake."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """An image of which only the size is known: enough to count a prompt's tokens."""
+
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
 
 
 class Triplet(TypedDict):
@@ -100,40 +119,64 @@ def image_file(path: str, folder: Path) -> Path:
     return file
 
 
+def _file_of(cell: Mapping[str, Any], folder: Path) -> Path:
+    """The image file that a cell without bytes names."""
+    if not cell.get("path"):
+        raise UserError("holds no image: neither bytes nor the path of a file.")
+    file = image_file(cell["path"], folder)
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: not readable ({error.strerror}).") from error
+    if size > MAX_BYTES:
+        raise ImageTooLargeError(f"{file}: has more than {MAX_BYTES} bytes; shrink the image.")
+    return file
+
+
 def image_bytes(cell: Mapping[str, Any], folder: Path) -> bytes:
     """The encoded image of a cell. `UserError` if it has none or names a file that is not there."""
-    content = cell.get("bytes")
-    if content is None and cell.get("path"):
-        try:
-            file = image_file(cell["path"], folder)
-            if file.stat().st_size > MAX_BYTES:
-                raise UserError(f"{file}: more than {MAX_BYTES} bytes; shrink the image.")
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{folder / cell['path']}: not readable ({error.strerror}).") from error
-    if not content:
-        raise UserError("holds no image: neither bytes nor the path of a file.")
-    return bytes(content)
+    return bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder).read_bytes()
 
 
 def open_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
     """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.load()` decodes.
 
     Raises:
-        UserError: no image, a format outside `FORMATS`, or more than `MAX_PIXELS` pixels.
+        UserError: no image, or a format outside `FORMATS`.
+        ImageTooLargeError: more than `MAX_PIXELS` pixels.
     """
-    content = image_bytes(cell, folder)
+    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder)
     try:
-        picture = PILImage.open(io.BytesIO(content), formats=FORMATS)
+        picture = PILImage.open(source, formats=FORMATS)
     except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise UserError(f"has more than {MAX_PIXELS} pixels; shrink the image.") from error
+        raise ImageTooLargeError(f"has more than {MAX_PIXELS} pixels; shrink the image.") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
         raise UserError(f"is not a readable image ({', '.join(FORMATS)}).") from error
     if picture.width * picture.height > MAX_PIXELS:
-        raise UserError(
-            f"has {picture.width} x {picture.height} pixels, more than {MAX_PIXELS}; shrink the image."
-        )
+        size = f"{picture.width} x {picture.height}"
+        picture.close()
+        raise ImageTooLargeError(f"has {size} pixels, more than {MAX_PIXELS}; shrink the image.")
     return picture
+
+
+def outline(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The row with `Outline`s for its images, read from their headers; no pixel is decoded. `UserError` as above."""
+    outlined = dict(row)
+    for column in IMAGES:
+        try:
+            with open_image(row[column] or {}, folder) as picture:
+                outlined[column] = Outline(*picture.size)
+        except UserError as error:
+            raise UserError(f"row {row['id']}, column {column}: {error}") from error
+    return outlined
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)
 
 
 def decode_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
@@ -237,11 +280,28 @@ def _parquet(file: Path) -> pq.ParquetFile:
 
 
 def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
-    """Encoded rows of a split as they are, few in memory at a time; no row is checked."""
+    """Encoded rows of a split as they are, few in memory at a time; no row is checked, but the columns' types are.
+
+    columns: names of columns, or of their fields (`image.path`).
+    """
+    names = list(dict.fromkeys(column.split(".")[0] for column in columns))
+    whole = pa.schema([FEATURES.arrow_schema.field(n) for n in names]) if names == list(columns) else None
     for file in shards(path):
         with _parquet(file) as source:
             for group in source.iter_batches(batch_size=16, columns=list(columns)):
+                if whole is not None and group.schema != whole:
+                    group = _cast(group.select(names), whole, file)
                 yield from group.to_pylist()
+
+
+def _cast(group: pa.RecordBatch, wanted: pa.Schema, file: Path) -> pa.RecordBatch:
+    arrays = []
+    for column in wanted:
+        try:
+            arrays.append(group[column.name].cast(column.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(f"{file}: column {column.name!r} is not {column.type} ({error}).") from error
+    return pa.RecordBatch.from_arrays(arrays, schema=wanted)
 
 
 def count_rows(path: Path) -> int:

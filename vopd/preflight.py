@@ -12,12 +12,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.dataset as pads
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from data import schema
@@ -130,15 +130,16 @@ def check_prompt_lengths(
     processor: Any,
     limit: int,
     views: Sequence[str] = ("full", "crop"),
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuse the first row whose prompt, in any of `views`, takes more than `limit` tokens; never truncate.
 
-    `processor` is a Hugging Face processor with a chat template; an image counts as the tokens the processor
-    will put in its place, found from its size without processing its pixels.
+    Rows, processor and template as in `prompt_lengths`.
     """
     for batch in _batches(rows, 256):
         for view in views:
-            for row, length in zip(batch, _prompt_lengths(batch, processor, view), strict=True):
+            lengths = prompt_lengths(batch, processor, view, template)
+            for row, length in zip(batch, lengths, strict=True):
                 if length > limit:
                     raise UserError(
                         f"row {row['id']}: its prompt takes {length} tokens in the {view} view "
@@ -180,22 +181,28 @@ def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapp
         yield batch
 
 
-def _prompt_lengths(batch: list[Mapping[str, Any]], processor: Any, view: str) -> list[int]:
-    texts, image_tokens = [], []
-    for row in batch:
+def prompt_lengths(
+    rows: Sequence[Mapping[str, Any]], processor: Any, view: str, template: Mapping[str, Any]
+) -> list[int]:
+    """Tokens of every row's prompt in a view, as the rollout will make it.
+
+    rows: their images may be `schema.Outline`s, for an image counts as the tokens the processor will put in its place,
+    found from its size without its pixels. processor: a Hugging Face processor with a chat template. template: extra
+    arguments of that template, e.g. `enable_thinking`.
+    """
+    texts, images = [], []
+    for row in rows:
         messages = VIEWS[view](row)
-        texts.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-        # The template writes one placeholder an image, which the text's own count already holds.
-        image_tokens.append(
-            sum(_image_tokens(part["image"], processor.image_processor) - 1 for part in parts)
+        texts.append(
+            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
         )
+        images.append([part["image"] for m in messages for part in m["content"] if part["type"] == "image"])
+    sizes = [[image.height, image.width] for of_row in images for image in of_row]
+    counts = iter(
+        processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+    )
+    # The template writes one placeholder an image, which the text's own count already holds.
     return [
-        len(ids) + extra
-        for ids, extra in zip(processor.tokenizer(texts)["input_ids"], image_tokens, strict=True)
+        len(ids) + sum(next(counts) - 1 for _ in of_row)
+        for ids, of_row in zip(processor.tokenizer(texts)["input_ids"], images, strict=True)
     ]
-
-
-def _image_tokens(image: Image.Image, image_processor: Any) -> int:
-    patches: int = image_processor.get_number_of_image_patches(image.height, image.width, {})
-    return patches // image_processor.merge_size**2

@@ -1,7 +1,7 @@
 """Writes the miniature's parquet files: `python -m data.miniature.prepare --out .cache/miniature`.
 
-train, validation, test and holdout (the letter family, which post-training never sees) plus meta.json.
-Files that are there already are kept when settings and generator code are the same.
+train, validation, test and holdout (the letter family, which post-training never sees), meta.json, and the stamp of
+`data.validate`. Files that are there already are kept when settings and generator code are the same.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import schema
+from data import schema, stamp, validate
 from data.miniature import world
+from vopd.errors import UserError
 
 LICENCE = "Apache-2.0"
 ROWS = {"train": 6241, "validation": 256, "test": 1024, "holdout": 512}
@@ -58,7 +59,7 @@ def _digest(path: Path) -> str:
 
 
 def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
-    """Makes sure that the four files exist; returns meta: settings and the SHA-256 of every file.
+    """Makes sure that the four files exist and are validated; returns meta: settings and the SHA-256 of every file.
 
     The evaluation splits do not depend on `train_rows`.
     """
@@ -68,7 +69,10 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
         meta = json.loads(meta_file.read_text())
         there = all((out / f"{split}.parquet").is_file() for split in ROWS)
         if there and {k: meta.get(k) for k in settings} == settings:
+            if not (out / stamp.NAME).is_file():
+                _validate(out)
             return meta
+    stamp.remove(out)
     meta = settings | {"sha256": {}}
     for split, count in settings["rows"].items():
         path = out / f"{split}.parquet"
@@ -77,7 +81,14 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
     partial = meta_file.with_suffix(".partial")
     partial.write_text(json.dumps(meta, indent=1) + "\n")
     partial.replace(meta_file)
+    _validate(out)
     return meta
+
+
+def _validate(out: Path) -> None:
+    report = validate.stamped(out)
+    if report.blocking:
+        raise UserError(f"{out}: the generated data did not pass its own checks.\n{report.text()}")
 
 
 def main() -> None:
