@@ -125,14 +125,17 @@ class Pipeline:
 
     def run(self) -> int:
         """All stages; the number of rows written."""
-        images = self.local("scan", _image_files(Path(self.config.images)), self._scan)
-        regions = self.local("filter", self._propose(images), self._filter)
-        crops = self.local("crop", _each(regions, "regions"), self._crop)
-        questions = self._validate(self._ask(crops))
+        questions = self._validate(self._ask(self.crops()))
         agreed = self.local("consensus", self._answer(questions), self._consensus)
         boxed = self.local("box", self._options(agreed), self._box)
         rows = self.local("row", self._difficulty(boxed), self._row)
         return self._write(rows)
+
+    def crops(self) -> list[Record]:
+        """The stages before the first question: one item an enlarged region."""
+        images = self.local("scan", _image_files(Path(self.config.images)), self._scan)
+        regions = self.local("filter", self._propose(images), self._filter)
+        return self.local("crop", _each(regions, "regions"), self._crop)
 
     def _scan(self, item: Record) -> Record:
         """Copy an image that can be used; turn it upright and recode it only where it has to be."""
