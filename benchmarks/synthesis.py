@@ -42,18 +42,24 @@ def measure(url: str, images: Path, out: Path, concurrency: int) -> tuple[int, i
         began = time.perf_counter()
         rows = pipeline.run()
         seconds = time.perf_counter() - began
-        asked = sum("tokens" in record for stage in pipeline.stages for record in stage.journal.records.values())
+        asked = sum(
+            "tokens" in record for stage in pipeline.stages for record in stage.journal.records.values()
+        )
     return asked, rows, seconds
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=Path, required=True)
     parser.add_argument("--delay", type=float, default=0.1, help="seconds a reply takes")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
     args = parser.parse_args()
     stub = subprocess.Popen(
-        [sys.executable, "-P", STUB, "--port", "0", "--delay", str(args.delay)], stdout=subprocess.PIPE, text=True
+        [sys.executable, "-P", STUB, "--port", "0", "--delay", str(args.delay)],
+        stdout=subprocess.PIPE,
+        text=True,
     )
     try:
         assert stub.stdout is not None
@@ -63,9 +69,13 @@ def main() -> None:
         print("|---|---|---|---|---|---|")
         with tempfile.TemporaryDirectory() as folder:
             for concurrency in args.concurrency:
-                asked, rows, seconds = measure(match[0], args.images, Path(folder) / str(concurrency), concurrency)
+                asked, rows, seconds = measure(
+                    match[0], args.images, Path(folder) / str(concurrency), concurrency
+                )
                 bound = f"{concurrency / args.delay:.0f}" if args.delay else "-"
-                print(f"| {concurrency} | {asked} | {rows} | {seconds:.1f} | {asked / seconds:.1f} | {bound} |")
+                print(
+                    f"| {concurrency} | {asked} | {rows} | {seconds:.1f} | {asked / seconds:.1f} | {bound} |"
+                )
     finally:
         stub.terminate()
         stub.wait()

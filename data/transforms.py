@@ -5,7 +5,7 @@ question. One task a row, and the row takes the place of its original: the numbe
 is its box, so that the crop shows the same enlarged and every promise about box and crop still holds.
 
 Rendered text, after LoMo: a span of the question is written under the picture, full view and crop alike, and leaves
-the question; what has to be read is then carried by pixels.
+the question; what has to be read is then carried by pixels. Such a crop shows more than its box encloses.
 
 Shapes are drawn without anti-aliasing in colours that are not the frame's red.
 """
@@ -249,8 +249,11 @@ def render_row(row: Mapping[str, Any], rng: np.random.Generator, folder: Path = 
     else:
         return dict(row)
     changed = {name: schema.encode(_stack(views[name][0], strips[name])) for name in views}
+    if row.get("original"):
+        changed["original"] = schema.encode(_stack(picture_of(row["original"], folder), strips["image"]))
     rest = " ".join([*words[:start], POINTER, *words[stop:]])
-    return {**row, **changed, "question": row["question"].replace(stem, rest, 1)}
+    question = row["question"].replace(stem, rest, 1)
+    return {**row, **changed, "question": question, "family": f"rendered text: {row['family']}"}
 
 
 def _stem(row: Mapping[str, Any]) -> str:

@@ -199,6 +199,14 @@ def test_a_longer_text_needs_a_higher_strip_until_there_is_no_room() -> None:
     assert heights[0].height < heights[1].height
 
 
+def test_rendered_text_stands_under_the_original_too(rows: list[dict], tmp_path: Path) -> None:
+    row = {**rows[0], "original": schema.encode(Image.new("RGB", (128, 128), GREY))}
+    changed = transforms.render_row(row, np.random.default_rng(0))
+    image, original = (transforms.picture_of(changed[c], tmp_path) for c in ("image", "original"))
+    under = (0, 128, 128, image.height)
+    assert image.size == original.size and image.crop(under).tobytes() == original.crop(under).tobytes()
+
+
 def test_a_question_too_short_or_a_crop_too_small_stays(rows: list[dict]) -> None:
     short = {**rows[0], "question": f"What?\nA) x\n{rows[0]['hint']}"}
     assert transforms.render_row(short, np.random.default_rng(0)) == short

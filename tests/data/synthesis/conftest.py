@@ -4,6 +4,7 @@ import importlib.util
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -40,20 +41,20 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def words_for(photographs: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Words of a synthesis that asks little and does not wait long."""
+@pytest.fixture(scope="session")
+def words_in(photographs: Path) -> Callable[..., list[str]]:
+    """Words of a synthesis into a folder that asks little and does not wait long."""
 
-    def words(url: str, *more: str) -> list[str]:
+    def words(out: Path, url: str, *more: str) -> list[str]:
         return [
             f"images={photographs}",
-            f"out={tmp_path / 'out'}",
+            f"out={out}",
             "source=sample photographs",
             "licence=see the packages",
             f"server.base_url={url}",
             "server.model=stub",
             "server.first_wait_s=0.01",
-            "server.timeout_s=5",
+            "server.timeout_s=20",
             "filter.min_width=300",
             "filter.min_height=300",
             "propose.per_image=1",
@@ -62,3 +63,9 @@ def words_for(photographs: Path, tmp_path: Path) -> Callable[..., list[str]]:
         ]
 
     return words
+
+
+@pytest.fixture
+def words_for(words_in: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+    """The same, into `out` in the test's own folder."""
+    return partial(words_in, tmp_path / "out")

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import audit, schema, synthesize
+from data import audit, schema, synthesize, validate
 from data.synthesis import config, pipeline, prompts, proposers
 from vopd.config import ROOT
 from vopd.errors import UserError
@@ -39,15 +39,35 @@ def rows(out: Path) -> list[dict[str, Any]]:
     return list(schema.rows(out / "train.parquet"))
 
 
-def test_photographs_become_valid_rows(stub_server: ModuleType, words_for: Words, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def whole(
+    stub_server: ModuleType, words_in: Words, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, int]:
+    """The folder of an uninterrupted run, and how many requests it sent."""
+    out = tmp_path_factory.mktemp("whole")
     with stub_server.StubServer() as stub:
-        assert synthesize.main(words_for(stub.url)) == 0
-        asked = len(stub.bodies)
-        first = (out / "train.parquet").read_bytes()
-        assert synthesize.main(words_for(stub.url)) == 0
-        assert len(stub.bodies) == asked  # nothing is asked twice
-    assert (out / "train.parquet").read_bytes() == first
+        assert synthesize.main(words_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
+        return out, len(stub.bodies)
+
+
+def test_nothing_is_done_twice(stub_server: ModuleType, words_in: Words, whole: tuple[Path, int]) -> None:
+    out, _ = whole
+    before = {file: file.stat().st_mtime_ns for file in out.rglob("*.jp*g")}
+    rows_before, stages = (
+        (out / "train.parquet").read_bytes(),
+        {f: f.read_bytes() for f in out.rglob("*.jsonl")},
+    )
+    with stub_server.StubServer() as stub:
+        assert synthesize.main(words_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
+        assert stub.bodies == []
+    assert (out / "train.parquet").read_bytes() == rows_before
+    assert {file: file.stat().st_mtime_ns for file in out.rglob("*.jp*g")} == before
+    assert {file: file.read_bytes() for file in out.rglob("*.jsonl")} == stages
+
+
+def test_photographs_become_valid_rows(whole: tuple[Path, int]) -> None:
+    out, _ = whole
+    assert validate.main([str(out)]) == 0
     made = schema.read(out / "train.parquet")
     assert len(made) >= 2 and len({row["id"] for row in made}) == len(made)
     for row in made:
@@ -68,13 +88,8 @@ def test_photographs_become_valid_rows(stub_server: ModuleType, words_for: Words
         ]
 
 
-def test_counts_of_stages_and_datasheet_add_up(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    with stub_server.StubServer() as stub:
-        synthesize.main(words_for(stub.url, "server.price_in=2", "server.price_out=30"))
-        asked = len(stub.bodies)
+def test_counts_of_stages_and_datasheet_add_up(whole: tuple[Path, int]) -> None:
+    out, asked = whole
     assert reasons(out, "scan") == {"not a readable image": 1}
     assert (
         len(records(out, "scan")) == 5 and len(records(out, "propose")) == 3
@@ -169,11 +184,9 @@ def test_options_that_are_not_three_and_distinct_are_rejected(
 
 
 def test_a_killed_run_loses_only_what_was_in_flight(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path
+    stub_server: ModuleType, words_for: Words, whole: tuple[Path, int], tmp_path: Path
 ) -> None:
-    with stub_server.StubServer() as stub:
-        synthesize.main(words_for(stub.url, f"out={tmp_path / 'whole'}"))
-        needed = len(stub.bodies)
+    out, needed = whole
     with stub_server.StubServer(delay_s=0.03) as stub:
         words = words_for(stub.url, "server.concurrency=4")
         process = subprocess.Popen(
@@ -189,7 +202,7 @@ def test_a_killed_run_loses_only_what_was_in_flight(
             file.write(b'{"id": "torn')
         assert synthesize.main(words) == 0
         assert needed <= len(stub.bodies) <= needed + 4
-    assert rows(tmp_path / "out") == rows(tmp_path / "whole")
+    assert rows(tmp_path / "out") == rows(out)
 
 
 def test_unanswered_requests_end_in_exit_code_1_and_a_second_start_completes(
@@ -351,17 +364,16 @@ def test_the_frame_surrounds_the_box_and_stays_out_of_it(
 
 @pytest.mark.parametrize("transform", ["overlay", "rendered_text"])
 def test_transforms_replace_rows_one_for_one(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path, transform: str
+    stub_server: ModuleType, words_for: Words, whole: tuple[Path, int], tmp_path: Path, transform: str
 ) -> None:
     with stub_server.StubServer() as stub:
-        synthesize.main(words_for(stub.url, f"out={tmp_path / 'plain'}"))
         synthesize.main(words_for(stub.url, f"transforms.{transform}=1.0"))
-    plain, changed = rows(tmp_path / "plain"), rows(tmp_path / "out")
+    plain, changed = rows(whole[0]), rows(tmp_path / "out")
     assert [row["id"] for row in changed] == [row["id"] for row in plain]
     assert schema.check_split(tmp_path / "out" / "train.parquet") == len(plain)
     for row, before in zip(changed, plain, strict=True):
         assert row["image"] != before["image"] and row["question"] != before["question"]
-        assert row["family"].startswith("overlay: ") == (transform == "overlay")
+        assert row["family"].startswith("overlay: " if transform == "overlay" else "rendered text: ")
 
 
 def test_help_lists_the_settings(capsys: pytest.CaptureFixture[str]) -> None:
