@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import imagehash
 import jinja2
 import numpy as np
 import pyarrow as pa
@@ -31,6 +30,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import schema
+from data.near_duplicates import perceptual_hash
 from vopd.errors import UserError
 
 # Measured on photographs and generated scenes: copies are up to 16 bits of 64 apart (a frame on a page of text),
@@ -115,7 +115,7 @@ def hashes(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     keys, values = [], []
     for row, column, picture in tqdm(pictures(path), desc=f"audit: hashes of {path.name}"):
         keys.append((row, column))
-        values.append(np.packbits(imagehash.phash(picture).hash).view(np.uint64)[0])
+        values.append(perceptual_hash(picture))
     if not keys:
         raise UserError(f"{path}: holds no rows; prepare the data set again.")
     return keys, np.array(values, np.uint64)
@@ -220,8 +220,8 @@ def _data_url(picture: np.ndarray) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def main(words: list[str]) -> int:
-    """Exit code 0 whether copies were found or not, 2 for bad input."""
+def arguments() -> argparse.ArgumentParser:
+    """What the command takes."""
     parser = argparse.ArgumentParser(
         prog="python -m data.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -231,7 +231,12 @@ def main(words: list[str]) -> int:
     parser.add_argument("--benchmark", help="its name in excluded.json; default: the test file's")
     parser.add_argument("--distance", type=int, default=DISTANCE, help="most bits apart, of 64")
     parser.add_argument("--correlation", type=float, default=CORRELATION, help="least correlation of detail")
-    args = parser.parse_args(words)
+    return parser
+
+
+def main(words: list[str]) -> int:
+    """Exit code 0 whether copies were found or not, 2 for bad input."""
+    args = arguments().parse_args(words)
     try:
         pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
     except UserError as error:

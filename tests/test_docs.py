@@ -8,8 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from data import audit
+from data.synthesis.config import load as synthesis_settings
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
+from vopd.errors import UserError
 from vopd.method import Method, UpdateBatch, build
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,14 +54,28 @@ def refusals(document: Path) -> list[str]:
     for words in commands(document):
         line = " ".join(words)
         if words[0] == "python":
-            if "-m" not in words or find_spec(words[words.index("-m") + 1]) is None:
-                wrong.append(f"{line}: no such module")
+            wrong += refused_module(words) if "-m" in words else refused_script(words)
         elif not (ROOT / words[1]).is_file():
             wrong.append(f"{line}: no such script")
         elif words[1] == "scripts/run_recipe.sh" and words[2] != "--help":
             recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
             load(recipe, [word for word in words[3:] if word != "--help"])
     return wrong
+
+
+def refused_module(words: list[str]) -> list[str]:
+    line, name, rest = " ".join(words), words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+    if find_spec(name) is None:
+        return [f"{line}: no such module"]
+    if name == "data.synthesize" and rest not in ([], ["--help"]):
+        synthesis_settings(rest)
+    elif name == "data.audit" and rest:
+        audit.arguments().parse_args(rest)
+    return []
+
+
+def refused_script(words: list[str]) -> list[str]:
+    return [] if (ROOT / words[1]).is_file() else [f"{' '.join(words)}: no such script"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -73,6 +90,20 @@ def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
         "bash scripts/nothing.sh",
         "python -m vopd.nothing",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("python -m data.synthesize out=x licenze=y", UserError),
+        ("python -m data.audit a.parquet", SystemExit),
+    ],
+)
+def test_a_word_that_a_command_does_not_take_is_seen(tmp_path: Path, command: str, error: type) -> None:
+    document = tmp_path / "x.md"
+    document.write_text(f"```bash\n{command}\n```\n")
+    with pytest.raises(error):
+        refusals(document)
 
 
 def test_the_two_commands_are_among_them() -> None:
