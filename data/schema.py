@@ -322,8 +322,10 @@ def split_hash(path: Path) -> str:
     for row in rows(path, [f"{column}.path" for column in ALL_IMAGES]):
         for cell in row.values():
             if cell and cell["path"]:
-                file = image_file(cell["path"], path.parent)
-                size = file.stat().st_size if file.is_file() else -1
+                try:
+                    size = image_file(cell["path"], path.parent).stat().st_size
+                except (OSError, UserError):
+                    size = -1  # validation says what is wrong with it
                 digest.update(f"{cell['path']}\0{size}\n".encode())
     return digest.hexdigest()
 

@@ -1,15 +1,23 @@
 """What the documents say can be done: their commands, settings, links, files and tests exist; their example works."""
 
+import json
 import re
 import shlex
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import skimage
 import torch
+from PIL import Image
 
-from data import audit
+from data import audit, schema, synthesize, validate
+from data.miniature import prepare as miniature
 from data.synthesis.config import load as synthesis_settings
+from data.vision_opd_6k import prepare as vision_opd_6k
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
 from vopd.errors import UserError
@@ -140,6 +148,85 @@ def test_the_card_states_the_settings_of_a_run() -> None:
         section, name = key.split(".")
         given = [str(config[section][name]) for config in (paper, miniature)]
         assert [text.replace(",", "") for text in stated] == given, key
+
+
+def helper(path: str) -> ModuleType:
+    """A module below tests/ that is no test; pytest's importlib mode puts no folder on the path."""
+    spec = spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the commands of docs/data.md ----------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_data_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fewer rows, a folder of the published layout for /data/published, and .cache in a temporary place."""
+    layout = helper("data/published_layout.py")
+    layout.build(tmp_path / "published", 32)
+    monkeypatch.setattr(miniature, "ROWS", {"train": 24, "validation": 4, "test": 4, "holdout": 4})
+    monkeypatch.setattr(vision_opd_6k, "DEFAULTS", {"validation": 4, "test": 4, "seed": 0})
+    mains = {
+        "data.miniature.prepare": miniature.main,
+        "data.validate": validate.main,
+        "data.vision_opd_6k": lambda words: vision_opd_6k.main(words[1:]),
+    }
+    run = [words for words in commands(ROOT / "docs" / "data.md") if words[0] == "python"]
+    assert {words[2] for words in run} == set(mains)
+    monkeypatch.chdir(ROOT)
+    for words in run:
+        places = {"/data/published": tmp_path / "published", ".cache": tmp_path / "cache"}
+        for stated, place in places.items():
+            words = [
+                word.replace(stated, str(place), 1) if word.startswith(stated) else word for word in words
+            ]
+        assert mains[words[2]](words[3:]) == 0, (words, capsys.readouterr())
+    assert (tmp_path / "cache" / "vision_opd_6k" / "validated.json").is_file()
+
+
+def test_the_data_page_names_every_kind_and_column() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (yes|no) \|", page, re.MULTILINE)
+    kinds = dict.fromkeys(validate.BLOCKING, "yes") | dict.fromkeys(validate.WARNING, "no")
+    assert dict(rows) == kinds and len(rows) == len(kinds)
+    assert [column for column in schema.COLUMNS if f"`{column}`" not in page] == []
+
+
+# ---- the commands of docs/synthesis.md -----------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_synthesis_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a temporary folder, against the stand-in server, with smaller photographs than the default asks for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    photograph = Image.open(Path(skimage.__file__).parent / "data" / "coffee.png")
+    photograph.save("photographs/1.jpg", quality=95)
+    cells = [schema.encode(picture) for picture in (photograph.resize((300, 200)), photograph.rotate(90))]
+    pq.write_table(pa.table({"id": ["copy", "other"], "image": cells}), "benchmarks/vstar.parquet")
+    blocks_run = [words for words in commands(ROOT / "docs" / "synthesis.md") if "--help" not in words]
+    with helper("data/synthesis/stub_server.py").StubServer() as stub:
+        more = [f"server.base_url={stub.url}", "filter.min_width=300", "filter.min_height=300"]
+        mains = {
+            "data.synthesize": lambda words: synthesize.main([*words, *more, "propose.per_image=1"]),
+            "data.validate": validate.main,
+            "data.audit": audit.main,
+        }
+        modules = [words[2] for words in blocks_run if words[1] == "-m"]
+        assert modules == list(mains)
+        for words in blocks_run:
+            if words[1] == "-m":
+                assert mains[words[2]](words[3:]) == 0, words
+    record = json.loads((tmp_path / "audits" / "vstar" / "excluded.json").read_text())
+    assert (record["benchmark"], record["excluded"]) == ("V*", ["copy"])
+    [example] = blocks(ROOT / "docs" / "synthesis.md", "json")
+    assert list(json.loads(example)) == list(record)
 
 
 # ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -133,11 +134,10 @@ class Run:
             errors = None if self.console.is_terminal else file
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
         if done.returncode:
-            said = log.read_text(errors="replace").split()
+            lines = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+            said = f" ({lines[-1].strip().rstrip('.')})" if lines else ""
             raise UserError(
-                f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}"
-                + (f" ({' '.join(said[-60:])})" if said else "")
-                + "."
+                f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}{said}."
             )
         log.unlink()
 

@@ -7,13 +7,14 @@ train, validation, test and holdout (the letter family, which post-training neve
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from data import schema, stamp, validate
+from data import schema, stamp
 from data.miniature import world
 from vopd.errors import UserError
 
@@ -86,21 +87,29 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
 
 
 def _validate(out: Path) -> None:
+    from data import validate  # slow to import, and not needed where the files are there already
+
     report = validate.stamped(out)
     if report.blocking:
         raise UserError(f"{out}: the generated data did not pass its own checks.\n{report.text()}")
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Exit code 0, or 2 if what was made does not pass its checks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(".cache/miniature"))
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+    args = parser.parse_args(arguments)
+    try:
+        print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+    except UserError as error:
+        print(f"data.miniature: {error}", file=sys.stderr)
+        return UserError.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

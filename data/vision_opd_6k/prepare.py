@@ -34,6 +34,7 @@ from vopd.errors import UserError
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
 SAMPLE = 64
 MOST_LEFT_OUT = 0.1
+BATCH = 64
 LINE_BYTES = 2**20
 LICENCE = f"as stated on the card of {source.HUB_ID}"
 SPLITS = ("train", "validation", "test")
@@ -164,7 +165,7 @@ class _Work:
         threads = min(8, len(os.sched_getaffinity(0)))
         with self.rows_file.open("a") as rows, ThreadPoolExecutor(threads) as pool:
             progress = tqdm(desc="reading rows", initial=done, total=total, unit="row")
-            while batch := list(islice(lines, 64)):
+            while batch := list(islice(lines, BATCH)):
                 for result in pool.map(self._result, range(done, done + len(batch)), batch):
                     rows.write(json.dumps(result) + "\n")
                 rows.flush()

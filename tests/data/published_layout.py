@@ -56,8 +56,14 @@ def published_row(index: int, style: Style = on_lines) -> tuple[dict, bytes, byt
     return row, jpeg(big(scene.image)), jpeg(crop)
 
 
-def build(folder: Path, rows: int, parts: int = 3, change: Callable[[int, dict], dict] | None = None) -> Path:
-    """The whole folder; `change(index, row)` may spoil rows of train.jsonl."""
+def build(
+    folder: Path,
+    rows: int,
+    parts: int = 3,
+    change: Callable[[int, dict], dict] | None = None,
+    bare: bool = False,
+) -> Path:
+    """The whole folder. change(index, row) may spoil rows of train.jsonl; bare: archives do not name their folder."""
     files: dict[str, Path] = {}
     for name in ("images", "teacher_images"):
         (folder / name).mkdir(parents=True)
@@ -69,8 +75,11 @@ def build(folder: Path, rows: int, parts: int = 3, change: Callable[[int, dict],
     ):
         for index in range(rows):
             row, image, crop = published_row(index)
-            add(images, row["images"][0], image)
-            add(crops, row["teacher_images"][0], crop)
+            for archive, path, content in (
+                (images, row["images"][0], image),
+                (crops, row["teacher_images"][0], crop),
+            ):
+                add(archive, Path(path).name if bare else path, content)
             lines.write(json.dumps(change(index, row) if change else row) + "\n")
     split(files["images"], parts)
     return folder

@@ -3,6 +3,7 @@
 import io
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -114,6 +115,23 @@ def test_a_moved_folder_still_reads(good: list[dict], tmp_path: Path, paths: boo
         row = decode(trained_on[i]["row"])
         assert np.array_equal(np.asarray(row["crop"]), world.scene(0, "train", i).crop)
         assert "original" not in row
+
+
+def test_datasets_reads_what_we_write(good: list[dict], tmp_path: Path) -> None:
+    schema.write_shards(good, tmp_path / "train.parquet", rows_per_shard=2)
+    files = [str(file) for file in schema.shards(tmp_path / "train.parquet")]
+    data = datasets.load_dataset(
+        "parquet", data_files=files, split="train", cache_dir=str(tmp_path / "cache")
+    )
+    assert data.features == schema.FEATURES
+    assert np.array_equal(np.asarray(data[4]["image"]), world.scene(0, "train", 4).image)
+
+
+def test_we_read_what_datasets_writes(good: list[dict], tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    datasets.Dataset.from_list(good, features=schema.FEATURES).to_parquet(str(path))
+    assert list(schema.rows(path)) == good
+    assert np.array_equal(np.asarray(schema.read(path)[4]["crop"]), world.scene(0, "train", 4).crop)
 
 
 def test_the_hash_follows_rows_and_the_images_they_name(good: list[dict], tmp_path: Path) -> None:
