@@ -49,8 +49,7 @@ class Filter:
     min_height: int = 1200
     min_score: float = 0.75  # ZwZ, of SAM3; the opencv proposer's score is a rank within the image
     max_area: float = 0.1  # ZwZ: area ratio below
-    min_side: int = 28  # ours: one visual token of Qwen3.5's after enlargement by two has 32 pixels
-    max_pixels: int = 80_000_000  # ours: larger images are refused unread
+    min_side: int = 28  # ours: 56 pixels once enlarged
 
 
 @dataclass

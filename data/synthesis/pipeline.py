@@ -35,7 +35,7 @@ from vopd.evaluation.scoring import Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.clean import comparable
 from vopd.seeding import request_seed
 
-SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 ORIENTATION_TAG = 0x0112
 OBJECTS_SIDE = 1024  # pixels: names of things need no more
 FAMILY = "synthesised"
@@ -91,7 +91,7 @@ class Pipeline:
             try:
                 record |= work(item)
             except RejectedError as rejection:
-                record["reason"] = str(rejection)
+                record |= {"reason": str(rejection), "detail": rejection.detail}
             journal.append(record)
         self.stages.append(Stage(name, len(items), journal))
         return _carried(items, journal)
@@ -133,24 +133,21 @@ class Pipeline:
 
     def crops(self) -> list[Record]:
         """The stages before the first question: one item an enlarged region."""
-        images = self.local("scan", _image_files(Path(self.config.images)), self._scan)
+        images = self.local("scan", _image_files(Path(self.config.images), self.out), self._scan)
         regions = self.local("filter", self._propose(images), self._filter)
         return self.local("crop", _each(regions, "regions"), self._crop)
 
     def _scan(self, item: Record) -> Record:
         """Copy an image that can be used; turn it upright and recode it only where it has to be."""
-        path = Path(self.config.images) / item["id"]
-        content = path.read_bytes()
-        limits = self.config.filter
+        folder, limits = Path(self.config.images), self.config.filter
         try:
-            picture = Image.open(io.BytesIO(content), formats=schema.FORMATS)
-            if picture.width * picture.height > limits.max_pixels:
-                raise RejectedError("too many pixels")
+            content = schema.image_bytes({"path": item["id"]}, folder)
+            picture = schema.open_image({"bytes": content}, folder)
             if picture.width < limits.min_width or picture.height < limits.min_height:
                 raise RejectedError("image too small")
-            picture.load()
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise RejectedError("not a readable image") from error
+            picture = schema.decode_image({"bytes": content}, folder)
+        except UserError as error:
+            raise RejectedError("not a usable image", str(error)) from error
         name = hashlib.sha256(content).hexdigest()[:16]
         upright = picture.getexif().get(ORIENTATION_TAG, 1) == 1
         if upright and picture.mode in ("RGB", "L"):
@@ -432,13 +429,15 @@ def _claim(file: Path, config: DictConfig) -> None:
             raise UserError(
                 f"{file.parent}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
             )
-    OmegaConf.save(config, file)
+    _save(file, OmegaConf.to_yaml(config).encode())
 
 
-def _image_files(folder: Path) -> list[Record]:
+def _image_files(folder: Path, out: Path) -> list[Record]:
+    """One item an image file; `out` may lie inside the folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give images=FOLDER.")
     files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
+    files = [p for p in files if not p.resolve().is_relative_to(out.resolve())]
     if not files:
         raise UserError(f"{folder}: holds no {', '.join(SUFFIXES)} files.")
     return [{"id": p.relative_to(folder).as_posix()} for p in sorted(files)]

@@ -90,7 +90,7 @@ def test_photographs_become_valid_rows(whole: tuple[Path, int]) -> None:
 
 def test_counts_of_stages_and_datasheet_add_up(whole: tuple[Path, int]) -> None:
     out, asked = whole
-    assert reasons(out, "scan") == {"not a readable image": 1}
+    assert reasons(out, "scan") == {"not a usable image": 1}
     assert (
         len(records(out, "scan")) == 5 and len(records(out, "propose")) == 3
     )  # one photograph is there twice
@@ -274,6 +274,32 @@ def test_a_detector_is_told_what_the_model_listed(
         against.update(record["against"])
     assert against == {"not the only one of its kind": 6}
     assert {tuple(row["box"]) for row in rows(tmp_path / "out")} == {(170, 50, 230, 110)}
+
+
+def test_unusable_images_are_left_out_with_a_reason(
+    stub_server: ModuleType, words_for: Words, photographs: Path, tmp_path: Path
+) -> None:
+    """A bomb, a cut-off file, another format under a known name, a small one; what was made before is not read."""
+    folder = tmp_path / "mixed"
+    (folder / "out" / "crops").mkdir(parents=True)
+    Image.new("1", (9000, 9000)).save(folder / "bomb.png")
+    whole = (photographs / "china.jpg").read_bytes()
+    (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    Image.new("RGB", (400, 400)).save(folder / "other.png", "TIFF")
+    Image.new("RGB", (400, 200)).save(folder / "small.png")
+    Image.new("RGB", (400, 400)).save(folder / "blank.png")
+    (folder / "out" / "crops" / "made.jpg").write_bytes(whole)
+    with stub_server.StubServer() as stub:
+        assert synthesize.main(words_for(stub.url, f"images={folder}", f"out={folder / 'out'}")) == 0
+        assert stub.bodies == []
+    scanned = {r["id"]: r["reason"] for r in records(folder / "out", "scan")}
+    assert scanned == {
+        **dict.fromkeys(("bomb.png", "cut.jpg", "other.png"), "not a usable image"),
+        "small.png": "image too small",
+        "blank.png": None,
+    }
+    assert reasons(folder / "out", "propose") == {"no region found": 1}
+    assert not (folder / "out" / "train.parquet").exists()
 
 
 def test_pictures_are_turned_upright_once(
