@@ -1,13 +1,12 @@
 """Rows a second and peak memory of the data side, as a table: `python benchmarks/data_side.py [--rows 600 6000]`.
 
-For each number of rows: a folder in the published layout is built from the miniature (not measured), then
-`data.vision_opd_6k prepare` and `data.validate --model` run on it, each in a process of its own; and the miniature is
-generated once in its usual size. Peak memory is that of the process (resident set, `ru_maxrss`); the row "import" says
-what loading the libraries alone takes.
+For each number of rows, a folder in the published layout is built from the miniature (not shown), then
+`data.vision_opd_6k prepare`, `data.validate` and `data.validate --model` run on it, each in a process of its own; and
+the miniature is generated once in its usual size. Peak memory is the process's resident set (`ru_maxrss`; a child
+starts with its parent's peak, so this process stays small). Rows without a count show what the libraries alone take.
 """
 
 import argparse
-import importlib.util
 import os
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
 BASE = ROOT / "data" / "miniature" / "base"
+BUILDER = ROOT / "tests" / "data" / "published_layout.py"
 
 
 def measured(*words: str) -> tuple[float, float, float]:
@@ -37,17 +37,6 @@ def measured(*words: str) -> tuple[float, float, float]:
     if status:
         raise SystemExit(f"{' '.join(words)} failed:\n{said.decode(errors='replace')[-2000:]}")
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
-
-
-def build(folder: Path, rows: int) -> Path:
-    """A folder in the published layout, made by the builder of the tests."""
-    path = ROOT / "tests" / "data" / "published_layout.py"
-    spec = importlib.util.spec_from_file_location("published_layout", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    built: Path = module.build(folder, rows)
-    return built
 
 
 def main() -> None:
@@ -67,9 +56,12 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as temporary:
         place = Path(temporary)
-        add("import", 0, measured("-c", "import data.validate, transformers; transformers.AutoProcessor"))
+        add("libraries of prepare, validate", 0, measured("-c", "import data.vision_opd_6k.prepare"))
+        load = f"import data.validate; data.validate.prompts_for({str(BASE)!r}, 8192)"
+        add("libraries of validate --model", 0, measured("-c", load))
         for rows in args.rows:
-            published, out = build(place / f"published{rows}", rows), place / f"out{rows}"
+            published, out = place / f"published{rows}", place / f"out{rows}"
+            measured(str(BUILDER), str(published), str(rows))
             words = [
                 "--source",
                 str(published),
@@ -81,7 +73,8 @@ def main() -> None:
                 "64",
             ]
             add("prepare", rows, measured("-m", "data.vision_opd_6k", "prepare", *words))
-            add("validate", rows, measured("-m", "data.validate", str(out), "--model", str(BASE)))
+            add("validate", rows, measured("-m", "data.validate", str(out)))
+            add("validate --model", rows, measured("-m", "data.validate", str(out), "--model", str(BASE)))
         generated = measured("-m", "data.miniature.prepare", "--out", str(place / "miniature"))
         add("miniature, validated", 6241 + 256 + 1024 + 512, generated)
     Console(width=120).print(table)

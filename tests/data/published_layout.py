@@ -7,6 +7,7 @@ before it. The images' archive is split into parts, the crops' archive is whole.
 
 import io
 import json
+import sys
 import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -93,11 +94,11 @@ def add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
 
 def split(file: Path, parts: int) -> None:
     """Cuts a file into parts `<name>.part-aa`, `.part-ab` ..., as `split` would, and removes it."""
-    content = file.read_bytes()
-    size = -(-len(content) // parts)
-    for i in range(parts):
-        suffix = chr(ord("a") + i // 26) + chr(ord("a") + i % 26)
-        file.with_name(f"{file.name}.part-{suffix}").write_bytes(content[i * size : (i + 1) * size])
+    size = -(-file.stat().st_size // parts)
+    with file.open("rb") as content:
+        for i in range(parts):
+            suffix = chr(ord("a") + i // 26) + chr(ord("a") + i % 26)
+            file.with_name(f"{file.name}.part-{suffix}").write_bytes(content.read(size))
     file.unlink()
 
 
@@ -108,3 +109,7 @@ def archive_of(path: Path, members: Iterable[tuple[tarfile.TarInfo, bytes]]) -> 
             member.size = len(content)
             archive.addfile(member, io.BytesIO(content))
     return path
+
+
+if __name__ == "__main__":
+    build(Path(sys.argv[1]), int(sys.argv[2]))

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from data import schema
@@ -206,3 +208,29 @@ def test_bombs_and_other_formats_are_refused(tmp_path: Path, monkeypatch: pytest
     Image.new("RGB", (50, 40)).save(buffer, "TIFF")
     with pytest.raises(UserError, match="not a readable image"):
         schema.open_image({"bytes": buffer.getvalue(), "path": None}, tmp_path)
+
+
+def _file_of(format_: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(world.scene(0, "train", 0).crop).save(buffer, format_)
+    return buffer.getvalue()
+
+
+WHOLE = {format_: _file_of(format_) for format_ in schema.FORMATS}
+
+
+@given(
+    st.sampled_from(schema.FORMATS),
+    st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=6),
+    st.floats(0, 1),
+)
+@settings(max_examples=300)
+def test_a_spoiled_file_decodes_or_is_refused(format_: str, changes: list, keep: float) -> None:
+    content = bytearray(WHOLE[format_])
+    for place, value in changes:
+        content[place % len(content)] = value
+    cell = {"bytes": bytes(content[: round(max(keep, 0.01) * len(content))]), "path": None}
+    try:
+        schema.decode_image(cell, Path()).getpixel((0, 0))
+    except UserError as error:
+        assert str(error).endswith(".")
