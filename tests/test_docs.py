@@ -10,6 +10,9 @@ import torch
 
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
+from vopd.evaluate import settings_of
+from vopd.evaluation.benchmark import FOLDER, find
+from vopd.evaluation.scoring import table as scoring_table
 from vopd.method import Method, UpdateBatch, build
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,6 +56,9 @@ def refusals(document: Path) -> list[str]:
         if words[0] == "python":
             if "-m" not in words or find_spec(words[words.index("-m") + 1]) is None:
                 wrong.append(f"{line}: no such module")
+            elif "vopd.evaluate" in words and len(words) > 3 and words[3] != "--help":
+                for name in settings_of(words[3:]).benchmarks:
+                    find(name)
         elif not (ROOT / words[1]).is_file():
             wrong.append(f"{line}: no such script")
         elif words[1] == "scripts/run_recipe.sh" and words[2] != "--help":
@@ -109,6 +115,25 @@ def test_the_card_states_the_settings_of_a_run() -> None:
         section, name = key.split(".")
         given = [str(config[section][name]) for config in (paper, miniature)]
         assert [text.replace(",", "") for text in stated] == given, key
+
+
+# ---- docs/evaluation.md ---------------------------------------------------------------------------------------------
+
+EVALUATION = ROOT / "docs" / "evaluation.md"
+
+
+def test_the_table_of_scoring_rules_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [words for words in commands(EVALUATION) if words[2] == "vopd.evaluation.scoring.table"]
+    assert scoring_table.main([str(ROOT / command[3])]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 10 and printed in EVALUATION.read_text()
+
+
+def test_every_benchmark_is_documented_with_its_number_of_questions() -> None:
+    text = EVALUATION.read_text()
+    for file in FOLDER.glob("*.yaml"):
+        (row,) = [line for line in text.split("\n") if line.startswith("|") and f"`{file.stem}`" in line]
+        assert f"{find(file.stem)[1].rows:,}" in row
 
 
 # ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------

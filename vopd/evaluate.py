@@ -22,9 +22,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from yaml import YAMLError
 
 from vopd import provenance
-from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation import asking, benchmark, judge, metrics, summary
+from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
 from vopd.evaluation.records import read_records
 

@@ -23,13 +23,13 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, UnidentifiedImageError
 from yaml import YAMLError
 
-from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
 from vopd.evaluation.scoring.numbers import parse_gold_number
 from vopd.provenance import hash_json
 
+ROOT = Path(__file__).resolve().parents[2]  # not from vopd.config, which pulls in torch
 FOLDER = Path(__file__).parent / "benchmarks"
 LOCK = "lock.json"
 BY_GOLD = "by gold"

@@ -192,8 +192,13 @@ class LocalEngine:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         os.environ.update(environment(OmegaConf.create({"hardware": {"device": device}})))
-        from transformers import AutoProcessor
+        os.environ.setdefault(
+            "VLLM_LOGGING_LEVEL", "ERROR"
+        )  # a line for every step would bury the progress bar
+        from transformers import AutoProcessor, logging
         from vllm import LLM, SamplingParams
+
+        logging.set_verbosity_error()
 
         self._params, self._sampling = SamplingParams, sampling
         self._processor = AutoProcessor.from_pretrained(model)
