@@ -12,6 +12,7 @@ import json
 import signal
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -175,25 +176,24 @@ class Evaluation:
             self.console.print("every question has its record; nothing is asked")
             return []
         engine = self._engine()
-        failures = []
         try:
-            for questions in self.sets:
-                if questions.name in todo:
-                    failures += self._ask(engine, questions, todo[questions.name])
+            return asyncio.run(self._ask(engine, todo))
         finally:
             engine.close()
-        return failures
 
-    def _ask(self, engine: Engine, questions: benchmark.Questions, todo: list[Any]) -> list[str]:
-        folder = self.folder / questions.name
-        with asking.only_writer(folder), _progress(self.console) as bar:
-            line = bar.add_task(questions.spec.title, total=len(todo))
-            return asyncio.run(
-                asking.ask(
-                    engine, questions, todo, folder / "records.jsonl", self.settings.concurrency,
-                    lambda: bar.advance(line),
-                )
-            )  # fmt: skip
+    async def _ask(self, engine: Engine, todo: dict[str, list[Any]]) -> list[str]:
+        """One event loop for all benchmarks: a client's connections belong to the loop that opened them."""
+        failures: list[str] = []
+        for questions in self.sets:
+            left, folder = todo.get(questions.name, []), self.folder / questions.name
+            if not left:
+                continue
+            with asking.only_writer(folder), _progress(self.console) as bar:
+                line = bar.add_task(questions.spec.title, total=len(left))
+                advance = partial(bar.advance, line)
+                records, at_once = folder / "records.jsonl", self.settings.concurrency
+                failures += await asking.ask(engine, questions, left, records, at_once, advance)
+        return failures
 
     def _engine(self) -> Engine:
         s = self.settings
@@ -215,8 +215,8 @@ class Evaluation:
             **{key: getattr(s, key) for key in ("thinking", "temperature", "top_p", "max_tokens", "seed")},
         }
         file = folder / "settings.json"
-        if file.is_file() and (folder / "records.jsonl").is_file():
-            before = json.loads(file.read_text())
+        if (folder / "records.jsonl").is_file():
+            before = json.loads(file.read_text()) if file.is_file() else {}
             differs = [key for key in ANSWERING if before.get(key) != now[key]]
             if differs:
                 key = differs[0]

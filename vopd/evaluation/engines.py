@@ -81,12 +81,10 @@ def messages(key: str, view: str, picture: object, prompt: str) -> Messages:
 
 
 class Resizing:
-    """The size a model's processor gives a picture; known for processors with Qwen2-VL's rule."""
+    """The size a model's processor gives a picture, by its own rule; None for a rule other than Qwen2-VL's."""
 
     def __init__(self, model: str) -> None:
         self._limits: Mapping[str, int] | None = None
-        if not Path(model).is_dir():
-            return
         from transformers import AutoImageProcessor
 
         processor = AutoImageProcessor.from_pretrained(model)
@@ -113,7 +111,8 @@ class Endpoint:
     def __init__(self, url: str, model: str, sampling: Sampling, timeout: float) -> None:
         self._client = client(url, timeout)
         self._model, self._sampling = model, sampling
-        self._resizing = Resizing(model)
+        # A name is the server's own, and says nothing of a processor here.
+        self._resizing = Resizing(model) if Path(model).is_dir() else None
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Ask the server once (with retries)."""
@@ -149,7 +148,7 @@ class Endpoint:
             truncated=choice.finish_reason == "length",
             seconds=seconds,
             image_in=size,
-            image_out=self._resizing(*size),
+            image_out=self._resizing(*size) if self._resizing else None,
             reasoning=extra.get("reasoning_content") or extra.get("reasoning"),
         )
 
@@ -182,6 +181,19 @@ class _Request:
     params: Any
     reply: asyncio.Future[Any]
     loop: asyncio.AbstractEventLoop
+
+    def settle(self, outcome: Any) -> None:
+        """Hand the outcome to the waiting task, from the engine's thread; nobody waits after an interruption."""
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._settle, outcome)
+
+    def _settle(self, outcome: Any) -> None:
+        if self.reply.done():  # cancelled meanwhile
+            return
+        if isinstance(outcome, Exception):
+            self.reply.set_exception(outcome)
+        else:
+            self.reply.set_result(outcome)
 
 
 class LocalEngine:
@@ -263,15 +275,14 @@ class LocalEngine:
             while self._take(waiting):
                 for output in engine.step():
                     if output.finished:
-                        request = waiting.pop(output.request_id)
-                        request.loop.call_soon_threadsafe(_settle, request.reply, output)
+                        waiting.pop(output.request_id).settle(output)
         except Exception as error:  # the thread's boundary: whoever waits must hear of it
             self._failure = UserError(f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}")
             while not self._inbox.empty():
                 if late := self._inbox.get():
                     waiting[str(id(late))] = late
             for request in waiting.values():
-                request.loop.call_soon_threadsafe(_settle, request.reply, self._failure)
+                request.settle(self._failure)
             raise
 
     def _take(self, waiting: dict[str, _Request]) -> bool:
@@ -285,17 +296,8 @@ class LocalEngine:
                 # Outputs carry the id without the random end that vLLM adds inside.
                 waiting[request_id.split("-")[0]] = request
             except ValueError as error:  # vLLM's word for a prompt that cannot be served, e.g. too long
-                request.loop.call_soon_threadsafe(_settle, request.reply, NoAnswerError(str(error)))
+                request.settle(NoAnswerError(str(error)))
         return True
-
-
-def _settle(future: asyncio.Future[Any], outcome: Any) -> None:
-    if future.done():  # cancelled meanwhile
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
 
 
 def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dict[str, Any]:

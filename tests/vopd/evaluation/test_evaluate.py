@@ -119,6 +119,15 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_what_it_has(
     assert len(records_of(tmp_path)) == 4
 
 
+def test_several_benchmarks_are_asked_through_one_client(
+    stub: Start, published: Path, tmp_path: Path
+) -> None:
+    server = stub(lambda body: {"text": "Answer: B"})
+    assert evaluate.main(words(server, published, tmp_path, name="vstar,mmvp,mmstar")) == 0
+    assert [len(records_of(tmp_path, name)) for name in ("vstar", "mmvp", "mmstar")] == [3, 4, 4]
+    assert len(server.asked) == 11  # none was sent twice
+
+
 # ---- settings ------------------------------------------------------------------------------------------------------
 
 

@@ -68,6 +68,7 @@ _NOUN = (
     _any("answer | option | choice | selection | pick | guess | conclusion")
     + r"|(?:correct|right|best|matching) (?:one|match|description|statement|letter|response)"
     + r"|(?:my|the (?:correct|right|best)) (?:response|reply|verdict|call|letter)"
+    + r"|(?:only|best|correct|right) (?:option|choice|answer) [a-z' ]{1,50}"
     + r"|(?:answer|option|choice|one|letter|statement) (?:that|which) [a-z' ]{1,40}"
 )
 _CHOOSE = _any(
@@ -142,7 +143,7 @@ IS_CORRECT = re.compile(
     + r" (?:answer|choice|option|one|pick|match|description))"
     + r"|(?i: best (?:fits|matches|describes|represents|corresponds|reflects|answers)(?![a-z]))"
     + r"|(?i: (?:fits|matches|describes \w{1,20} \w{1,20}) best(?![a-z]))"
-    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的)|最?(?:符合|吻合|匹配|合适|合適))"
+    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的|最?(?:符合|吻合|匹配|合适|合適)))"
 )
 
 OPENING = re.compile(

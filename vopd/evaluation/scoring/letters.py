@@ -298,7 +298,9 @@ def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
         if stated:
             yield Claim(start, stated, Rank.LAST, "last line, option text")
     label = pattern.LABELLED.match(text, start)
-    if label and label.start(1) not in _listed(text):
+    named = _match_option(text[label.end() :], labels, texts) if label else None
+    # "A: blue", where blue is option B, is an answer to a "Q:" rather than option A.
+    if label and label.start(1) not in _listed(text) and named in (None, label[1]):
         claim = _read(text, label, Rank.WEAK, "labelled last line", labels)
         if claim:
             yield claim

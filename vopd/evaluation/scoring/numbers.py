@@ -76,9 +76,8 @@ _MARKS = [
         "conclusion",
         re.compile(
             r"(?:(?<![A-Za-z])(?i:(?:total|count|result|number|sum)(?: count| number)?(?: ?[:=]| is:?)"
-            r"|(?:so|therefore|thus|hence|in total)(?![a-z]),?)|总共|一共|共有)\s?(?=([^\n"
-            + BOX_CLOSE
-            + r"]{1,300}))"
+            r"|(?:so|therefore|thus|hence|in total|which gives|which makes|for a total of)"
+            r"(?![a-z]),?)|总共|一共|共有)\s?(?=([^\n" + BOX_CLOSE + r"]{1,300}))"
         ),
     ),
     (

@@ -68,7 +68,7 @@ def parse_yes_no(text: str) -> Parsed:
     if bare in _CHINESE:
         return parsed(_CHINESE[bare], "whole response")
     chinese = re.match(r"(是的|不是|没有|有的|对的|不对|是|否|有|对|不)[,。.!\n]", text) or re.search(
-        r"答案(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
+        r"(?:答案|所以|因此)(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
     )
     if chinese:
         return parsed(_CHINESE[chinese[1]], "Chinese yes/no")
