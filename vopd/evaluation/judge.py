@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from vopd.evaluation.records import Record
+from vopd.evaluation.records import Record, drop_torn_line
 from vopd.evaluation.scoring import parse_answer
 
 State = Literal["right", "wrong", "failed"]
@@ -57,10 +57,8 @@ async def judge(
     known = read_verdicts(path)
     todo = iter([r for r in records if wants_judge(r) and known.get((r.id, r.view), "failed") == "failed"])
     server = client(url, timeout)
-    if path.is_file():  # cut a torn last line
-        path.write_text(
-            path.read_text(encoding="utf-8").rpartition("\n")[0] + "\n" if known else "", encoding="utf-8"
-        )
+    if path.is_file():
+        drop_torn_line(path)
 
     async def worker() -> None:
         for record in todo:

@@ -63,7 +63,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cut a file back to its last complete line, so that an append does not continue a torn one."""
     with path.open("rb+") as file:
         content = file.read()
@@ -76,7 +76,7 @@ class Appender:
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
-            _drop_torn_line(path)
+            drop_torn_line(path)
         self._file: IO[str] = path.open("a", encoding="utf-8")
 
     def append(self, record: Record) -> None:
