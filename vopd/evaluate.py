@@ -139,6 +139,11 @@ class Evaluation:
         if (ROOT / settings.model).is_dir():
             settings.model = str(ROOT / settings.model)
         self.sets = [benchmark.load(name, _from_root(settings.data)) for name in settings.benchmarks]
+        for questions in self.sets:
+            if not set(settings.views) & set(questions.views):
+                raise UserError(f"{questions.name} has no crops; ask for its view full.")
+        if len({questions.name for questions in self.sets}) < len(self.sets):
+            raise UserError("benchmarks: one name stands there twice; records are kept by name.")
         self.exclusions = summary.read_exclusions([_from_root(p) for p in settings.exclude], self.sets)
 
     def go(self) -> int:

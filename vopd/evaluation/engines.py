@@ -31,6 +31,11 @@ RETRIES = 4  # the client waits longer each time; then the question stays unansw
 GIB = 2**30
 
 
+# A template that opens the reasoning block itself leaves the response without the opening tag. It is put back, so
+# that reasoning which was never closed is not read as an answer.
+THINK = "<think>\n"
+
+
 class NoAnswerError(Exception):
     """A question could not be answered; it is left out of the records and asked again by the next run."""
 
@@ -141,15 +146,20 @@ class Endpoint:
         choice, usage = completion.choices[0], completion.usage
         # A server with a reasoning parser hands the reasoning block over apart from the answer.
         extra = choice.message.model_extra or {}
+        reasoning = extra.get("reasoning_content") or extra.get("reasoning")
+        text, cut = choice.message.content or "", choice.finish_reason == "length"
+        # A server does not show its prompt: only a cut response is suspected of being still inside the block.
+        if sampling.thinking and cut and not reasoning and "</think>" not in text:
+            text = THINK + text
         return Reply(
-            text=choice.message.content or "",
+            text=text,
             response_tokens=usage.completion_tokens,
             prompt_tokens=usage.prompt_tokens,
-            truncated=choice.finish_reason == "length",
+            truncated=cut,
             seconds=seconds,
             image_in=size,
             image_out=self._resizing(*size) if self._resizing else None,
-            reasoning=extra.get("reasoning_content") or extra.get("reasoning"),
+            reasoning=reasoning,
         )
 
     def close(self) -> None:
@@ -250,11 +260,12 @@ class LocalEngine:
         start = time.perf_counter()
         if self._failure:
             raise self._failure
-        self._inbox.put(_Request(*self.request(key, view, image, prompt), future, loop))
+        given, params = self.request(key, view, image, prompt)
+        self._inbox.put(_Request(given, params, future, loop))
         output = await future
         completion = output.outputs[0]
         return Reply(
-            text=completion.text,
+            text=(THINK if given["prompt"].rstrip().endswith("<think>") else "") + completion.text,
             response_tokens=len(completion.token_ids),
             prompt_tokens=len(output.prompt_token_ids),
             truncated=completion.finish_reason == "length",

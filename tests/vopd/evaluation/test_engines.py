@@ -13,6 +13,7 @@ from PIL import Image
 
 from vopd.errors import UserError
 from vopd.evaluation.engines import LocalEngine, NoAnswerError, Sampling, messages
+from vopd.evaluation.scoring import parse_answer
 
 
 class FakeVLLM:
@@ -76,6 +77,16 @@ def test_each_answer_reaches_the_one_who_asked() -> None:
     assert first.seconds > 0
     engine.close()
     assert not engine._thread.is_alive()
+
+
+def test_a_reasoning_block_that_the_template_opened_is_put_back() -> None:
+    engine = engine_on(FakeVLLM())
+    (thought, plain) = asyncio.run(all_of(engine, ["What?<think>\n", "What?<think>\n\n</think>\n\n"]))
+    assert thought.text.startswith("<think>\nsaid") and plain.text.startswith("said")
+    assert (
+        parse_answer(thought.text.replace("said: What?<think>", "The answer is B."), "letter").value is None
+    )
+    engine.close()
 
 
 def test_a_prompt_that_vllm_refuses_is_one_question_without_an_answer() -> None:

@@ -222,6 +222,33 @@ def test_truncation_reasoning_sizes_and_times_are_recorded(
     assert "3 of 9000" in shown
 
 
+@pytest.mark.parametrize(
+    ("finish", "text", "parsed"),
+    [
+        ("length", "The answer is A, or", None),
+        ("stop", "The answer is A", "A"),
+        ("length", "x</think>Answer: A", "A"),
+    ],
+)
+def test_cut_reasoning_of_a_server_is_not_read_as_an_answer(
+    finish: str, text: str, parsed: str | None, stub: Start, published: Path, tmp_path: Path
+) -> None:
+    server = stub(lambda body: {"text": text, "finish": finish})
+    assert evaluate.main(words(server, published, tmp_path, "thinking=true", "rows=1", name="vstar")) == 0
+    assert records_of(tmp_path, "vstar")[0].parsed == parsed
+
+
+def test_a_benchmark_twice_or_without_the_view_is_refused(
+    stub: Start, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    server = stub(right)
+    assert evaluate.main(words(server, published, tmp_path, name="pope,pope")) == 2
+    assert "twice" in capsys.readouterr().err
+    assert evaluate.main(words(server, published, tmp_path, "views=[crop]")) == 2
+    assert "pope has no crops" in capsys.readouterr().err
+    assert server.asked == []
+
+
 @pytest.mark.parametrize("size", [(64, 64), (128, 128), (500, 40), (33, 47), (9, 70)])
 def test_the_recorded_size_is_what_the_processor_makes(size: tuple[int, int]) -> None:
     from transformers import AutoImageProcessor
