@@ -172,20 +172,23 @@ NO_SUBJECT = re.compile(
 )
 # A letter at the very end after a colon, dash or arrow.
 CLOSING_LETTER = re.compile(r"(?::| [-–—=]|→|->|：) ?\(?([A-Z])\)?[.!。]?$")
-IN_THE_PICTURE = re.compile(
-    r"(?<![a-z])(?:says|say|reads|read|sign|label|labelled|labeled|marked|written|letters?|printed|text|shown|plate"
-    r"|gate|platform|vitamin)(?![a-z])|字|写",
-    re.I,
+CONCLUDES = re.compile(
+    r"(?i:consider|conclu|analys|reason|inspect|correct|best|answer|guess|overall|letter|since|must)|综上|结论|答案"
+)
+# What may stand before a letter that has its own text beside it; "Row C: green" is no answer.
+INTRODUCES = re.compile(
+    r"(?:^|[\n:(→。：，] ?|(?<![A-Za-z])(?i:is|be|with|matches|match|fits|to|as|option|choice|answer|namely|for|or"
+    r"|so|therefore|select|choose|pick|it's) ?|[选選是为為] ?)$"
 )
 SUPPOSED = re.compile(
-    r"(?<![a-z])(?:might|may|could|maybe|perhaps|possibly|either|if|unless|suppose|assuming|whether|what)(?![a-z])"
-    r"|可能|也许|如果|是否",
+    r"(?<![a-z])(?:might|may|could|maybe|perhaps|possibly|either|if|unless|suppose|assuming|whether|what"
+    r"|unclear|unknown|unsure)(?![a-z])|可能|也许|如果|是否",
     re.I,
 )
 STANDALONE = re.compile(r"(?<![A-Za-z0-9'._&-])\(?([A-H])" + NO_WORD_AFTER)
 JUDGED = re.compile(
     r"^(?:(?i:option|choice|选项) ?)?\(?([A-Z])[).:：]?[^\n]{0,200}?(?<![A-Za-z])"
-    r"(?i:(correct|right|true|yes|正确|符合)|(incorrect|not correct|wrong|false|no|不正确|错误|不符合))[^\w\n]{0,3}$",
+    r"(?i:(correct|right|true|yes|正确|符合)|(incorrect|not correct|wrong|false|no|不正确|错误|不符合))[^\w\n?]{0,3}$",
     re.M,
 )
 BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(([A-Z])\)")
@@ -226,7 +229,8 @@ CLAUSE_BREAK = re.compile(
 )
 _DENIAL = _any(
     "not | never | cannot | neither | nor | doubt | unlikely | unless | if | whether | suppose | assuming | wrong"
-    " | incorrect | rather than | instead of | except | without | would have been"
+    " | incorrect | eliminate | eliminated | ruled out"
+    " | rule out | excluded | exclude | least | false | rather than | instead of | except | without | would have been"
 )
 DENIED_BEFORE = re.compile(
     r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|若|如果|是否|排除", re.I

@@ -130,11 +130,10 @@ def _predicate(text: str, labels: Sequence[str], texts: Sequence[str]) -> str | 
         subject = text[: match.end(1)]
         if pattern.NO_SUBJECT.search(subject) or pattern.DENIED_BEFORE.search(subject):
             return None
-        letter = (
-            None
-            if _is_label(text[match.end() :], labels)
-            else _match_option(text[match.end() :], labels, texts)
-        )
+        said = text[match.end() :]
+        if _is_label(said, labels) or comparable(said) in ("right", "correct", "true", "false"):
+            continue  # "You are right." agrees with somebody; it names no side
+        letter = _match_option(said, labels, texts)
         others = (comparable(t) for label, t in zip(labels, texts, strict=False) if label != letter)
         if letter and not any(
             re.search(rf"(?<!\w){re.escape(o)}(?!\w)", subject.casefold()) for o in others if o
@@ -144,7 +143,7 @@ def _predicate(text: str, labels: Sequence[str], texts: Sequence[str]) -> str | 
 
 
 def _with_own_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> list[re.Match[str]]:
-    """Letters directly followed by their own option's text."""
+    """Places of the only letter that its own option's text follows directly, where words introduce it."""
     own = {label: comparable(option) for label, option in zip(labels, texts, strict=False)}
     found = []
     for match in pattern.WITH_TEXT.finditer(text):
@@ -152,7 +151,9 @@ def _with_own_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> li
         rest = re.sub(r"^(?:an?|the) ", "", text[match.end() : match.end() + 400].casefold())
         if option and rest.startswith(option) and not rest[len(option) : len(option) + 1].isalnum():
             found.append(match)
-    return found
+    if len({m[1] for m in found}) != 1:  # several are a list of the options
+        return []
+    return [m for m in found if pattern.INTRODUCES.search(text[max(0, m.start() - 30) : m.start()])]
 
 
 def _stated_text(text: str, start: int, labels: Sequence[str], texts: Sequence[str]) -> str | None:
@@ -268,21 +269,20 @@ def _stands_alone(text: str, labels: Sequence[str]) -> list[re.Match[str]]:
 
 
 def _beside_its_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> Claim | None:
-    """The only letter of the response, where it closes after a colon or shares a sentence with its option's text."""
+    """The only letter of the response, where it follows its option's text ("blue, so (B)") or a closing colon."""
     alone = _stands_alone(text, labels)
     if not texts or len({m[1] for m in alone}) != 1 or any(len(option.strip()) == 1 for option in texts):
         return None
     match = alone[-1]
     start = max((m.end() for m in re.finditer(r"[.!?。\n]", text[: match.start()])), default=0)
-    sentence = re.split(r"[.!?。\n]", text[start:], maxsplit=1)[0]
+    sentence = text[start : match.start()]
     stated = {
         label
         for label, option in zip(labels, texts, strict=False)
         if re.search(rf"(?<![a-z0-9]){re.escape(comparable(option))}(?![a-z0-9])", sentence.casefold())
     }
-    closes = pattern.CLOSING_LETTER.search(text) and not pattern.IN_THE_PICTURE.search(sentence)
-    supposed = pattern.SUPPOSED.search(sentence[: match.start() - start])
-    if supposed or not (stated == {match[1]} or (closes and not stated)):
+    closes = pattern.CLOSING_LETTER.search(text) and pattern.CONCLUDES.search(sentence)
+    if pattern.SUPPOSED.search(sentence) or not (stated == {match[1]} or (closes and not stated)):
         return None
     return _read(text, match, Rank.WEAK, "the only letter, with its option's text", labels)
 
@@ -305,7 +305,7 @@ def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
         if claim:
             yield claim
     paired = _with_own_text(text, labels, texts)
-    if len({m[1] for m in paired}) == 1:
+    if paired:
         claim = _read(text, paired[-1], Rank.WEAK, "the only letter beside its own text", labels)
         if claim:
             yield claim

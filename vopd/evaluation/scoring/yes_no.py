@@ -44,7 +44,7 @@ _MARKED = re.compile(
     r"|:)) ?\(?" + _FILL + _WORD + _ENDS
 )
 _LAST = re.compile(
-    r"(?:^|\n|, |: |[–—] ?|(?<![A-Za-z])(?i:unfortunately|sadly|yes|no|simply|definitely) )\(?"
+    r"(?:^|\n|, |[–—] ?|(?<![A-Za-z])(?i:unfortunately|sadly|yes|no|simply|definitely) )\(?"
     + _WORD
     + r"\)?[.!。]?$"
 )
