@@ -21,6 +21,9 @@ from data.vision_opd_6k import prepare as vision_opd_6k
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
 from vopd.errors import UserError
+from vopd.evaluate import settings_of
+from vopd.evaluation.benchmark import FOLDER, find
+from vopd.evaluation.scoring import table as scoring_table
 from vopd.method import Method, UpdateBatch, build
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -79,6 +82,9 @@ def refused_module(words: list[str]) -> list[str]:
         synthesis_settings(rest)
     elif name == "data.audit" and rest:
         audit.arguments().parse_args(rest)
+    elif name == "vopd.evaluate" and rest not in ([], ["--help"]):
+        for benchmark in settings_of(rest).benchmarks:
+            find(benchmark)
     return []
 
 
@@ -227,6 +233,25 @@ def test_the_commands_of_the_synthesis_page_run_one_after_the_other(
     assert (record["benchmark"], record["excluded"]) == ("V*", ["copy"])
     [example] = blocks(ROOT / "docs" / "synthesis.md", "json")
     assert list(json.loads(example)) == list(record)
+
+
+# ---- docs/evaluation.md ---------------------------------------------------------------------------------------------
+
+EVALUATION = ROOT / "docs" / "evaluation.md"
+
+
+def test_the_table_of_scoring_rules_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [words for words in commands(EVALUATION) if words[2] == "vopd.evaluation.scoring.table"]
+    assert scoring_table.main([str(ROOT / command[3])]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 10 and printed in EVALUATION.read_text()
+
+
+def test_every_benchmark_is_documented_with_its_number_of_questions() -> None:
+    text = EVALUATION.read_text()
+    for file in FOLDER.glob("*.yaml"):
+        (row,) = [line for line in text.split("\n") if line.startswith("|") and f"`{file.stem}`" in line]
+        assert f"{find(file.stem)[1].rows:,}" in row
 
 
 # ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------

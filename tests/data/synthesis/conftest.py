@@ -1,4 +1,4 @@
-"""Photographs that come inside packages, a stand-in server, and the words of a small synthesis."""
+"""Photographs that come inside a package, a stand-in server, and the words of a small synthesis."""
 
 import importlib.util
 import shutil
@@ -10,11 +10,9 @@ from types import ModuleType
 
 import pytest
 import skimage
-import sklearn.datasets
 
 SAMPLES = Path(skimage.__file__).parent / "data"
-SKLEARN = Path(sklearn.datasets.__file__).parent / "images"
-PHOTOGRAPHS = [SAMPLES / "coffee.png", SAMPLES / "chelsea.png", SKLEARN / "china.jpg"]
+PHOTOGRAPHS = [SAMPLES / "coffee.png", SAMPLES / "chelsea.png", SAMPLES / "rocket.jpg"]
 
 
 @pytest.fixture(scope="session")
