@@ -283,7 +283,7 @@ def test_unusable_images_are_left_out_with_a_reason(
     folder = tmp_path / "mixed"
     (folder / "out" / "crops").mkdir(parents=True)
     Image.new("1", (9000, 9000)).save(folder / "bomb.png")
-    whole = (photographs / "china.jpg").read_bytes()
+    whole = (photographs / "rocket.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])
     Image.new("RGB", (400, 400)).save(folder / "other.png", "TIFF")
     Image.new("RGB", (400, 200)).save(folder / "small.png")
