@@ -33,6 +33,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 CLEARLY_NEARER = 1.25
 LETTERS = "ABCD"
 POINTER = "[text under the image]"
+RENDERED = "rendered text: "  # how the family of such a row begins: its crop shows more than its box
 FULL_STRIP, CROP_STRIP = 0.25, 1.0
 SHORTEST_SPAN = 2
 
@@ -253,7 +254,7 @@ def render_row(row: Mapping[str, Any], rng: np.random.Generator, folder: Path = 
         changed["original"] = schema.encode(_stack(picture_of(row["original"], folder), strips["image"]))
     rest = " ".join([*words[:start], POINTER, *words[stop:]])
     question = row["question"].replace(stem, rest, 1)
-    return {**row, **changed, "question": question, "family": f"rendered text: {row['family']}"}
+    return {**row, **changed, "question": question, "family": RENDERED + row["family"]}
 
 
 def _stem(row: Mapping[str, Any]) -> str:

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 from skimage.data import astronaut
 
-from data import audit, schema, transforms
+from data import audit, schema, transforms, validate
 from data.miniature import prepare
 from vopd.errors import UserError
 
@@ -177,6 +177,16 @@ def test_rendered_text_leaves_the_question_and_stands_under_both_pictures(
             before["options"],
             before["box"],
         )
+
+
+@pytest.mark.parametrize(("family", "refused"), [(None, 0), ("digit", 2)])
+def test_a_crop_with_rendered_text_is_not_held_against_its_box(
+    rows: list[dict], tmp_path: Path, family: str | None, refused: int
+) -> None:
+    changed = [transforms.render_row(row, np.random.default_rng(0)) for row in rows[:2]]
+    path = tmp_path / "rows.parquet"
+    schema.write([{**row, "family": family or row["family"]} for row in changed], path)
+    assert [f.kind for f in validate.validate([path]).blocking] == ["crop"] * refused
 
 
 @given(
