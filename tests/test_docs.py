@@ -53,7 +53,10 @@ def refusals(document: Path) -> list[str]:
     wrong = []
     for words in commands(document):
         line = " ".join(words)
-        if words[0] == "python":
+        if words[0] == "python" and words[1].endswith(".py"):
+            if not (ROOT / words[1]).is_file():
+                wrong.append(f"{line}: no such script")
+        elif words[0] == "python":
             if "-m" not in words or find_spec(words[words.index("-m") + 1]) is None:
                 wrong.append(f"{line}: no such module")
         elif not (ROOT / words[1]).is_file():
