@@ -1,13 +1,21 @@
-"""The triplet row (full image, crop, question) as parquet: columns, check, reader and streaming writer.
+"""The triplet row (full image, crop, question) as parquet: columns, check, readers and streaming writers.
 
-Every data set of the project -- the generated miniature, prepared or synthesised sets -- is a file of these
-rows.
+Every data set of the project -- the generated miniature, prepared or synthesised sets -- is a folder of splits of
+these rows. A split is named by `<folder>/<split>.parquet`: that file, or shards beside it
+(`<split>-00000-of-00003.parquet`). An image cell holds an encoded file, or the path of one relative to the folder;
+either way the folder can be moved.
 """
 
+import hashlib
 import io
-from collections.abc import Iterable, Iterator
-from pathlib import Path
-from typing import TypedDict
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, TypedDict
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,6 +29,7 @@ FEATURES = Features(
     {
         "id": Value("string"),
         "image": Image(),
+        "original": Image(),
         "crop": Image(),
         "box": List(Value("int32"), length=4),
         "question": Value("string"),
@@ -31,23 +40,50 @@ FEATURES = Features(
         "family": Value("string"),
         "source": Value("string"),
         "licence": Value("string"),
+        "provenance": Value("string"),
         "split": Value("string"),
     }
 )
 COLUMNS = tuple(FEATURES)
 IMAGES = ("image", "crop")
+ALL_IMAGES = ("image", "original", "crop")
+FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_PIXELS = 80_000_000
+MAX_BYTES = 128 * 2**20
+BATCH_BYTES = 32 * 2**20
+_SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
+
+
+class ImageTooLargeError(UserError):
+    """An image with more pixels or bytes than are allowed: a decompression bomb, or a mistake."""
+
+
+@dataclass(frozen=True)
+class Outline:
+    """An image of which only the size is known: enough to count a prompt's tokens."""
+
+    width: int
+    height: int
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.width, self.height
 
 
 class Triplet(TypedDict):
-    """One row. Images are encoded files (`{"bytes": ..., "path": None}`) in a file and PIL images when read.
+    """One row. Image cells are `{"bytes": ..., "path": None}` or `{"bytes": None, "path": "images/1.jpg"}` in a file
+    and PIL images when read.
 
+    image: what the student sees, the red box drawn. original: the same without the box, None if it is not known.
     box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive. question: the whole text shown to
-    the model. hint: the part of it that says where to look, possibly empty. answer: for type `letter`, A,
-    B, C ...
+    the model. hint: the part of it that says where to look. answer: for type `letter`, A, B, C ... family: kind of
+    question, for results by kind. source: data set. licence: of the images. provenance: where exactly the row comes
+    from (revision and file, seed, ...), possibly empty.
     """
 
     id: str
     image: object
+    original: object
     crop: object
     box: list[int]
     question: str
@@ -58,33 +94,126 @@ class Triplet(TypedDict):
     family: str
     source: str
     licence: str
+    provenance: str
     split: str
 
 
-def encode(picture: PILImage.Image) -> dict[str, object]:
+# ---- image cells ----------------------------------------------------------------------------------------------------
+
+
+def encode(picture: PILImage.Image) -> dict[str, Any]:
     """A PIL image as the PNG bytes a row carries."""
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", compress_level=3)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def check(row: dict, file: Path, number: int) -> None:
+def image_file(path: str, folder: Path) -> Path:
+    """The file that a cell's path names. `UserError` unless it is relative and stays inside the folder."""
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
+        raise UserError(f"{path!r} is not a path inside the data folder; write it relative, without '..'.")
+    file = folder / path
+    if not file.resolve().is_relative_to(folder.resolve()):
+        raise UserError(f"{path!r} leads out of the data folder {folder}; copy the image into it.")
+    return file
+
+
+def _file_of(cell: Mapping[str, Any], folder: Path) -> Path:
+    """The image file that a cell without bytes names."""
+    if not cell.get("path"):
+        raise UserError("holds no image: neither bytes nor the path of a file.")
+    file = image_file(cell["path"], folder)
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise UserError(f"{file}: not readable ({error.strerror}).") from error
+    if size > MAX_BYTES:
+        raise ImageTooLargeError(f"{file}: has more than {MAX_BYTES} bytes; shrink the image.")
+    return file
+
+
+def image_bytes(cell: Mapping[str, Any], folder: Path) -> bytes:
+    """The encoded image of a cell. `UserError` if it has none or names a file that is not there."""
+    return bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder).read_bytes()
+
+
+def open_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
+    """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.load()` decodes.
+
+    Raises:
+        UserError: no image, or a format outside `FORMATS`.
+        ImageTooLargeError: more than `MAX_PIXELS` pixels.
+    """
+    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder)
+    try:
+        picture = PILImage.open(source, formats=FORMATS)
+    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
+        raise ImageTooLargeError(f"has more than {MAX_PIXELS} pixels; shrink the image.") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"is not a readable image ({', '.join(FORMATS)}).") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        size = f"{picture.width} x {picture.height}"
+        picture.close()
+        raise ImageTooLargeError(f"has {size} pixels, more than {MAX_PIXELS}; shrink the image.")
+    return picture
+
+
+def outline(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """The row with `Outline`s for its images, read from their headers; no pixel is decoded. `UserError` as above."""
+    outlined = dict(row)
+    for column in IMAGES:
+        try:
+            with open_image(row[column] or {}, folder) as picture:
+                outlined[column] = Outline(*picture.size)
+        except UserError as error:
+            raise UserError(f"row {row['id']}, column {column}: {error}") from error
+    return outlined
+
+
+def link_or_copy(file: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(file.resolve(), target)
+    except OSError:
+        shutil.copyfile(file, target)
+
+
+def decode_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
+    """The image of a cell, decoded. `UserError` as `open_image`, or for a file that is cut short or broken."""
+    picture = open_image(cell, folder)
+    try:
+        picture.load()
+    # Pillow reports some broken PNG files as SyntaxError.
+    except (OSError, SyntaxError, ValueError) as error:
+        raise UserError(f"is not a whole image ({error}); replace it or leave the row out.") from error
+    return picture
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+def check(row: Mapping[str, Any], file: Path, number: int) -> None:
     """Raises `UserError` naming file, row and column if an encoded row breaks the schema."""
 
     def wrong(column: str, what: str) -> UserError:
         return UserError(f"{file}: row {number}, column {column!r}: {what}.")
 
     for column in COLUMNS:
-        if row.get(column) is None:
-            raise wrong(column, "is missing; every row needs all columns of data/schema.py")
+        if row.get(column) is None and column != "original":
+            raise wrong(column, "is missing; every row needs all columns of data/schema.py but `original`")
     sizes = {}
-    for column in IMAGES:
+    for column in ALL_IMAGES:
+        if (cell := row.get(column)) is None:
+            continue
         try:
-            with PILImage.open(io.BytesIO(row[column]["bytes"])) as picture:
+            with open_image(cell, file.parent) as picture:
                 picture.verify()
                 sizes[column] = picture.size
-        except (UnidentifiedImageError, OSError, SyntaxError, TypeError, KeyError) as error:
-            raise wrong(column, "is not a readable image; store the bytes of a PNG or JPEG file") from error
+        except UserError as error:
+            raise wrong(column, str(error).rstrip(".")) from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise wrong(column, "is not a readable image; store a whole PNG, JPEG or WebP file") from error
     width, height = sizes["image"]
     box = row["box"]
     if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
@@ -93,63 +222,220 @@ def check(row: dict, file: Path, number: int) -> None:
         raise wrong("question", "must be text without an <image> marker; the view adds the image")
     if row["hint"] not in row["question"]:
         raise wrong("hint", "must be a part of the question, or empty")
-    letters = [chr(ord("A") + i) for i in range(len(row["options"]))]
-    if row["answer_type"] == "letter" and row["answer"] not in letters:
-        raise wrong("answer", f"{row['answer']!r} is not the letter of one of the {len(letters)} options")
+    if row["answer_type"] == "letter" and row["answer"] not in letters(row["options"]):
+        raise wrong(
+            "answer", f"{row['answer']!r} is not the letter of one of the {len(row['options'])} options"
+        )
 
 
-def write(rows: Iterable[dict], path: Path, batch: int = 256) -> int:
-    """Streams encoded rows to a parquet file, `batch` rows in memory at a time; returns their number.
+def letters(options: Sequence[str]) -> list[str]:
+    """A, B, C ... for each option."""
+    return [chr(ord("A") + i) for i in range(len(options))]
 
-    The file appears under its name only when it is complete.
+
+# ---- files of a split -----------------------------------------------------------------------------------------------
+
+
+def shards(path: Path) -> list[Path]:
+    """Files of the split named by `<folder>/<split>.parquet`: that file, or its shards in order.
+
+    Raises:
+        UserError: there is none, a shard is missing, or both forms are there.
     """
-    partial = path.with_suffix(".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    count = 0
-    with pq.ParquetWriter(partial, FEATURES.arrow_schema, compression="zstd") as writer:
-        for group in batched_rows(rows, batch):
-            for offset, row in enumerate(group):
-                check(row, path, count + offset)
-            writer.write_table(pa.Table.from_pylist(group, schema=FEATURES.arrow_schema))
-            count += len(group)
-    partial.replace(path)
+    found = {}
+    for file in path.parent.glob(f"{path.stem}-*{path.suffix}"):
+        match = _SHARD.fullmatch(file.stem)
+        if match and match["split"] == path.stem:
+            found[file] = int(match["index"]), int(match["count"])
+    if path.is_file():
+        if found:
+            raise UserError(f"{path}: there are shards of it as well; remove the file or the shards.")
+        return [path]
+    if not found:
+        raise UserError(f"{path}: no such file; prepare the data set first.")
+    count = max(c for _, c in found.values())
+    if sorted(found.values()) != [(i, count) for i in range(count)]:
+        raise UserError(
+            f"{path}: its shards are not {count} files numbered from 0; prepare the data set again."
+        )
+    return sorted(found)
+
+
+def splits(folder: Path) -> list[Path]:
+    """`<folder>/<split>.parquet` for every split there is, whole or in shards, by name."""
+    stems = {file.stem for file in folder.glob("*.parquet")}
+    names = {match["split"] if (match := _SHARD.fullmatch(stem)) else stem for stem in stems}
+    return [folder / f"{name}.parquet" for name in sorted(names)]
+
+
+def _parquet(file: Path) -> pq.ParquetFile:
+    try:
+        source = pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(f"{file}: not a parquet file; prepare the data set again.") from error
+    missing = [c for c in COLUMNS if c not in source.schema_arrow.names]
+    if missing:
+        raise UserError(f"{file}: no column {missing[0]!r}; the columns of data/schema.py are all needed.")
+    return source
+
+
+def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
+    """Encoded rows of a split as they are, few in memory at a time; no row is checked, but the columns' types are.
+
+    columns: names of columns, or of their fields (`image.path`).
+    """
+    names = list(dict.fromkeys(column.split(".")[0] for column in columns))
+    whole = pa.schema([FEATURES.arrow_schema.field(n) for n in names]) if names == list(columns) else None
+    for file in shards(path):
+        with _parquet(file) as source:
+            for group in source.iter_batches(batch_size=16, columns=list(columns)):
+                if whole is not None and group.schema != whole:
+                    group = _cast(group.select(names), whole, file)
+                yield from group.to_pylist()
+
+
+def _cast(group: pa.RecordBatch, wanted: pa.Schema, file: Path) -> pa.RecordBatch:
+    arrays = []
+    for column in wanted:
+        try:
+            arrays.append(group[column.name].cast(column.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise UserError(f"{file}: column {column.name!r} is not {column.type} ({error}).") from error
+    return pa.RecordBatch.from_arrays(arrays, schema=wanted)
+
+
+def count_rows(path: Path) -> int:
+    """Number of rows of a split, from the files' footers."""
+    total = 0
+    for file in shards(path):
+        with _parquet(file) as source:
+            total += source.metadata.num_rows
+    return total
+
+
+def split_hash(path: Path) -> str:
+    """sha256 over the split's files, and over name and size of every image they name by path."""
+    digest = hashlib.sha256()
+    for file in shards(path):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    for row in rows(path, [f"{column}.path" for column in ALL_IMAGES]):
+        for cell in row.values():
+            if cell and cell["path"]:
+                try:
+                    size = image_file(cell["path"], path.parent).stat().st_size
+                except (OSError, UserError):
+                    size = -1  # validation says what is wrong with it
+                digest.update(f"{cell['path']}\0{size}\n".encode())
+    return digest.hexdigest()
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
+
+
+def write(rows: Iterable[dict[str, Any]], path: Path, batch: int = 256) -> int:
+    """Streams encoded rows to one parquet file; returns their number.
+
+    At most `batch` rows or about `BATCH_BYTES` of images are in memory. Every row is checked. The file appears under
+    its name only when it is complete.
+    """
+    partial_file = path.with_suffix(".partial")
+    count = _write(rows, partial_file, path, 0, batch)
+    partial_file.replace(path)
     return count
 
 
-def batched_rows(rows: Iterable[dict], size: int) -> Iterator[list[dict]]:
-    """Lists of up to `size` rows."""
-    group: list[dict] = []
+def write_shards(rows: Iterable[dict[str, Any]], path: Path, rows_per_shard: int, batch: int = 256) -> int:
+    """As `write`, in shards `<split>-00000-of-00003.parquet`. They get their names when all of them are complete."""
+    if rows_per_shard < 1:
+        raise ValueError(f"rows_per_shard is {rows_per_shard}; at least one row a shard is needed")
+    source, count = iter(rows), 0
+    parts: list[Path] = []
+    following = next(source, None)
+    while following is not None or not parts:
+        parts.append(path.with_name(f"{path.stem}-{len(parts):05d}.partial"))
+        count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
+        following = next(source, None)
+    for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
+        old.unlink()
+    path.unlink(missing_ok=True)
+    for index, part in enumerate(parts):
+        part.replace(path.with_name(f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"))
+    return count
+
+
+def _write(rows: Iterable[dict[str, Any]], file: Path, split: Path, first: int, batch: int) -> int:
+    """Writes one file of the split `split`, whose rows so far are `first`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with pq.ParquetWriter(file, FEATURES.arrow_schema, compression="zstd") as writer:
+        for group in batched_rows(rows, batch):
+            for offset, row in enumerate(group):
+                check(row, split, first + count + offset)
+            writer.write_table(pa.Table.from_pylist(group, schema=FEATURES.arrow_schema))
+            count += len(group)
+    return count
+
+
+def _take(
+    first: dict[str, Any] | None, rest: Iterator[dict[str, Any]], most: int
+) -> Iterator[dict[str, Any]]:
+    """`first` and up to `most` - 1 of the rest; no more is drawn than is handed out."""
+    if first is None:
+        return
+    yield first
+    for _ in range(most - 1):
+        following = next(rest, None)
+        if following is None:
+            return
+        yield following
+
+
+def batched_rows(rows: Iterable[dict[str, Any]], size: int) -> Iterator[list[dict[str, Any]]]:
+    """Lists of up to `size` rows; a list ends earlier when its images reach `BATCH_BYTES`."""
+    group: list[dict[str, Any]] = []
+    held = 0
     for row in rows:
         group.append(row)
-        if len(group) == size:
+        held += sum(len(cell.get("bytes") or b"") for c in ALL_IMAGES if isinstance(cell := row.get(c), dict))
+        if len(group) == size or held >= BATCH_BYTES:
             yield group
-            group = []
+            group, held = [], 0
     if group:
         yield group
 
 
-def validate(path: Path) -> int:
-    """Checks columns and every row of a file without holding it in memory; returns the number of rows."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; prepare the data set first.")
-    try:
-        source = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a parquet file; prepare the data set again.") from error
-    missing = [c for c in COLUMNS if c not in source.schema_arrow.names]
-    if missing:
-        raise UserError(f"{path}: no column {missing[0]!r}; the columns of data/schema.py are all needed.")
+# ---- reading --------------------------------------------------------------------------------------------------------
+
+
+def check_split(path: Path) -> int:
+    """Checks columns and every row of a split without holding it in memory; returns the number of rows."""
     number = 0
-    for group in source.iter_batches(batch_size=64, columns=list(COLUMNS)):
-        for row in group.to_pylist():
-            check(row, path, number)
-            number += 1
+    for row in rows(path):
+        check(row, path, number)
+        number += 1
     if number == 0:
         raise UserError(f"{path}: holds no rows; prepare the data set again.")
     return number
 
 
+def encoded(files: Sequence[Path]) -> Dataset:
+    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`."""
+    data = Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
+    for column in ALL_IMAGES:
+        if column in data.column_names:
+            data = data.cast_column(column, Image(decode=False))
+    return data
+
+
 def read(path: Path) -> Dataset:
-    """A memory-mapped data set with decoded images, every row checked; raises `UserError` for a bad file."""
-    validate(path)
-    return Dataset.from_parquet(str(path), features=FEATURES)
+    """A memory-mapped data set with images decoded at access, every row checked; `UserError` for a bad split."""
+    check_split(path)
+    return encoded(shards(path)).with_transform(partial(_decoded, folder=path.parent))
+
+
+def _decoded(columns: dict[str, list[Any]], folder: Path) -> dict[str, list[Any]]:
+    return {
+        name: [cell and decode_image(cell, folder) for cell in cells] if name in ALL_IMAGES else cells
+        for name, cells in columns.items()
+    }

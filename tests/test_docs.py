@@ -1,15 +1,29 @@
 """What the documents say can be done: their commands, settings, links, files and tests exist; their example works."""
 
+import json
 import re
 import shlex
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import skimage
 import torch
+from PIL import Image
 
+from data import audit, schema, synthesize, validate
+from data.miniature import prepare as miniature
+from data.synthesis.config import load as synthesis_settings
+from data.vision_opd_6k import prepare as vision_opd_6k
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
+from vopd.errors import UserError
+from vopd.evaluate import settings_of
+from vopd.evaluation.benchmark import FOLDER, find
+from vopd.evaluation.scoring import table as scoring_table
 from vopd.method import Method, UpdateBatch, build
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -51,14 +65,31 @@ def refusals(document: Path) -> list[str]:
     for words in commands(document):
         line = " ".join(words)
         if words[0] == "python":
-            if "-m" not in words or find_spec(words[words.index("-m") + 1]) is None:
-                wrong.append(f"{line}: no such module")
+            wrong += refused_module(words) if "-m" in words else refused_script(words)
         elif not (ROOT / words[1]).is_file():
             wrong.append(f"{line}: no such script")
         elif words[1] == "scripts/run_recipe.sh" and words[2] != "--help":
             recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
             load(recipe, [word for word in words[3:] if word != "--help"])
     return wrong
+
+
+def refused_module(words: list[str]) -> list[str]:
+    line, name, rest = " ".join(words), words[words.index("-m") + 1], words[words.index("-m") + 2 :]
+    if find_spec(name) is None:
+        return [f"{line}: no such module"]
+    if name == "data.synthesize" and rest not in ([], ["--help"]):
+        synthesis_settings(rest)
+    elif name == "data.audit" and rest:
+        audit.arguments().parse_args(rest)
+    elif name == "vopd.evaluate" and rest not in ([], ["--help"]):
+        for benchmark in settings_of(rest).benchmarks:
+            find(benchmark)
+    return []
+
+
+def refused_script(words: list[str]) -> list[str]:
+    return [] if (ROOT / words[1]).is_file() else [f"{' '.join(words)}: no such script"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -73,6 +104,20 @@ def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
         "bash scripts/nothing.sh",
         "python -m vopd.nothing",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "error"),
+    [
+        ("python -m data.synthesize out=x licenze=y", UserError),
+        ("python -m data.audit a.parquet", SystemExit),
+    ],
+)
+def test_a_word_that_a_command_does_not_take_is_seen(tmp_path: Path, command: str, error: type) -> None:
+    document = tmp_path / "x.md"
+    document.write_text(f"```bash\n{command}\n```\n")
+    with pytest.raises(error):
+        refusals(document)
 
 
 def test_the_two_commands_are_among_them() -> None:
@@ -109,6 +154,104 @@ def test_the_card_states_the_settings_of_a_run() -> None:
         section, name = key.split(".")
         given = [str(config[section][name]) for config in (paper, miniature)]
         assert [text.replace(",", "") for text in stated] == given, key
+
+
+def helper(path: str) -> ModuleType:
+    """A module below tests/ that is no test; pytest's importlib mode puts no folder on the path."""
+    spec = spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+# ---- the commands of docs/data.md ----------------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_data_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With fewer rows, a folder of the published layout for /data/published, and .cache in a temporary place."""
+    layout = helper("data/published_layout.py")
+    layout.build(tmp_path / "published", 32)
+    monkeypatch.setattr(miniature, "ROWS", {"train": 24, "validation": 4, "test": 4, "holdout": 4})
+    monkeypatch.setattr(vision_opd_6k, "DEFAULTS", {"validation": 4, "test": 4, "seed": 0})
+    mains = {
+        "data.miniature.prepare": miniature.main,
+        "data.validate": validate.main,
+        "data.vision_opd_6k": lambda words: vision_opd_6k.main(words[1:]),
+    }
+    run = [words for words in commands(ROOT / "docs" / "data.md") if words[0] == "python"]
+    assert {words[2] for words in run} == set(mains)
+    monkeypatch.chdir(ROOT)
+    for words in run:
+        places = {"/data/published": tmp_path / "published", ".cache": tmp_path / "cache"}
+        for stated, place in places.items():
+            words = [
+                word.replace(stated, str(place), 1) if word.startswith(stated) else word for word in words
+            ]
+        assert mains[words[2]](words[3:]) == 0, (words, capsys.readouterr())
+    assert (tmp_path / "cache" / "vision_opd_6k" / "validated.json").is_file()
+
+
+def test_the_data_page_names_every_kind_and_column() -> None:
+    page = (ROOT / "docs" / "data.md").read_text()
+    rows = re.findall(r"^\| `([\w-]+)` \| (yes|no) \|", page, re.MULTILINE)
+    kinds = dict.fromkeys(validate.BLOCKING, "yes") | dict.fromkeys(validate.WARNING, "no")
+    assert dict(rows) == kinds and len(rows) == len(kinds)
+    assert [column for column in schema.COLUMNS if f"`{column}`" not in page] == []
+
+
+# ---- the commands of docs/synthesis.md -----------------------------------------------------------------------------
+
+
+def test_the_commands_of_the_synthesis_page_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a temporary folder, against the stand-in server, with smaller photographs than the default asks for."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "benchmarks").mkdir()
+    photograph = Image.open(Path(skimage.__file__).parent / "data" / "coffee.png")
+    photograph.save("photographs/1.jpg", quality=95)
+    cells = [schema.encode(picture) for picture in (photograph.resize((300, 200)), photograph.rotate(90))]
+    pq.write_table(pa.table({"id": ["copy", "other"], "image": cells}), "benchmarks/vstar.parquet")
+    blocks_run = [words for words in commands(ROOT / "docs" / "synthesis.md") if "--help" not in words]
+    with helper("data/synthesis/stub_server.py").StubServer() as stub:
+        more = [f"server.base_url={stub.url}", "filter.min_width=300", "filter.min_height=300"]
+        mains = {
+            "data.synthesize": lambda words: synthesize.main([*words, *more, "propose.per_image=1"]),
+            "data.validate": validate.main,
+            "data.audit": audit.main,
+        }
+        modules = [words[2] for words in blocks_run if words[1] == "-m"]
+        assert modules == list(mains)
+        for words in blocks_run:
+            if words[1] == "-m":
+                assert mains[words[2]](words[3:]) == 0, words
+    record = json.loads((tmp_path / "audits" / "vstar" / "excluded.json").read_text())
+    assert (record["benchmark"], record["excluded"]) == ("V*", ["copy"])
+    [example] = blocks(ROOT / "docs" / "synthesis.md", "json")
+    assert list(json.loads(example)) == list(record)
+
+
+# ---- docs/evaluation.md ---------------------------------------------------------------------------------------------
+
+EVALUATION = ROOT / "docs" / "evaluation.md"
+
+
+def test_the_table_of_scoring_rules_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (command,) = [words for words in commands(EVALUATION) if words[2] == "vopd.evaluation.scoring.table"]
+    assert scoring_table.main([str(ROOT / command[3])]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n") > 10 and printed in EVALUATION.read_text()
+
+
+def test_every_benchmark_is_documented_with_its_number_of_questions() -> None:
+    text = EVALUATION.read_text()
+    for file in FOLDER.glob("*.yaml"):
+        (row,) = [line for line in text.split("\n") if line.startswith("|") and f"`{file.stem}`" in line]
+        assert f"{find(file.stem)[1].rows:,}" in row
 
 
 # ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Model:
 
 @dataclass
 class Data:
-    """Folder with train / validation / test / holdout parquet files; `prepare` is the module that makes it."""
+    """Folder with the splits train, validation, test and perhaps holdout; `prepare` is the module that makes it."""
 
     folder: str = MISSING
     prepare: str | None = None

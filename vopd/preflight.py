@@ -6,22 +6,21 @@ nothing. None of them writes, downloads or loads weights.
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import psutil
 import pyarrow as pa
 import pyarrow.dataset as pads
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 
+from data import schema
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
@@ -99,31 +98,31 @@ def check_model_folder(folder: Path) -> None:
 
 
 def check_parquet(
-    file: Path, columns: Iterable[str], image_columns: Sequence[str] = ("image", "crop"), sample: int = 16
+    path: Path, columns: Iterable[str], image_columns: Sequence[str] = schema.IMAGES, sample: int = 16
 ) -> None:
-    """Refuse a parquet file that is unreadable, empty, lacks a column, or holds something that is no image.
+    """Refuse a split that is unreadable, empty, lacks a column, or holds something that is no image.
 
-    Images are opened in `sample` rows spread evenly over the file, none above Pillow's pixel limit.
+    `path` names a parquet file, or shards of it (`data/schema.py`). Images are decoded in `sample` rows spread evenly
+    over the split, none above `schema.MAX_PIXELS`.
     """
-    if not file.is_file():
-        raise UserError(f"{file}: no such data file.")
     try:
-        table = pads.dataset(file, format="parquet")
+        table = pads.dataset([str(file) for file in schema.shards(path)], format="parquet")
         count = table.count_rows()
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a readable parquet file ({error}); prepare it again.") from error
+        raise UserError(f"{path}: not a readable parquet file ({error}); prepare it again.") from error
     missing = sorted({*columns, "id", *image_columns} - set(table.schema.names))
     if missing:
-        raise UserError(f"{file}: lacks the column {missing[0]!r}; prepare it again with all columns.")
+        raise UserError(f"{path}: lacks the column {missing[0]!r}; prepare it again with all columns.")
     if count == 0:
-        raise UserError(f"{file}: holds no row; prepare it again.")
+        raise UserError(f"{path}: holds no row; prepare it again.")
     sample = min(sample, count)
     chosen = sorted({i * count // sample for i in range(sample)} | {count - 1})
-    for start in range(0, len(chosen), 64):  # images of a few rows at a time in memory
-        rows = table.take(chosen[start : start + 64], columns=["id", *image_columns]).to_pylist()
-        for row in rows:
-            for column in image_columns:
-                _check_image(row[column], f"{file}: row {row['id']}, column {column}")
+    for row in table.take(chosen, columns=["id", *image_columns]).to_pylist():
+        for column in image_columns:
+            try:
+                schema.decode_image(row[column] or {}, path.parent)
+            except UserError as error:
+                raise UserError(f"{path}: row {row['id']}, column {column}: {error}") from error
 
 
 def check_prompt_lengths(
@@ -131,15 +130,16 @@ def check_prompt_lengths(
     processor: Any,
     limit: int,
     views: Sequence[str] = ("full", "crop"),
+    template: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Refuse the first row whose prompt, in any of `views`, takes more than `limit` tokens; never truncate.
 
-    `processor` is a Hugging Face processor with a chat template; an image counts as the tokens the processor
-    will put in its place, found from its size without processing its pixels.
+    Rows, processor and template as in `prompt_lengths`.
     """
     for batch in _batches(rows, 256):
         for view in views:
-            for row, length in zip(batch, _prompt_lengths(batch, processor, view), strict=True):
+            lengths = prompt_lengths(batch, processor, view, template)
+            for row, length in zip(batch, lengths, strict=True):
                 if length > limit:
                     raise UserError(
                         f"row {row['id']}: its prompt takes {length} tokens in the {view} view "
@@ -175,46 +175,34 @@ def _weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def _check_image(cell: Mapping[str, Any] | None, where: str) -> None:
-    content = cell["bytes"] if isinstance(cell, dict) and "bytes" in cell else None
-    if not content:
-        raise UserError(f"{where}: holds no image bytes; prepare the data again.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(content)) as image:
-                image.load()
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise UserError(
-            f"{where}: has more than {Image.MAX_IMAGE_PIXELS} pixels; shrink the image."
-        ) from error
-    # Pillow reports some broken PNG files as SyntaxError.
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: not an image ({error}); replace it or leave the row out.") from error
-
-
 def _batches(rows: Iterable[Mapping[str, Any]], size: int) -> Iterator[list[Mapping[str, Any]]]:
     rest = iter(rows)
     while batch := list(islice(rest, size)):
         yield batch
 
 
-def _prompt_lengths(batch: list[Mapping[str, Any]], processor: Any, view: str) -> list[int]:
-    texts, image_tokens = [], []
-    for row in batch:
+def prompt_lengths(
+    rows: Sequence[Mapping[str, Any]], processor: Any, view: str, template: Mapping[str, Any]
+) -> list[int]:
+    """Tokens of every row's prompt in a view, as the rollout will make it.
+
+    rows: their images may be `schema.Outline`s, for an image counts as the tokens the processor will put in its place,
+    found from its size without its pixels. processor: a Hugging Face processor with a chat template. template: extra
+    arguments of that template, e.g. `enable_thinking`.
+    """
+    texts, images = [], []
+    for row in rows:
         messages = VIEWS[view](row)
-        texts.append(processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
-        # The template writes one placeholder an image, which the text's own count already holds.
-        image_tokens.append(
-            sum(_image_tokens(part["image"], processor.image_processor) - 1 for part in parts)
+        texts.append(
+            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
         )
+        images.append([part["image"] for m in messages for part in m["content"] if part["type"] == "image"])
+    sizes = [[image.height, image.width] for of_row in images for image in of_row]
+    counts = iter(
+        processor._get_num_multimodal_tokens(image_sizes=sizes)["num_image_tokens"] if sizes else []
+    )
+    # The template writes one placeholder an image, which the text's own count already holds.
     return [
-        len(ids) + extra
-        for ids, extra in zip(processor.tokenizer(texts)["input_ids"], image_tokens, strict=True)
+        len(ids) + sum(next(counts) - 1 for _ in of_row)
+        for ids, of_row in zip(processor.tokenizer(texts)["input_ids"], images, strict=True)
     ]
-
-
-def _image_tokens(image: Image.Image, image_processor: Any) -> int:
-    patches: int = image_processor.get_number_of_image_patches(image.height, image.width, {})
-    return patches // image_processor.merge_size**2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,7 +27,8 @@ from vopd.errors import UserError
 from vopd.method import build, final_views
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
-SPLITS = ("train", "validation", "test", "holdout")
+SPLITS = ("train", "validation", "test")
+HOLD_OUT = "holdout"  # a family that training never sees; a data set need not have one
 INTERRUPTED = 130
 
 
@@ -122,52 +124,69 @@ class Run:
                 Path(config.rollout.replay), config.train.steps, config.train.prompts, config.train.rollouts
             )
         self._prepare_data()
-        for split in SPLITS:
+        for split in self.splits():
             preflight.check_parquet(Path(config.data.folder) / f"{split}.parquet", COLUMNS)
+        self.data_hash()
         self._check_prompts()
 
     def _prepare_data(self) -> None:
         if self.config.data.prepare is None:
             return
         command = watch.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
-        # Its progress bar is for a person; in a file it would be thousands of lines.
-        bar = None if self.console.is_terminal else subprocess.DEVNULL
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=bar)
+        # Its progress bars are for a person; the file is read for what went wrong, which stands last.
+        log = self.folder / "prepare.txt"
+        with log.open("wb") as file:
+            errors = None if self.console.is_terminal else file
+            done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
         if done.returncode:
+            lines = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+            said = f" ({lines[-1].strip().rstrip('.')})" if lines else ""
             raise UserError(
-                f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}."
+                f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}{said}."
             )
+        log.unlink()
 
     def _check_prompts(self) -> None:
-        """Every prompt of every split in every view fits; remembered by hash, because it takes a minute on 6K rows."""
+        """Every prompt of every split in every view fits; remembered by hash, because it takes seconds on 6K rows."""
         config = self.config
         views = sorted(final_views(self.method))
+        template = _plain(config.rollout.chat_template)
         key = provenance.hash_json(
-            [self.data_hash(), self.model_hash(), config.rollout.max_prompt_tokens, views]
+            [self.data_hash(), self.model_hash(), config.rollout.max_prompt_tokens, template, views]
         )
         stamp = ROOT / ".cache" / "checked_prompts" / key
         if stamp.exists():
             return
-        import datasets
         from transformers import AutoProcessor
 
+        from data import schema
         from vopd import preflight
 
-        datasets.disable_progress_bars()
-        processor = AutoProcessor.from_pretrained(config.model.path)
-        for split in SPLITS:
-            file = Path(config.data.folder) / f"{split}.parquet"
-            preflight.check_parquet(file, COLUMNS, sample=sys.maxsize)
-            rows = datasets.Dataset.from_parquet(str(file))
-            preflight.check_prompt_lengths(rows, processor, config.rollout.max_prompt_tokens, views)
+        processor, folder = AutoProcessor.from_pretrained(config.model.path), Path(config.data.folder)
+        for split in self.splits():
+            rows = schema.rows(
+                folder / f"{split}.parquet", ("id", "image", "crop", "question", "answer", "options")
+            )
+            outlined = (schema.outline(row, folder) for row in rows)
+            limit = config.rollout.max_prompt_tokens
+            preflight.check_prompt_lengths(outlined, processor, limit, views, template)
         stamp.parent.mkdir(parents=True, exist_ok=True)
         stamp.touch()
 
+    def splits(self) -> list[str]:
+        """Names of the splits of this run: the hold-out is one of them if the data has it."""
+        from data import schema
+
+        there = {path.stem for path in schema.splits(Path(self.config.data.folder))}
+        return [*SPLITS, *({HOLD_OUT} & there)]
+
     def data_hash(self) -> str:
-        """Hash of the four parquet files."""
+        """Hash of the splits; `UserError` if they are not as `data.validate` saw them."""
         if not hasattr(self, "_data_hash"):
-            folder = Path(self.config.data.folder)
-            self._data_hash = provenance.hash_files(folder / f"{split}.parquet" for split in SPLITS)
+            from data import stamp
+
+            hashes = stamp.check(Path(self.config.data.folder), self.splits())
+            self._data_hash = provenance.hash_json(hashes)
         return self._data_hash
 
     def model_hash(self) -> str:

@@ -1,6 +1,6 @@
-"""Can labels close the gap? `python -m data.miniature.ceiling` -> data/miniature/base/ceiling.json.
+"""Can labels close the gap? `python -m data.miniature.ceiling` -> data/miniature/ceiling.json.
 
-Right responses, full view, the same budget as the default post-training run (100 updates of 128 rows,
+Right responses, full view, the same budget as the default post-training run (64 updates of 128 rows,
 training split). If this supervised run did not raise full-view accuracy, the gap would be the
 architecture's and no post-training method could be judged on it.
 """
@@ -20,7 +20,7 @@ from data.miniature.measure import accuracies, load
 from data.miniature.prepare import ROWS
 
 BASE = Path(__file__).parent / "base"
-UPDATES = 100
+UPDATES = 64
 ROWS_PER_UPDATE = 128
 PART = 32
 
@@ -58,7 +58,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=BASE)
-    parser.add_argument("--out", type=Path, default=BASE / "ceiling.json")
+    parser.add_argument("--out", type=Path, default=BASE.parent / "ceiling.json")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)

@@ -1,20 +1,22 @@
 """Writes the miniature's parquet files: `python -m data.miniature.prepare --out .cache/miniature`.
 
-train, validation, test and holdout (the letter family, which post-training never sees) plus meta.json.
-Files that are there already are kept when settings and generator code are the same.
+train, validation, test and holdout (the letter family, which post-training never sees), meta.json, and the stamp of
+`data.validate`. Files that are there already are kept when settings and generator code are the same.
 """
 
 import argparse
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from data import schema
+from data import schema, stamp
 from data.miniature import world
+from vopd.errors import UserError
 
 LICENCE = "Apache-2.0"
 ROWS = {"train": 6241, "validation": 256, "test": 1024, "holdout": 512}
@@ -28,6 +30,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict]:
         yield {
             "id": s.id,
             "image": schema.encode(Image.fromarray(s.image)),
+            "original": None,  # the generator makes it from the id: stored, it would double the files
             "crop": schema.encode(Image.fromarray(s.crop)),
             "box": list(s.box),
             "question": s.question,
@@ -38,6 +41,7 @@ def rows(split: str, count: int, seed: int) -> Iterator[dict]:
             "family": s.family,
             "source": "miniature",
             "licence": LICENCE,
+            "provenance": f"data/miniature/world.py, seed {seed}, {split} {index}",
             "split": split,
         }
 
@@ -56,7 +60,7 @@ def _digest(path: Path) -> str:
 
 
 def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
-    """Makes sure that the four files exist; returns meta: settings and the SHA-256 of every file.
+    """Makes sure that the four files exist and are validated; returns meta: settings and the SHA-256 of every file.
 
     The evaluation splits do not depend on `train_rows`.
     """
@@ -66,7 +70,10 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
         meta = json.loads(meta_file.read_text())
         there = all((out / f"{split}.parquet").is_file() for split in ROWS)
         if there and {k: meta.get(k) for k in settings} == settings:
+            if not (out / stamp.NAME).is_file():
+                _validate(out)
             return meta
+    stamp.remove(out)
     meta = settings | {"sha256": {}}
     for split, count in settings["rows"].items():
         path = out / f"{split}.parquet"
@@ -75,19 +82,34 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
     partial = meta_file.with_suffix(".partial")
     partial.write_text(json.dumps(meta, indent=1) + "\n")
     partial.replace(meta_file)
+    _validate(out)
     return meta
 
 
-def main() -> None:
+def _validate(out: Path) -> None:
+    from data import validate  # slow to import, and not needed where the files are there already
+
+    report = validate.stamped(out)
+    if report.blocking:
+        raise UserError(f"{out}: the generated data did not pass its own checks.\n{report.text()}")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, or 2 if what was made does not pass its checks."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path(".cache/miniature"))
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+    args = parser.parse_args(arguments)
+    try:
+        print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
+    except UserError as error:
+        print(f"data.miniature: {error}", file=sys.stderr)
+        return UserError.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

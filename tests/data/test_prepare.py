@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data import schema
+from data import schema, stamp
 from data.miniature import prepare
 
 
@@ -17,13 +17,21 @@ def test_writes_reuses_and_rewrites(tmp_path: Path) -> None:
     first = prepare.prepare(tmp_path, train_rows=6)
     assert first["rows"] == prepare.ROWS
     stamps = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
-    assert len(stamps) == 5 and not list(tmp_path.glob("*.partial"))
+    assert len(stamps) == 6 and not list(tmp_path.glob("*.partial"))
     assert prepare.prepare(tmp_path, train_rows=6) == first
     assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
     other = prepare.prepare(tmp_path, train_rows=4)
     assert len(schema.read(tmp_path / "train.parquet")) == 4
     assert other["sha256"]["train"] != first["sha256"]["train"]
     assert other["sha256"]["test"] == first["sha256"]["test"]
+
+
+def test_what_is_written_is_validated(tmp_path: Path) -> None:
+    prepare.prepare(tmp_path, train_rows=6)
+    hashes = stamp.check(tmp_path, prepare.ROWS)
+    (tmp_path / stamp.NAME).unlink()
+    prepare.prepare(tmp_path, train_rows=6)
+    assert stamp.check(tmp_path, prepare.ROWS) == hashes
 
 
 def test_same_settings_same_bytes(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from data import schema
+from data import schema, validate
 from data.miniature import prepare
 
 ROWS = {"train": 48, "validation": 8, "test": 24, "holdout": 12}
@@ -13,10 +13,11 @@ ROWS = {"train": 48, "validation": 8, "test": 24, "holdout": 12}
 
 @pytest.fixture(scope="session")
 def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the four files, a few rows each."""
+    """A folder with the four files, a few rows each, validated."""
     folder = tmp_path_factory.mktemp("triplets")
     for split, count in ROWS.items():
         schema.write(prepare.rows(split, count, 0), folder / f"{split}.parquet")
+    assert not validate.stamped(folder).blocking
     return folder
 
 

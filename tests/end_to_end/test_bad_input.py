@@ -1,5 +1,6 @@
 """Every bad input ends a run with exit code 2 and one sentence that names it, before Ray is started."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data import stamp
 from vopd import run, watch
 
 Words = Callable[[Path], list[str]]
@@ -80,6 +82,15 @@ def test_empty_data(refusal: Callable[..., str], spoiled: Callable[..., Path]) -
 def test_missing_column(refusal: Callable[..., str], spoiled: Callable[..., Path]) -> None:
     folder = spoiled(lambda table: table.drop_columns(["question"]))
     assert f"{folder / 'train.parquet'}: lacks the column 'question'" in refusal(f"data.folder={folder}")
+
+
+def test_data_that_was_not_validated(
+    refusal: Callable[..., str], spoiled: Callable[..., Path], triplets: Path
+) -> None:
+    folder = spoiled(lambda table: table.slice(0, 30))
+    assert f"run `python -m data.validate {folder}` first" in refusal(f"data.folder={folder}")
+    shutil.copyfile(triplets / stamp.NAME, folder / stamp.NAME)
+    assert "is not the one that was validated" in refusal(f"data.folder={folder}")
 
 
 def test_an_image_that_is_none(refusal: Callable[..., str], spoiled: Callable[..., Path]) -> None:

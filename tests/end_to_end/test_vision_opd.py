@@ -32,6 +32,7 @@ BASE = ROOT / "data" / "miniature" / "base"
 STORE = "ema:0.05"
 RUN_SECONDS = 900
 INTERRUPTED = 130
+TRACKERS = ["logging.tensorboard=true", "logging.wandb=true"]
 Words = Callable[[Path], list[str]]
 
 
@@ -102,8 +103,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path
     """The folder of an uninterrupted run of four updates."""
     place = tmp_path_factory.mktemp("whole")
     folder, log = place / "run", place / "terminal.txt"
-    words = [*words_for(folder), "logging.tensorboard=true", "logging.wandb=true"]
-    code = finish(start(words, log), RUN_SECONDS)
+    code = finish(start([*words_for(folder), *TRACKERS], log), RUN_SECONDS)
     assert code == 0, told(folder, log)
     return folder
 
@@ -200,7 +200,8 @@ def test_the_teacher_lies_between_the_base_and_the_student(finished: Path) -> No
 
 def test_the_same_command_again_shows_the_result_and_trains_nothing(finished: Path, words_for: Words) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
-    again = subprocess.run(command(words_for(finished)), capture_output=True, text=True, timeout=300)
+    words = [*words_for(finished), *TRACKERS]
+    again = subprocess.run(command(words), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert "finished before" in again.stdout and "hold-out" in again.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before

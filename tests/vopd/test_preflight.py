@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 from transformers import AutoProcessor
 
+from data import schema
 from vopd import preflight
 from vopd.errors import UserError
 from vopd.views import VIEWS
@@ -178,10 +179,10 @@ def test_image_is_no_image(tmp_path, column, row, content):
 
 
 @pytest.mark.parametrize(
-    "pixels", [100, 500]
-)  # 40 * 24 lies above twice the first limit, and below it for the second
-def test_image_too_large(tmp_path, monkeypatch, pixels):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
+    "bound", [(schema, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")], ids=["ours", "pillows"]
+)
+def test_image_too_large(tmp_path, monkeypatch, bound):
+    monkeypatch.setattr(*bound, 100)
     file = write_rows(tmp_path / "train.parquet", 2)
     assert "row row-0, column image" in refused(preflight.check_parquet, file, COLUMNS)
 
@@ -221,3 +222,30 @@ def test_each_view_and_row_is_counted(processor):
     message = refused(preflight.check_prompt_lengths, [small] * 300 + [long_crop], processor, limit)
     assert "row long-crop" in message
     assert "crop view" in message
+
+
+@pytest.mark.parametrize("view", ["full", "crop", "noise"])
+def test_lengths_from_sizes_are_the_processors(processor, view):
+    rng, rows, true = np.random.default_rng(0), [], []
+    for i in range(12):
+        sizes = rng.integers(20, 500, 4).tolist()
+        row = triplet(f"row-{i}", sizes[:2], sizes[2:], "Which? " * int(rng.integers(1, 30)))
+        true.append(true_length(row, view, processor))
+        rows.append(row | {c: schema.Outline(*row[c].size) for c in schema.IMAGES})
+    assert preflight.prompt_lengths(rows, processor, view, {}) == true
+
+
+def test_arguments_of_the_template_count(processor):
+    row = triplet("row", (64, 64), (64, 64), "Which?")
+    template = processor.chat_template
+    longer = "{% if wordy %}and some more words{% endif %}"
+    try:
+        processor.chat_template = template + longer
+        plain, wordy = (
+            preflight.prompt_lengths([row], processor, "full", t)[0] for t in ({}, {"wordy": True})
+        )
+        preflight.check_prompt_lengths([row], processor, plain, ("full",))
+        refused(preflight.check_prompt_lengths, [row], processor, plain, ("full",), {"wordy": True})
+    finally:
+        processor.chat_template = template
+    assert wordy > plain

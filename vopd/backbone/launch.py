@@ -32,9 +32,6 @@ def environment(run: DictConfig) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "TQ_NUM_THREADS": "1",
-        # Where verl's trackers write; without these it would be the current folder.
-        "TENSORBOARD_DIR": f"{run.run_dir}/tensorboard",
-        "WANDB_DIR": str(run.run_dir),
     }
     if run.hardware.device != "cpu":
         return common
@@ -55,6 +52,8 @@ def train(run_dir: Path) -> None:
     run = OmegaConf.load(run_dir / "config.yaml")
     assert isinstance(run, DictConfig)
     os.environ.update(environment(run))
+    # Where verl's trackers write; without these it would be the current folder.
+    os.environ.update(TENSORBOARD_DIR=str(run_dir / "tensorboard"), WANDB_DIR=str(run_dir))
     from vopd.backbone.verl_config import verl_config
 
     progress = Progress(run_dir)

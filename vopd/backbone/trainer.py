@@ -17,7 +17,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import datasets
 import ray
 import torch
 import transfer_queue as tq
@@ -28,6 +27,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from vopd.backbone import recording, seams
+from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.groups import GroupBuffer
 from vopd.backbone.policy_gradient import advantages
 from vopd.backbone.progress import Progress
@@ -128,7 +128,7 @@ class Trainer(seams.PPOTrainerSync):
             self._places = {name: place for place, name in enumerate(self.train_dataset.rows["id"])}
         if row_id not in self._places:
             raise UserError(f"{self.recorded}: row {row_id} is not in the training data; take the same data.")
-        return self.train_dataset.rows[self._places[row_id]]
+        return self.train_dataset.row(self._places[row_id])
 
     def _add_prompts_to_generate(self, num_prompts: int) -> int:
         """verl asks for prompts in place of filtered groups; it would do so for ever."""
@@ -365,15 +365,17 @@ class Trainer(seams.PPOTrainerSync):
         if path.exists():
             return {"evaluation/reused": 1.0}
         requests = [
-            (row, view)
+            (rows, index, view)
             for part in plan
-            for row in _rows(str(part.file), int(part.rows))
+            for rows in [TripletDataset(str(part.file), None, None, max_samples=int(part.rows))]
+            for index in range(len(rows))
             for view in part.views
         ]
         records: list[dict[str, Any]] = []
         start, size = time.perf_counter(), int(self.vopd.evaluate.batch)
         for first in range(0, len(requests), size):
-            records += self._answer(requests[first : first + size])
+            batch = [(rows.row(index), view) for rows, index, view in requests[first : first + size]]
+            records += self._answer(batch)
             self.progress.evaluation(name, len(records), len(requests))
         write_records(path, records)
         groups: dict[str, list[bool]] = defaultdict(list)
@@ -463,13 +465,6 @@ def row_fields(method: Method, rollouts: Rollouts) -> dict[str, torch.Tensor]:
 def _sort_key(key: str) -> tuple[str, int]:
     uid, session, _ = key.rsplit("_", 2)
     return uid, int(session)
-
-
-def _rows(file: str, count: int) -> list[dict[str, Any]]:
-    rows = datasets.Dataset.from_parquet(file)
-    for column in ("image", "crop"):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
-    return list(rows.select(range(min(count, len(rows)))) if count > 0 else rows)
 
 
 def _renamed(metrics: dict[str, Any]) -> dict[str, Any]:

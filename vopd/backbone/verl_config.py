@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from data import schema
 from vopd.errors import UserError
 from vopd.method import Method, build, final_views
 
@@ -75,7 +76,9 @@ def _plans(vopd: DictConfig, method: Method) -> dict[str, Any]:
     folder, e = vopd.data.folder, vopd.evaluate
     final = [
         {"file": f"{folder}/test.parquet", "rows": e.test_rows, "views": final_views(method)},
-        {"file": f"{folder}/holdout.parquet", "rows": e.holdout_rows, "views": ["full"]},
     ]
+    hold_out = Path(folder) / "holdout.parquet"
+    if hold_out in schema.splits(Path(folder)):  # a data set need not have one
+        final.append({"file": str(hold_out), "rows": e.holdout_rows, "views": ["full"]})
     during = [{"file": f"{folder}/validation.parquet", "rows": e.validation_rows, "views": ["full", "crop"]}]
     return {"final": final, "during": during, "every": e.every, "batch": e.batch}

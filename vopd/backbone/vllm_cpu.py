@@ -2,9 +2,7 @@
 
 1. Its linear layers pack their weights for oneDNN after loading and drop the plain tensors, so verl's in-place
    `load_weights` finds none; vLLM's own `reload_weights` restores load-time parameters first.
-2. Attention and GatedDeltaNet layers share cache blocks. On GPU vLLM clears a block before it is used again;
-   `CPUModelRunner._zero_block_ids` is empty in 0.24, so stale states turn into NaN log-probs, without a message,
-   from the second batch on.
+2. It does not clear cache blocks before they are used again (`vopd/vllm_blocks.py`).
 """
 
 from __future__ import annotations
@@ -15,14 +13,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-
-def zero_blocks(caches: list[Any], num_blocks: int, block_ids: list[int]) -> None:
-    """Clear the given blocks in every attention cache; a cache may split a block into several slots."""
-    index = torch.tensor(block_ids)
-    for cache in caches:
-        if isinstance(cache, torch.Tensor):  # GatedDeltaNet layers hold a list of states in the same memory
-            slots = cache.shape[0] // num_blocks
-            cache.view(-1, slots, *cache.shape[1:])[index] = 0
+from vopd.vllm_blocks import clear_used_blocks
 
 
 class CPUWorkerExtension(vLLMColocateWorkerExtension):
@@ -30,10 +21,7 @@ class CPUWorkerExtension(vLLMColocateWorkerExtension):
 
     def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
         super().monkey_patch_model(vocab_size, banned_token_ids)
-        runner = self.model_runner
-        runner._zero_block_ids = lambda ids: zero_blocks(
-            runner.kv_caches, runner.kv_cache_config.num_blocks, ids
-        )
+        clear_used_blocks(self.model_runner)
 
     def update_weights_from_ipc(
         self, peft_config: dict[str, Any] | None = None, base_sync_done: bool = False, use_shm: bool = False

@@ -10,16 +10,21 @@ import dataclasses
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import TracebackType
+from typing import IO, Any, Literal
 
 from vopd.errors import UserError
 
 
 @dataclass(frozen=True)
 class Record:
-    """One question, answered in one view. parsed is None where the response was unparsed."""
+    """One question, answered in one view. parsed is None where the response was unparsed.
+
+    details: whatever else the writer knows (seconds, picture sizes, groups ...); in the file these keys stand
+    beside the others.
+    """
 
     id: str
     family: str
@@ -32,6 +37,7 @@ class Record:
     parsed: str | None
     gold: str
     correct: bool
+    details: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -57,23 +63,42 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _drop_torn_line(path: Path) -> None:
+def drop_torn_line(path: Path) -> None:
     """Cut a file back to its last complete line, so that an append does not continue a torn one."""
     with path.open("rb+") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
 
 
+class Appender:
+    """A record file open for appending: each record is flushed as one whole line, so that a kill tears at most one."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            drop_torn_line(path)
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+
+    def append(self, record: Record) -> None:
+        """Write one record."""
+        self._file.write(_line(record))
+        self._file.flush()
+
+    def __enter__(self) -> Appender:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
 def append_records(path: Path, records: Iterable[Record]) -> int:
     """Append records, each flushed as one whole line; returns how many. Creates the file and its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        _drop_torn_line(path)
     count = 0
-    with path.open("a", encoding="utf-8") as file:
+    with Appender(path) as appender:
         for record in records:
-            file.write(_line(record))
-            file.flush()
+            appender.append(record)
             count += 1
     return count
 
@@ -95,7 +120,8 @@ def write_records(path: Path, records: Iterable[Record | Mapping[str, Any]]) -> 
 
 
 def _line(record: Record) -> str:
-    return json.dumps(dataclasses.asdict(record), ensure_ascii=True) + "\n"
+    fields = dataclasses.asdict(record)
+    return json.dumps(fields | fields.pop("details"), ensure_ascii=True) + "\n"
 
 
 def _record(fields: Any, where: str) -> Record:
@@ -108,11 +134,12 @@ def _record(fields: Any, where: str) -> Record:
         # bool is an int in Python; a token count of `true` is a mistake all the same.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise UserError(f"{where}: key '{key}' holds {value!r}, which is of the wrong type.")
-    return Record(**{key: fields[key] for key in _TYPES})
+    details = {key: value for key, value in fields.items() if key not in _TYPES}
+    return Record(**{key: fields[key] for key in _TYPES}, details=details)
 
 
 def read_records(path: Path) -> RecordFile:
-    """Read a record file; keys beyond the record's are ignored.
+    """Read a record file; keys beyond the record's become its details.
 
     UserError for a missing file, a broken line before the last, a missing or mistyped key, and for a question
     answered twice in one view.

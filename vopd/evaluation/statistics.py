@@ -119,6 +119,33 @@ def accuracy(
     return Interval(value, *_limits(totals_RK[:, 0] / totals_RK[:, 1], level))
 
 
+def weighted_accuracy(
+    answers: Answers,
+    strata: Mapping[str, str],
+    weights: Mapping[str, float],
+    clusters: Clusters | None = None,
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Weighted mean of the accuracies of strata (id -> stratum), such as CV-Bench's mean of 2D and 3D.
+
+    Interval: bootstrap over clusters (questions where there are none); a resample without any question of a
+    stratum is dropped. UserError when there are no answers or fewer than two clusters.
+    """
+    ids = _questions({"answers": answers})
+    names = sorted(weights)
+    member_NS = np.array([[float(strata[i] == name) for name in names] for i in ids])
+    right_N = np.array([float(answers[i]) for i in ids])
+    weight_S = np.array([weights[name] for name in names])
+    value = float(weight_S @ (right_N @ member_NS / member_NS.sum(axis=0)))
+    columns = np.column_stack([member_NS * right_N[:, None], member_NS])
+    totals_RK = _resampled(_cluster_sums(ids, columns, clusters), seed)
+    right_RS, size_RS = totals_RK[:, : len(names)], totals_RK[:, len(names) : -1]
+    whole = (size_RS > 0).all(axis=1)
+    return Interval(value, *_limits((right_RS[whole] / size_RS[whole]) @ weight_S, level))
+
+
 def paired_difference(
     first: Answers,
     second: Answers,
@@ -244,8 +271,8 @@ def answer_differences(
 
 
 def minimum_detectable_difference(
-    first: Answers,
-    second: Answers,
+    first: Mapping[str, float],
+    second: Mapping[str, float],
     clusters: Clusters | None = None,
     *,
     power: float = 0.8,

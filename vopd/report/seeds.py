@@ -31,6 +31,11 @@ def _read(run_dirs: Sequence[Path], when: str, view: str, split: str) -> Answers
     return found
 
 
+def _holds_out(run_dir: Path) -> bool:
+    """Whether the run's data had a hold-out split."""
+    return bool(select(read_records(run_dir / "records" / "before.jsonl").records, split=HOLD_OUT))
+
+
 def _minus(first: Answers, second: Answers, names: tuple[str, str]) -> Answers:
     """first - second, run by run and question by question; names are theirs, for the message if they differ."""
     return {
@@ -46,18 +51,18 @@ def summarise_seeds(run_dirs: Sequence[Path]) -> tuple[list[Row], statistics.Int
 
     UserError for missing files and for runs that were evaluated on different questions.
     """
+    parts = [("full", "full", TEST), ("crop", "crop", TEST)]
+    if any(_holds_out(run_dir) for run_dir in run_dirs):
+        parts.append(("hold-out", "full", HOLD_OUT))
     sides = {
         name: (_read(run_dirs, "before", view, split), _read(run_dirs, "after", view, split))
-        for name, view, split in (
-            ("full", "full", TEST),
-            ("crop", "crop", TEST),
-            ("hold-out", "full", HOLD_OUT),
-        )
+        for name, view, split in parts
     }
     gap = tuple(
         _minus(crop, full, ("crop", "full")) for crop, full in zip(sides["crop"], sides["full"], strict=True)
     )
-    ordered = {"full": sides["full"], "crop": sides["crop"], "gap": gap, "hold-out": sides["hold-out"]}
+    names = ("full", "crop", "gap", "hold-out")
+    ordered = {name: pair for name in names if (pair := {**sides, "gap": gap}.get(name))}
     changes = {
         name: statistics.two_level(_minus(pair[1], pair[0], ("after", "before")))
         for name, pair in ordered.items()

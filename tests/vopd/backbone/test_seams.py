@@ -181,7 +181,9 @@ def test_the_trainer_waits_in_the_buffer_of_the_name_that_we_replace() -> None:
     assert "refill_fn=self._add_prompts_to_generate" in source, SEAM
     assert "_dapo_classification_cache" in inspect.getsource(seams.ReplayBuffer._dapo_filtered_keys), SEAM
     sample = inspect.getsource(seams.ReplayBuffer.sample)
-    assert "self._clear_groups(partition_id, surplus_uids)" in sample and "self._select_prompt_uids(" in sample, SEAM
+    assert (
+        "self._clear_groups(partition_id, surplus_uids)" in sample and "self._select_prompt_uids(" in sample
+    ), SEAM
 
 
 def test_both_caches_of_images_are_dropped_when_weights_arrive() -> None:

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from vopd.backbone.rendering import render
-from vopd.backbone.vllm_cpu import CPUWorkerExtension, zero_blocks
+from vopd.backbone.vllm_cpu import CPUWorkerExtension
 from vopd.views import VIEWS
+from vopd.vllm_blocks import zero_blocks
 
 IMAGE, VIDEO = 5, 6
 

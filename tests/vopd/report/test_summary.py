@@ -10,6 +10,7 @@ import pytest
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
 from vopd.evaluation.statistics import Interval
+from vopd.report.seeds import summarise_seeds
 from vopd.report.summary import Summary, as_json, p_text, percent, read_metrics, render, summarise
 
 MakeRun = Callable[..., Path]
@@ -99,6 +100,15 @@ def test_a_missing_part_is_named(make_run: MakeRun, split: str, view: str) -> No
     write_records(path, [r for r in read_records(path).records if (r.split, r.view) != (split, view)])
     with pytest.raises(UserError, match=f"before.jsonl has no answers to split '{split}' in view '{view}'"):
         summarise(run, {})
+
+
+def test_data_without_a_hold_out_has_no_such_row(make_run: MakeRun) -> None:
+    run = make_run()
+    for when in ("before", "after"):
+        path = run / "records" / f"{when}.jsonl"
+        write_records(path, [r for r in read_records(path).records if r.split != "holdout"])
+    assert [row.name for row in summarise(run, {}).rows] == ["full", "crop", "gap"]
+    assert [row.name for row in summarise_seeds([run])[0]] == ["full", "crop", "gap"]
 
 
 def test_torn_record_lines_are_reported(make_run: MakeRun) -> None:

@@ -56,6 +56,7 @@ _REFUSAL = re.compile(
     r"|read|see|count|find|recogni[sz]e)(?![a-z])"
     r"|(?:do not|don't) (?:know|have enough)"
     r"|(?:cannot|can not|can't|could not) be (?:determined|answered|identified|seen|known)"
+    r"|not (?:legible|readable|discernible)|illegible|unreadable"
     r"|not (?:sure|enough information|possible|certain)|insufficient information|no idea|as an ai(?![a-z])"
     r"|(?:i'm|i am|we're) sorry|^sorry(?![a-z])|(?:cannot|can't|don't|do not) see (?:the|an|any) image"
     r"|无法|不能确定|不知道|看不清|抱歉|不确定",

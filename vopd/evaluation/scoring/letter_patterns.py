@@ -56,7 +56,7 @@ MARK = re.compile(
 SOFT_MARK = re.compile(
     WORD_START
     + r"(?i:(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict|final"
-    + r"|correct)(?: option| choice)?(?: is)?|(?:正确选项|正確選項|选项|選項)(?:是|为|為)?)"
+    + r"|correction|correct)(?: option| choice)?(?: is)?|(?:正确选项|正確選項|选项|選項)(?:是|为|為)?)"
     + _SEPARATOR
 )
 MARK_NO_COLON = re.compile(WORD_START + r"(?i:answer|ans\.)[ \n]\(?([A-Zb-h])(?=\)?[.!]?(?:\n|$))")
@@ -66,7 +66,10 @@ ANSWER_IS = re.compile(
 
 _NOUN = (
     _any("answer | option | choice | selection | pick | guess | conclusion")
-    + r"|(?:correct|right|best|matching) (?:one|match|description|statement|letter)"
+    + r"|(?:correct|right|best|matching) (?:one|match|description|statement|letter|response)"
+    + r"|(?:my|the (?:correct|right|best)) (?:response|reply|verdict|call|letter)"
+    + r"|(?:only|best|correct|right) (?:option|choice|answer) [a-z' ]{1,50}"
+    + r"|(?:answer|option|choice|one|letter|statement) (?:that|which) [a-z' ]{1,40}"
 )
 _CHOOSE = _any(
     "choose | chose | choosing | pick | picked | select | selected | selecting | go with | going with | went with"
@@ -75,7 +78,9 @@ _CHOOSE = _any(
 )
 _POINTS_TO = _any(
     "corresponds to | correspond to | corresponding to | matches | matching | which is | that is | this is"
-    " | that's | points to | leads to | gives | indicates | means"
+    " | that's | points to | leads to | gives | indicates | means | aligns with | aligning with | agrees with"
+    " | consistent with | in line with | fits | i.e. | i.e., | namely | represented by | favors | favours | supports"
+    " | confirms"
 )
 THE_ANSWER_IS = re.compile(
     WORD_START
@@ -99,7 +104,9 @@ ANSWER_IS_ZH = re.compile(
     r"(?:答案|正确选项|正確選項|正确的是|结论)(?:应该|应当|应|應該|應|就)?(?:是|为|為|选|選) ?(?:选项|選項)? ?"
     + LETTER
 )
-CHOOSE_ZH = re.compile(r"(?:选择|選擇|选定|选|選)(?:的?是)? ?(?:选项|選項|答案)? ?" + LETTER)
+CHOOSE_ZH = re.compile(
+    r"(?:对应(?:的是|于)?|即|选择|選擇|选定|选|選)(?:的?是)? ?(?:选项|選項|答案)? ?" + LETTER
+)
 
 _CLAUSE_END = (
     r"(?= ?[)" + BOX_CLOSE + r"]? ?(?:[.,;:!。、\n" + BOX_CLOSE + r"]|$|because|since|to me|for me))"
@@ -132,15 +139,17 @@ IS_CORRECT = re.compile(
     + r")){0,4} (?:correct|right|best|true|answer|choice|guess|pick|accurate|match|more likely|most likely)(?! (?:"
     + _SIDE
     + r")))(?![a-z])"
-    + r"|(?i: it is)(?![a-z ])|(?i: the (?:correct|right|best) (?:answer|choice|option|one))"
+    + r"|(?i: it is)(?![a-z ])|(?i: the (?:most )?(?:correct|right|best|accurate|likely|suitable|appropriate|fitting)"
+    + r" (?:answer|choice|option|one|pick|match|description))"
+    + r"|(?i: best (?:fits|matches|describes|represents|corresponds|reflects|answers)(?![a-z]))"
     + r"|(?i: (?:fits|matches|describes \w{1,20} \w{1,20}) best(?![a-z]))"
-    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的))"
+    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的|最?(?:符合|吻合|匹配|合适|合適)))"
 )
 
 OPENING = re.compile(
     r"(?i:(?:option|choice|选项|選項) ?)?\(?([A-Za-z])"
     + NO_WORD_AFTER
-    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since ))"
+    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since | rather than ))"
 )
 CLOSING_SENTENCE = re.compile(r"[.!?。] ?\(?([A-Z])\)?[.!。]?$")
 _SIGNS = r"[^\w\n(?+#&@%]{0,4}"
@@ -150,6 +159,38 @@ BARE_LINE = re.compile(
     re.M,
 )
 LABELLED = re.compile(r"(?<![A-Za-z0-9'._-])\(?([A-Z])(?:\)|[.:](?=[ \n]|[^\W\d_]{2})) ?(?=[^\n])")
+WITH_TEXT = re.compile(r"(?<![A-Za-z0-9'._-])\(?([A-Z])\)?(?: ?[,:(=-] ?| ?[–—] ?|\. | )(?=[^\n])")
+# A sentence that gives an option's text as what something is or reads; its first group is the subject.
+PREDICATE = re.compile(
+    r"([^.,;:!?\n。，]{1,120}?)(?: (?:is|are|was|were|appears to be|seems to be|says|say|reads|read"
+    r"|shows|show|displays):? |(?:是|为|為|写着|显示为?))"
+)
+NO_SUBJECT = re.compile(
+    r"(?<![a-z])(?:option|choice|answer|might|may|could|maybe|perhaps|possibly|what|which|who|how"
+    r"|only|no|none|nothing|like|either)(?![a-z])|(?<![A-Za-z])[A-H]$|选项|答案|可能|也许|什么|哪",
+    re.I,
+)
+# A letter at the very end after a colon, dash or arrow.
+CLOSING_LETTER = re.compile(r"(?::| [-–—=]|→|->|：) ?\(?([A-Z])\)?[.!。]?$")
+CONCLUDES = re.compile(
+    r"(?i:consider|conclu|analys|reason|inspect|correct|best|answer|guess|overall|letter|since|must)|综上|结论|答案"
+)
+# What may stand before a letter that has its own text beside it; "Row C: green" is no answer.
+INTRODUCES = re.compile(
+    r"(?:^|[\n:(→。：，] ?|(?<![A-Za-z])(?i:is|be|with|matches|match|fits|to|as|option|choice|answer|namely|for|or"
+    r"|so|therefore|select|choose|pick|it's) ?|[选選是为為] ?)$"
+)
+SUPPOSED = re.compile(
+    r"(?<![a-z])(?:might|may|could|maybe|perhaps|possibly|either|if|unless|suppose|assuming|whether|what"
+    r"|unclear|unknown|unsure)(?![a-z])|可能|也许|如果|是否",
+    re.I,
+)
+STANDALONE = re.compile(r"(?<![A-Za-z0-9'._&-])\(?([A-H])" + NO_WORD_AFTER)
+JUDGED = re.compile(
+    r"^(?:(?i:option|choice|选项) ?)?\(?([A-Z])[).:：]?[^\n]{0,200}?(?<![A-Za-z])"
+    r"(?i:(correct|right|true|yes|正确|符合)|(incorrect|not correct|wrong|false|no|不正确|错误|不符合))[^\w\n?]{0,3}$",
+    re.M,
+)
 BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(([A-Z])\)")
 
 # After "A", a lower-case word other than these makes it the article.
@@ -188,7 +229,8 @@ CLAUSE_BREAK = re.compile(
 )
 _DENIAL = _any(
     "not | never | cannot | neither | nor | doubt | unlikely | unless | if | whether | suppose | assuming | wrong"
-    " | incorrect | rather than | instead of | except | without | would have been"
+    " | incorrect | eliminate | eliminated | ruled out"
+    " | rule out | excluded | exclude | least | false | rather than | instead of | except | without | would have been"
 )
 DENIED_BEFORE = re.compile(
     r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|若|如果|是否|排除", re.I

@@ -6,7 +6,9 @@ A response makes *claims*; each has a place, a letter (or "unclear") and a rank.
   3. MARKED   "Answer: ...", "Option: ...", and in Chinese;
   4. LAST     the last line is a bare letter; only if no other line opens with another letter;
   5. PROSE    "the answer is B", "I choose B", "B is correct", "so B", a response opening with "B." or "(B)";
-  6. WEAK     a last line "B) text" outside a list of options, or the only bracketed letter.
+  6. WEAK     a last line "B) text" outside a list of options; the only bracketed letter; the only letter that has
+              its own option's text beside it ("matches D (yellow)"); a response of one sentence whose predicate is one
+              option's text ("The car is blue.").
 The highest rank present decides, so a marked statement overrides the reasoning before it -- but nothing after
 it: a later claim of another letter, or two letters within the rank, make the response unparsed. A MARKED
 statement whose content is neither a letter nor one option's whole text also voids all claims before it.
@@ -23,6 +25,7 @@ from enum import IntEnum
 
 from vopd.evaluation.scoring import letter_patterns as pattern
 from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN, comparable, strip_lead_in
+from vopd.evaluation.scoring.numbers import parse_gold_number
 from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
 DEFAULT_LABELS = "ABCDEFGH"  # when the caller names no options
@@ -110,8 +113,47 @@ def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequenc
 def _match_option(claim: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
     """Letter of the only option whose text is the whole claim."""
     wanted = {comparable(claim), comparable(strip_lead_in(claim))} - {""}
+    if comparable(claim) in ("that's right", "that is right", "all right"):  # agreement, not a side
+        return None
     hits = [label for label, option in zip(labels, texts, strict=False) if comparable(option) in wanted]
+    if not hits and claim.strip(" .").isalpha():  # "seven" where the option is "7"
+        number = parse_gold_number(claim)
+        hits = [label for label, option in zip(labels, texts, strict=False) if option.strip() == number]
     return hits[0] if len(hits) == 1 else None
+
+
+def _predicate(text: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
+    """Option whose whole text is what a response of one sentence says of its subject."""
+    if len(text) > 200 or text.rstrip(".!。").count(".") or "\n" in text or text.endswith("?"):
+        return None
+    for match in pattern.PREDICATE.finditer(text):
+        subject = text[: match.end(1)]
+        if pattern.NO_SUBJECT.search(subject) or pattern.DENIED_BEFORE.search(subject):
+            return None
+        said = text[match.end() :]
+        if _is_label(said, labels) or comparable(said) in ("right", "correct", "true", "false"):
+            continue  # "You are right." agrees with somebody; it names no side
+        letter = _match_option(said, labels, texts)
+        others = (comparable(t) for label, t in zip(labels, texts, strict=False) if label != letter)
+        if letter and not any(
+            re.search(rf"(?<!\w){re.escape(o)}(?!\w)", subject.casefold()) for o in others if o
+        ):
+            return letter
+    return None
+
+
+def _with_own_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> list[re.Match[str]]:
+    """Places of the only letter that its own option's text follows directly, where words introduce it."""
+    own = {label: comparable(option) for label, option in zip(labels, texts, strict=False)}
+    found = []
+    for match in pattern.WITH_TEXT.finditer(text):
+        option = own.get(match[1])
+        rest = re.sub(r"^(?:an?|the) ", "", text[match.end() : match.end() + 400].casefold())
+        if option and rest.startswith(option) and not rest[len(option) : len(option) + 1].isalnum():
+            found.append(match)
+    if len({m[1] for m in found}) != 1:  # several are a list of the options
+        return []
+    return [m for m in found if pattern.INTRODUCES.search(text[max(0, m.start() - 30) : m.start()])]
 
 
 def _stated_text(text: str, start: int, labels: Sequence[str], texts: Sequence[str]) -> str | None:
@@ -208,6 +250,43 @@ def _prose(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
                 yield claim
 
 
+def _only_judged_right(text: str) -> re.Match[str] | None:
+    """The one line that calls its option right where every other labelled line calls its own wrong."""
+    judged = list(pattern.JUDGED.finditer(text))
+    right = [m for m in judged if m[2]]
+    labelled = {m[1] for m in pattern.LABELLED.finditer(text)}
+    return right[0] if len(right) == 1 and len(judged) > 1 and labelled <= {m[1] for m in judged} else None
+
+
+def _stands_alone(text: str, labels: Sequence[str]) -> list[re.Match[str]]:
+    """Option letters that stand alone in the text, articles and denied ones aside."""
+    found = []
+    for match in pattern.STANDALONE.finditer(text):
+        article = _is_article(text, match[1], match.end(1), False)
+        if match[1] in labels and not article and not pattern.DENIED_AFTER.match(text, match.end(1)):
+            found.append(match)
+    return found
+
+
+def _beside_its_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> Claim | None:
+    """The only letter of the response, where it follows its option's text ("blue, so (B)") or a closing colon."""
+    alone = _stands_alone(text, labels)
+    if not texts or len({m[1] for m in alone}) != 1 or any(len(option.strip()) == 1 for option in texts):
+        return None
+    match = alone[-1]
+    start = max((m.end() for m in re.finditer(r"[.!?。\n]", text[: match.start()])), default=0)
+    sentence = text[start : match.start()]
+    stated = {
+        label
+        for label, option in zip(labels, texts, strict=False)
+        if re.search(rf"(?<![a-z0-9]){re.escape(comparable(option))}(?![a-z0-9])", sentence.casefold())
+    }
+    closes = pattern.CLOSING_LETTER.search(text) and pattern.CONCLUDES.search(sentence)
+    if pattern.SUPPOSED.search(sentence) or not (stated == {match[1]} or (closes and not stated)):
+        return None
+    return _read(text, match, Rank.WEAK, "the only letter, with its option's text", labels)
+
+
 def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[Claim]:
     bare = [m for m in pattern.BARE_LINE.finditer(text) if m[1].upper() in labels]
     for match in bare:
@@ -219,10 +298,26 @@ def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
         if stated:
             yield Claim(start, stated, Rank.LAST, "last line, option text")
     label = pattern.LABELLED.match(text, start)
-    if label and label.start(1) not in _listed(text):
+    named = _match_option(text[label.end() :], labels, texts) if label else None
+    # "A: blue", where blue is option B, is an answer to a "Q:" rather than option A.
+    if label and label.start(1) not in _listed(text) and named in (None, label[1]):
         claim = _read(text, label, Rank.WEAK, "labelled last line", labels)
         if claim:
             yield claim
+    paired = _with_own_text(text, labels, texts)
+    if paired:
+        claim = _read(text, paired[-1], Rank.WEAK, "the only letter beside its own text", labels)
+        if claim:
+            yield claim
+    judged = _only_judged_right(text)
+    if judged and judged[1] in labels:
+        yield Claim(judged.start(1), judged[1], Rank.WEAK, "the only option called right")
+    alone = _beside_its_text(text, labels, texts)
+    if alone:
+        yield alone
+    predicate = _predicate(text, labels, texts)
+    if predicate:
+        yield Claim(0, predicate, Rank.WEAK, "a sentence that states one option's text")
     brackets = [m for m in pattern.BRACKETED.finditer(text) if m[1] in labels]
     if len({m[1] for m in brackets}) == 1:
         claim = _read(text, brackets[-1], Rank.WEAK, "only bracketed letter", labels)

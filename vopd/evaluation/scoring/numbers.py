@@ -50,7 +50,10 @@ _ONE_PRONOUN = re.compile(
     r"|left|\d{1,3}(?:st|nd|rd|th)) one(?![a-z])|the [a-z]{1,20} one(?![a-z])|(?<![a-z])one (?:of|by)(?![a-z])"
     r"|(?<![a-z])one (?:can|could|might|must|should)(?![a-z])"
 )
-_VAGUE = re.compile(r"(?<![a-z])(?:half|a third|a quarter|dozens?|a couple|a few)(?![a-z])")
+_VAGUE = re.compile(
+    r"(?<![a-z])(?:half|a third|a quarter|dozens?|a couple|a few|more than|less than|fewer than"
+    r"|at least|at most|up to)(?![a-z])"
+)
 _CHINESE_RUN = re.compile("[" + "".join(_CHINESE) + "]{1,3}")
 # "12. The picture shows 3 rows", "5, as 3 are red": what follows explains.
 _CLAUSE_BREAK = re.compile(r"[.;!?。](?: |$)|,? (?:because|since|as|which)(?![a-z])|, (?=[a-z])| \(")
@@ -73,10 +76,13 @@ _MARKS = [
         "conclusion",
         re.compile(
             r"(?:(?<![A-Za-z])(?i:(?:total|count|result|number|sum)(?: count| number)?(?: ?[:=]| is:?)"
-            r"|(?:so|therefore|thus|hence|in total)(?![a-z]),?)|总共|一共|共有)\s?(?=([^\n"
-            + BOX_CLOSE
-            + r"]{1,300}))"
+            r"|(?:so|therefore|thus|hence|in total|which gives|which makes|for a total of)"
+            r"(?![a-z]),?)|总共|一共|共有)\s?(?=([^\n" + BOX_CLOSE + r"]{1,300}))"
         ),
+    ),
+    (
+        "a closing sum",
+        re.compile(r"(?<![A-Za-z])(?i:total|altogether|in all)(?: of)? (\d{1,9})[^\w\n]{0,3}$"),
     ),
 ]
 
@@ -143,6 +149,8 @@ def _from_digits(text: str, match: re.Match[str]) -> list[Decimal | None]:
     if re.search(r"[A-Za-z_]$", before) or _ORDINAL.match(text, start + len(run)):
         return []
     sign = -1 if re.search(r"(?:^|[^\w)%.])-$|^-$", before) or lead.endswith(("minus ", "negative ")) else 1
+    if re.match(r" ?[x×] ?\d", text[start + len(run) :]):  # "1024x768"
+        return [None]
     if re.fullmatch(r"\d{1,3}(?:,\d{3})+(?:\.\d+)?", run):
         return [sign * Decimal(run.replace(",", ""))]
     if re.fullmatch(r"\d*\.?\d+(?:[eE][+-]?\d+)?", run):
@@ -170,7 +178,10 @@ def parse_number(text: str) -> Parsed:
     """The one number of a cleaned response (see the module docstring for the rule order)."""
     for reason, mark in _MARKS:
         claims = [(m.start(), _leading(m[1])) for m in mark.finditer(text)]
-        if reason == "conclusion":  # "the total is unclear: 3 here, 4 there" concludes nothing
+        if reason in (
+            "conclusion",
+            "a closing sum",
+        ):  # "the total is unclear: 3 here, 4 there" concludes nothing
             claims = [(place, value) for place, value in claims if value]
         if claims:
             later = {v for m in _MARKS[1:3] for v in _after(text, m[1], claims[-1][0])}
@@ -186,7 +197,7 @@ def parse_number(text: str) -> Parsed:
         )
     if is_refusal(text):
         return unparsed("a refusal")
-    value = _single(text)
+    value = _single(text) or _single(text.split(" (", 1)[0])  # "8 boats (3 white, 5 blue)"
     if value is None:
         return unparsed("several numbers" if numbers_in(text) else "no number is stated")
     return parsed(value, "only number")

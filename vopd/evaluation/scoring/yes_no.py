@@ -13,7 +13,8 @@ import re
 from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN
 from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
-_WORD = r"(?i:(yes|no)(?![a-z'/]))"
+_WORD = r"(?i:(yes|no|yep|yeah|nope)(?![a-z'/]))"
+_SAYS = {"yes": "yes", "yep": "yes", "yeah": "yes", "no": "no", "nope": "no"}
 _CHINESE = {
     **dict.fromkeys(("是", "是的", "有", "有的", "对", "对的"), "yes"),
     **dict.fromkeys(("否", "不是", "没有", "不", "不对"), "no"),
@@ -42,9 +43,13 @@ _MARKED = re.compile(
     r"(?<![A-Za-z])(?i:(?:answer|response|conclusion|ans)(?: here)?(?: ?[:=]| is:?|\n| -)|(?:答案|答)(?:是|为"
     r"|:)) ?\(?" + _FILL + _WORD + _ENDS
 )
-_LAST = re.compile(r"(?:^|\n)\(?" + _WORD + r"\)?[.!。]?$")
+_LAST = re.compile(
+    r"(?:^|\n|, |[–—] ?|(?<![A-Za-z])(?i:unfortunately|sadly|yes|no|simply|definitely) )\(?"
+    + _WORD
+    + r"\)?[.!。]?$"
+)
 _SENTENCE = re.compile(
-    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|or|it's"
+    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|wait|or|it's"
     r"|it is|i'd say|i would say|i think|i believe),? (?:a )?)\(?" + _WORD + _ENDS
 )
 _ECHO = re.compile(r" ?\(yes ?(?:/|or) ?no\)", re.I)  # the question's "(yes or no)" repeated
@@ -62,17 +67,19 @@ def parse_yes_no(text: str) -> Parsed:
     bare = text.strip(" .!。,\n" + BOX_OPEN + BOX_CLOSE)
     if bare in _CHINESE:
         return parsed(_CHINESE[bare], "whole response")
-    chinese = re.match(r"(是的|不是|没有|有的|对的|不对|是|否|有|对)[,。.!\n]", text) or re.search(
-        r"答案(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
+    chinese = re.match(r"(是的|不是|没有|有的|对的|不对|是|否|有|对|不)[,。.!\n]", text) or re.search(
+        r"(?:答案|所以|因此)(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
     )
     if chinese:
         return parsed(_CHINESE[chinese[1]], "Chinese yes/no")
-    final_claims = [(m.end(), "final answer", (m[1] or m[2]).lower()) for m in _FINAL.finditer(text)]
-    marked = [(m.end(), "marked answer", m[1].lower()) for m in _MARKED.finditer(text)]
+    final_claims = [(m.end(), "final answer", _SAYS[(m[1] or m[2]).lower()]) for m in _FINAL.finditer(text)]
+    marked = [(m.end(), "marked answer", _SAYS[m[1].lower()]) for m in _MARKED.finditer(text)]
     if not final_claims and not marked and _NOT_AN_ANSWER.search(text):
         return unparsed("both words, or a refusal")
-    last = [(m.end(), "last line", m[1].lower()) for m in _LAST.finditer(text)]
-    sentence = [(m.end(), "opening word of a sentence", m[1].lower()) for m in _SENTENCE.finditer(text)]
+    last = [(m.end(), "last line", _SAYS[m[1].lower()]) for m in _LAST.finditer(text)]
+    sentence = [
+        (m.end(), "opening word of a sentence", _SAYS[m[1].lower()]) for m in _SENTENCE.finditer(text)
+    ]
     for claims in (final_claims, marked, last, sentence):
         if not claims:
             continue

@@ -1,0 +1,218 @@
+"""Settings of a synthesis: class defaults are the parent paper's, a YAML file and words come on top.
+
+"ZwZ" in a comment is arXiv 2602.11858; "ours" marks what the paper does not say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from data.synthesis import proposers
+from vopd.errors import UserError
+
+
+@dataclass
+class Server:
+    """An OpenAI-compatible server. The key is read from the environment variable OPENAI_API_KEY, if there is one."""
+
+    base_url: str = "http://127.0.0.1:8000/v1"
+    model: str = MISSING
+    concurrency: int = 16  # ours, as all below
+    timeout_s: float = 120.0
+    tries: int = 6
+    first_wait_s: float = 1.0  # doubled at each try, with jitter
+    longest_wait_s: float = 60.0
+    max_tokens: int = 512
+    price_in: float = 0.0  # per million tokens, in any one currency
+    price_out: float = 0.0
+
+
+@dataclass
+class Propose:
+    """Where to look. zero_shot_detection needs `detector`, a model for transformers' pipeline of that name."""
+
+    proposer: str = "opencv"  # ZwZ: SAM3 on objects that a multimodal model lists
+    detector: str = ""
+    per_image: int = 10  # ours: the best so many regions
+
+
+@dataclass
+class Filter:
+    """Which images and regions are worth asking about."""
+
+    min_width: int = 1200  # ZwZ: images larger than 1200 x 1200
+    min_height: int = 1200
+    min_score: float = 0.75  # ZwZ, of SAM3; the opencv proposer's score is a rank within the image
+    max_area: float = 0.1  # ZwZ: area ratio below
+    min_side: int = 28  # ours: 56 pixels once enlarged
+
+
+@dataclass
+class Crop:
+    """The enlarged region."""
+
+    enlarge: int = 2  # ZwZ, Lanczos
+    jpeg_quality: int = 95  # ZwZ
+
+
+@dataclass
+class Ask:
+    """Questions about one crop, and the check of each of them."""
+
+    questions: int = 3  # ZwZ
+    temperature: float = 0.9  # ZwZ
+    top_p: float = 0.8  # ZwZ
+
+
+@dataclass
+class Answer:
+    """Answers to one question, and how many must agree."""
+
+    samples: int = 8  # ZwZ
+    temperature: float = 0.7  # ZwZ
+    consensus: float = 0.75  # ZwZ: at least this share of all samples, unusable ones included
+
+
+@dataclass
+class Box:
+    """The red frame in the full image, and the sentence that points at it."""
+
+    expand: float = 0.05  # ZwZ
+    width: int = 5  # ZwZ, pixels
+    hint: str = "Only look inside the red box."  # ours
+
+
+@dataclass
+class Difficulty:
+    """Rows that a small model gets right too often from the full image are dropped; no model, no filter."""
+
+    model: str = ""
+    base_url: str = ""  # empty: the same server
+    samples: int = 4  # ZwZ
+    drop_at: int = 2  # ZwZ: right answers that make a row too easy
+    temperature: float = 0.7  # ours
+
+
+@dataclass
+class Transforms:
+    """Shares of the rows (0 to 1) that a transform replaces; see data/transforms.py."""
+
+    overlay: float = 0.0
+    rendered_text: float = 0.0
+
+
+@dataclass
+class Synthesis:
+    """Everything `python -m data.synthesize` can be told."""
+
+    images: str = MISSING
+    out: str = MISSING
+    source: str = MISSING  # what the images are, for the rows' column and the datasheet
+    licence: str = MISSING  # theirs
+    seed: int = 0
+    server: Server = field(default_factory=Server)
+    propose: Propose = field(default_factory=Propose)
+    filter: Filter = field(default_factory=Filter)
+    crop: Crop = field(default_factory=Crop)
+    ask: Ask = field(default_factory=Ask)
+    answer: Answer = field(default_factory=Answer)
+    box: Box = field(default_factory=Box)
+    difficulty: Difficulty = field(default_factory=Difficulty)
+    transforms: Transforms = field(default_factory=Transforms)
+
+
+# What may differ when a run goes on: how requests travel, not what they say.
+TRANSPORT = (
+    "out",
+    "images",
+    "server.base_url",
+    "server.concurrency",
+    "server.timeout_s",
+    "server.tries",
+    "server.first_wait_s",
+    "server.longest_wait_s",
+    "server.price_in",
+    "server.price_out",
+    "difficulty.base_url",
+)
+
+
+def load(words: list[str]) -> DictConfig:
+    """Settings from an optional YAML file (the first word) and key=value words; raises `UserError`."""
+    layers = [OmegaConf.structured(Synthesis)]
+    if words and words[0].endswith((".yaml", ".yml")):
+        layers.append(_read(Path(words[0])))
+        words = words[1:]
+    wrong = [word for word in words if "=" not in word]
+    if wrong:
+        raise UserError(
+            f"'{wrong[0]}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
+        )
+    try:
+        config = OmegaConf.merge(*layers, OmegaConf.from_dotlist(words))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise UserError(f"Setting not understood: {str(error).splitlines()[0]}") from error
+    assert isinstance(config, DictConfig)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=...")
+    _check(config)
+    return config
+
+
+def _read(path: Path) -> DictConfig:
+    try:
+        content = OmegaConf.load(path)
+    except (YAMLError, OSError) as error:
+        raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from error
+    if not isinstance(content, DictConfig):
+        raise UserError(f"{path}: a mapping of keys is expected.")
+    return content
+
+
+def _check(config: DictConfig) -> None:
+    shares = {
+        "answer.consensus": config.answer.consensus,
+        "transforms.overlay": config.transforms.overlay,
+        "transforms.rendered_text": config.transforms.rendered_text,
+    }
+    for key, value in shares.items():
+        if not 0 <= value <= 1:
+            raise UserError(f"{key}={value} is not a share; give a number from 0 to 1.")
+    counts = (
+        "server.concurrency",
+        "server.tries",
+        "crop.enlarge",
+        "ask.questions",
+        "answer.samples",
+        "box.width",
+    )
+    for key in counts:
+        if OmegaConf.select(config, key) < 1:
+            raise UserError(f"{key} must be at least 1.")
+    if config.propose.proposer not in proposers.PROPOSERS:
+        known = ", ".join(sorted(proposers.PROPOSERS))
+        raise UserError(f"propose.proposer={config.propose.proposer} is unknown; use one of {known}.")
+    if config.propose.proposer == "zero_shot_detection" and not config.propose.detector:
+        raise UserError("propose.detector has no value; the zero_shot_detection proposer needs a model.")
+
+
+def differences(first: DictConfig, second: DictConfig) -> list[str]:
+    """Keys, TRANSPORT aside, whose values differ."""
+    keys = [*_leaves(first), *_leaves(second)]
+    return sorted(
+        {k for k in keys if k not in TRANSPORT and OmegaConf.select(first, k) != OmegaConf.select(second, k)}
+    )
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> list[str]:
+    found = []
+    for key, value in config.items():
+        name = f"{prefix}{key}"
+        found += _leaves(value, f"{name}.") if isinstance(value, DictConfig) else [name]
+    return found

@@ -1,0 +1,78 @@
+"""The datasheet of a synthesised set: what went in, what each stage left out and why, what it cost, how it was made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+if TYPE_CHECKING:
+    from data.synthesis.pipeline import Stage
+
+MILLION = 1e6
+
+
+def write(path: Path, config: DictConfig, stages: list[Stage], rows: list[dict[str, Any]]) -> None:
+    """Write the sheet as markdown."""
+    answers = Counter(row["answer"] for row in rows)
+    families = Counter(row["family"] for row in rows)
+    text = f"""# {config.source}, synthesised
+
+{len(rows)} rows in `train.parquet`, made by `python -m data.synthesize` from the images of {config.source}.
+
+- **Licence of the images:** {config.licence}. Questions, answers and options come from `{config.server.model}`; its
+  licence may bind their use.
+- **Method:** after ZwZ (arXiv 2602.11858). Regions by `{_proposer(config)}`.
+- **Small model of the difficulty filter:** {config.difficulty.model or "none, so nothing was filtered by difficulty"}.
+- **Right letters:** {_counts(answers)}.
+- **Families:** {_counts(families)}.
+- **Known problems:** answers are what one model agrees with itself on, not what is true. The set was not compared with
+  any benchmark: `python -m data.audit` does that.
+
+## Stages
+
+An item is an image up to `filter`, whose reasons count regions, then a region, from `validate` on a question, and in
+`answer` and `difficulty` one sample of one.
+
+| stage | in | out | rejected, by reason | unanswered | tokens in | tokens out | cost |
+|---|---|---|---|---|---|---|---|
+{chr(10).join(_line(stage, config) for stage in stages)}
+
+## Settings
+
+```yaml
+{OmegaConf.to_yaml(config).rstrip()}
+```
+"""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def _proposer(config: DictConfig) -> str:
+    detector = config.propose.detector
+    return f"{config.propose.proposer} {detector}".strip()
+
+
+def _counts(counter: Counter[str]) -> str:
+    return ", ".join(f"{key} {count}" for key, count in sorted(counter.items())) or "none"
+
+
+def _line(stage: Stage, config: DictConfig) -> str:
+    records = list(stage.journal.records.values())
+    reasons = Counter(r["reason"] for r in records if r["reason"] is not None)
+    accepted = len(records) - reasons.total()
+    for record in records:
+        reasons.update(record.get("against", {}))
+    tokens = [sum(r.get("tokens", (0, 0))[side] for r in records) for side in (0, 1)]
+    # The small model of the difficulty filter has a price of its own, which is not asked for.
+    priced = stage.name != "difficulty"
+    cost = (
+        (tokens[0] * config.server.price_in + tokens[1] * config.server.price_out) / MILLION
+        if priced
+        else 0.0
+    )
+    cells = [stage.name, stage.taken, accepted, _counts(reasons), stage.unanswered, *tokens, f"{cost:.4f}"]
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"

@@ -1,0 +1,39 @@
+"""Makes triplets from a folder of images: `python -m data.synthesize [SETTINGS.yaml] key=value ...`.
+
+Run the same words again to go on after an interruption. `--help` prints every key with its default.
+"""
+
+import json
+import sys
+
+from omegaconf import OmegaConf
+
+from data.synthesis import config
+from data.synthesis.pipeline import synthesize
+from vopd.errors import UserError
+
+
+def main(words: list[str]) -> int:
+    """Exit code 0; 2 for bad input or a server that does not answer; 1 when single requests stayed unanswered."""
+    if "--help" in words or "-h" in words:
+        print(f"{__doc__}\n{OmegaConf.to_yaml(OmegaConf.structured(config.Synthesis))}")
+        return 0
+    try:
+        result = synthesize(config.load(words))
+    except UserError as error:
+        print(f"data.synthesize: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("data.synthesize: interrupted; the same command goes on from here.", file=sys.stderr)
+        return 130
+    print(json.dumps(result))
+    if result["unanswered"]:
+        print(
+            "data.synthesize: some requests stayed unanswered; the same command asks them again.",
+            file=sys.stderr,
+        )
+    return 1 if result["unanswered"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,404 @@
+"""Checks a data set before anyone trains on it: `python -m data.validate PATH [--model DIR] [--quarantine OUT]`.
+
+PATH is a folder of splits (or one parquet file). Every row is read once, its images decoded, and compared with what a
+triplet promises; then the set as a whole. Findings are listed by kind with row ids. Kinds that block keep the folder
+from its stamp (`data/stamp.py`), without which training refuses it. `--quarantine OUT` writes the rows without a
+blocking finding to OUT, the others' ids and reasons to OUT/quarantined.jsonl, and validates OUT.
+
+Memory does not grow with rows, but for an id (some tens of bytes) and a 64-bit image hash a row.
+"""
+
+import argparse
+import json
+import os
+import sys
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from PIL import Image
+from scipy.special import chdtrc
+from tqdm import tqdm
+
+from data import crop_match, near_duplicates, schema, stamp, transforms
+from vopd.errors import UserError
+from vopd.evaluation.scoring import ANSWER_TYPES
+from vopd.preflight import prompt_lengths
+
+BLOCKING = {
+    "schema": "a column is missing or holds what it may not",
+    "unreadable": "an image does not decode to its end, is missing, or is not PNG, JPEG or WebP",
+    "size": f"an image has more than {schema.MAX_PIXELS} pixels (a bomb) or a side under 16",
+    "box": "the box is not inside the image",
+    "area": "the box covers a tenth of the image or more",
+    "crop": "the crop does not show what the box encloses",
+    "options": "fewer than two options, an empty one, or two that read the same",
+    "answer": "the answer is not the letter of one of the options, or is empty",
+    "hint": "there is no hint sentence in the question",
+    "duplicate": "the id was there before",
+    "leak": "the image is (nearly) one of a more protected split",
+    "length": "the prompt is longer than the limit",
+}
+WARNING = {
+    "near-duplicate": "the image is (nearly) that of an earlier row of the split",
+    "balance": "right letters are not evenly spread (chi-squared test, p < 0.001)",
+}
+KINDS = BLOCKING | WARNING
+MAX_AREA = 0.1
+MIN_SIDE = 16
+BALANCE_P = 1e-3
+LISTED = 8
+PROTECTED = ("train", "validation", "holdout", "test")
+"""From the first split that gives up a row which another one has too, to the last; unknown splits come first."""
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong. number: of the row in its split, from 0; None and id "" for a split as a whole."""
+
+    split: str
+    number: int | None
+    id: str
+    kind: str
+    reason: str
+
+
+@dataclass
+class Report:
+    """What validation found. rows, letters (right answers) and hashes are by split."""
+
+    findings: list[Finding] = field(default_factory=list)
+    rows: dict[str, int] = field(default_factory=dict)
+    letters: dict[str, Counter[str]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def blocking(self) -> list[Finding]:
+        return [f for f in self.findings if f.kind in BLOCKING]
+
+    @property
+    def warnings(self) -> dict[str, int]:
+        return dict(Counter(f.kind for f in self.findings if f.kind in WARNING))
+
+    def text(self) -> str:
+        """Findings by kind, the first few ids of each, and the right letters of each split."""
+        lines = []
+        for kind, what in KINDS.items():
+            found = [f for f in self.findings if f.kind == kind]
+            if found:
+                lines.append(f"{'warning' if kind in WARNING else 'BAD'}: {kind}: {len(found)} ({what})")
+                lines += [f"    {f.split} {f.id or '(split)'}: {f.reason}" for f in found[:LISTED]]
+                lines += [f"    ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
+        for split, count in self.rows.items():
+            spread = " ".join(f"{k} {v}" for k, v in sorted(self.letters[split].items()))
+            lines.append(f"{split}: {count} rows; right letters: {spread or 'none'}")
+        bad = len({(f.split, f.number) for f in self.blocking})
+        lines.append(f"{bad} bad rows of {sum(self.rows.values())}")
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """How long a prompt may be, for which model. template: extra arguments of its chat template."""
+
+    processor: Any
+    limit: int
+    template: Mapping[str, Any] = field(default_factory=dict)
+    views: tuple[str, ...] = ("full", "crop")
+
+
+# ---- one row --------------------------------------------------------------------------------------------------------
+
+
+def row_problems(row: Mapping[str, Any], folder: Path) -> tuple[list[tuple[str, str]], int | None]:
+    """(kind, reason) for everything wrong with a row taken alone, and its image's perceptual hash if it has one."""
+    absent = [c for c in schema.COLUMNS if row.get(c) is None and c != "original"]
+    if absent:
+        return [("schema", f"column {absent[0]!r} is empty")], None
+    found = list(_text_problems(row))
+    pictures: dict[str, Image.Image] = {}
+    for column in schema.ALL_IMAGES:
+        if row[column] is None:
+            continue
+        try:
+            pictures[column] = schema.decode_image(row[column], folder)
+        except schema.ImageTooLargeError as error:
+            found.append(("size", f"{column} {error}"))
+            continue
+        except UserError as error:
+            found.append(("unreadable", f"{column} {error}"))
+            continue
+        if min(pictures[column].size) < MIN_SIDE:
+            found.append(("size", f"{column} is {pictures[column].width} x {pictures[column].height}"))
+    if "image" not in pictures:
+        return found, None
+    found += _place_problems(row, pictures)
+    return found, near_duplicates.perceptual_hash(pictures["image"])
+
+
+def _text_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    question, hint, options = row["question"], row["hint"], row["options"]
+    if not question.strip() or "<image>" in question:
+        yield "schema", "question is empty or holds an <image> marker"
+    if row["answer_type"] not in ANSWER_TYPES:
+        yield "schema", f"answer_type {row['answer_type']!r} is none of {', '.join(sorted(ANSWER_TYPES))}"
+    if not hint.strip() or hint not in question:
+        yield "hint", "hint is empty" if not hint.strip() else "hint is not part of the question"
+    if row["answer_type"] == "letter":
+        read = [" ".join(str(option).casefold().split()) for option in options]
+        if len(read) < 2 or "" in read:
+            yield "options", f"{len(read)} options" + (", one of them empty" if "" in read else "")
+        elif len(set(read)) < len(read):
+            twice = next(option for option, count in Counter(read).items() if count > 1)
+            yield "options", f"{twice!r} is there twice"
+        if row["answer"] not in schema.letters(options):
+            yield "answer", f"{row['answer']!r} is not the letter of one of {len(options)} options"
+    elif not row["answer"].strip():
+        yield "answer", "answer is empty"
+
+
+def _place_problems(row: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> Iterator[tuple[str, str]]:
+    image, box = pictures["image"], tuple(row["box"])
+    if not (0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
+        yield "box", f"{list(box)} in an image of {image.width} x {image.height}"
+        return
+    area = (box[2] - box[0]) * (box[3] - box[1]) / (image.width * image.height)
+    if area >= MAX_AREA:
+        yield "area", f"box covers {area:.3f} of the image"
+    original = pictures.get("original")
+    if original is not None and original.size != image.size:
+        yield "size", f"original is {original.size}, image {image.size}"
+    if "crop" in pictures and not row["family"].startswith(transforms.RENDERED):
+        match = crop_match.match(image, pictures["crop"], box)  # type: ignore[arg-type]
+        if not match.matches:
+            where = (
+                f"fits best {match.offset[0]:+.0f}, {match.offset[1]:+.0f} pixels away"
+                if (match.best >= crop_match.SCORE)
+                else f"fits nowhere near the box (correlation {match.best:.2f})"
+            )
+            yield "crop", where
+
+
+# ---- the set --------------------------------------------------------------------------------------------------------
+
+
+class _Seen:
+    """What is kept of every row, for checks of the set as a whole."""
+
+    def __init__(self) -> None:
+        self.ids: dict[str, None] = {}
+        self.splits: list[str] = []
+        self.split_of, self.number_of, self.hash_of = array("H"), array("Q"), array("Q")
+        self.hashed_ids: list[str] = []
+
+    def image(self, split: str, number: int, id_: str, hash_: int) -> None:
+        if split not in self.splits:
+            self.splits.append(split)
+        self.split_of.append(self.splits.index(split))
+        self.number_of.append(number)
+        self.hash_of.append(hash_)
+        self.hashed_ids.append(id_)
+
+    def findings(self) -> Iterator[Finding]:
+        """Rows whose image a row of their split had before, or of a more protected split has."""
+        group_N = near_duplicates.groups(np.frombuffer(self.hash_of, dtype=np.uint64))
+        members: dict[int, list[int]] = defaultdict(list)
+        for i, group in enumerate(group_N.tolist()):
+            if group != i:
+                members[group].append(i)
+        for first, others in members.items():
+            yield from self._group([first, *others])
+
+    def _group(self, group: list[int]) -> Iterator[Finding]:
+        keeper = max(group, key=lambda i: (_protection(self.splits[self.split_of[i]]), -i))
+        first_of: dict[int, int] = {}
+        for i in group:
+            split = self.splits[self.split_of[i]]
+            first = first_of.setdefault(self.split_of[i], i)
+            if self.split_of[i] != self.split_of[keeper]:
+                other = f"{self.splits[self.split_of[keeper]]} {self.hashed_ids[keeper]}"
+                yield Finding(split, self.number_of[i], self.hashed_ids[i], "leak", f"looks like {other}")
+            if first != i:
+                reason = f"looks like {self.hashed_ids[first]}"
+                yield Finding(split, self.number_of[i], self.hashed_ids[i], "near-duplicate", reason)
+
+
+def _protection(split: str) -> int:
+    return PROTECTED.index(split) if split in PROTECTED else -1
+
+
+def _balance(split: str, letters: Counter[str]) -> Iterator[Finding]:
+    counts = np.array([letters[letter] for letter in sorted(letters)], dtype=float)
+    if len(counts) < 2:
+        return
+    statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+    if chdtrc(len(counts) - 1, statistic) < BALANCE_P:
+        spread = ", ".join(f"{k} {letters[k] / counts.sum():.1%}" for k in sorted(letters))
+        yield Finding(split, None, "", "balance", spread)
+
+
+def validate(paths: Iterable[Path], prompts: Prompts | None = None) -> Report:
+    """Everything wrong with these splits, read together; `UserError` if one cannot be read at all."""
+    report, seen = Report(), _Seen()
+    cv2.setNumThreads(1)  # rows are spread over threads already
+    threads = min(8, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads) as pool:
+        for path in paths:
+            _validate_split(path, prompts, report, seen, pool)
+    report.findings += seen.findings()
+    report.findings += [f for split, letters in report.letters.items() for f in _balance(split, letters)]
+    return report
+
+
+def _validate_split(
+    path: Path, prompts: Prompts | None, report: Report, seen: _Seen, pool: ThreadPoolExecutor
+) -> None:
+    split, folder = path.stem, path.parent
+    report.hashes[split] = schema.split_hash(path)
+    report.letters[split] = letters = Counter()
+    number, progress = 0, tqdm(desc=f"validate {split}", total=schema.count_rows(path), unit="row")
+    for group in schema.batched_rows(schema.rows(path), 64):
+        results = pool.map(lambda row: row_problems(row, folder), group)
+        for offset, (row, (found, hash_)) in enumerate(zip(group, results, strict=True)):
+            id_ = row["id"] or ""
+            if id_ in seen.ids:
+                found.append(("duplicate", "this id was there before"))
+            seen.ids[id_] = None
+            report.findings += [Finding(split, number + offset, id_, *problem) for problem in found]
+            if hash_ is not None:
+                seen.image(split, number + offset, id_, hash_)
+            if row["answer_type"] == "letter" and row["answer"] is not None:
+                letters[row["answer"]] += 1
+        if prompts:
+            report.findings += _too_long(group, prompts, split, number, folder)
+        number += len(group)
+        progress.update(len(group))
+    progress.close()
+    if number == 0:
+        raise UserError(f"{path}: holds no rows; prepare the data set again.")
+    report.rows[split] = number
+
+
+def _too_long(
+    rows: list[dict[str, Any]], prompts: Prompts, split: str, number: int, folder: Path
+) -> Iterator[Finding]:
+    sized = []
+    for i, row in enumerate(rows):
+        with suppress(UserError, TypeError):  # such a row has another finding already
+            sized.append((i, schema.outline(row, folder)))
+    for view in prompts.views:
+        lengths = prompt_lengths([row for _, row in sized], prompts.processor, view, prompts.template)
+        for (i, row), length in zip(sized, lengths, strict=True):
+            if length > prompts.limit:
+                reason = f"{length} tokens in the {view} view, the limit is {prompts.limit}"
+                yield Finding(split, number + i, row["id"], "length", reason)
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+
+def splits_of(path: Path) -> list[Path]:
+    """The splits to check: all of a folder, or the one that a parquet file is."""
+    if path.is_dir():
+        found = schema.splits(path)
+        if not found:
+            raise UserError(f"{path}: holds no parquet file; prepare the data set first.")
+        return found
+    schema.shards(path)
+    return [path]
+
+
+def stamped(folder: Path, prompts: Prompts | None = None) -> Report:
+    """Validates a folder and gives it a stamp, or takes the one it has away if a finding blocks."""
+    report = validate(splits_of(folder), prompts)
+    if report.blocking:
+        stamp.remove(folder)
+    else:
+        stamp.write(folder, report.rows, report.hashes, report.warnings)
+    return report
+
+
+def quarantine(paths: Iterable[Path], report: Report, out: Path) -> None:
+    """Writes rows without a blocking finding to `out`, and out/quarantined.jsonl with the others and the reasons.
+
+    Image files that rows name by path go along (as hard links where the file system allows).
+    """
+    bad: dict[tuple[str, int], list[Finding]] = defaultdict(list)
+    for finding in report.blocking:
+        bad[finding.split, finding.number or 0].append(finding)
+    out.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        if path.parent.resolve() == out.resolve():
+            raise UserError(f"{out}: is the data set itself; give --quarantine another folder.")
+        good = (row for i, row in enumerate(schema.rows(path)) if (path.stem, i) not in bad)
+        moved = _with_files(good, path.parent, out)
+        size = len(schema.shards(path))
+        target = out / path.name
+        if size == 1:
+            schema.write(moved, target)
+        else:
+            schema.write_shards(moved, target, -(-report.rows[path.stem] // size))
+    with (out / "quarantined.jsonl").open("w") as file:
+        for (split, number), findings in sorted(bad.items()):
+            line = {"split": split, "row": number, "id": findings[0].id}
+            file.write(json.dumps(line | {"reasons": {f.kind: f.reason for f in findings}}) + "\n")
+
+
+def _with_files(rows: Iterable[dict[str, Any]], folder: Path, out: Path) -> Iterator[dict[str, Any]]:
+    for row in rows:
+        for column in schema.ALL_IMAGES:
+            name = row[column] and row[column]["bytes"] is None and row[column]["path"]
+            if name and not (out / name).exists():
+                (out / name).parent.mkdir(parents=True, exist_ok=True)
+                schema.link_or_copy(schema.image_file(name, folder), out / name)
+        yield row
+
+
+def prompts_for(model: str, limit: int) -> Prompts:
+    """The processor of a model folder or hub id."""
+    from transformers import AutoProcessor  # slow to import, and needed with --model only
+
+    try:
+        return Prompts(AutoProcessor.from_pretrained(model), limit)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{model}: no processor could be loaded ({str(error).splitlines()[0]}).") from error
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0 if nothing blocks (or what does was quarantined), else 2."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("path", type=Path, help="folder of splits, or one parquet file (which gets no stamp)")
+    parser.add_argument("--model", help="model folder or hub id: check prompt lengths for it")
+    parser.add_argument("--max-prompt-tokens", type=int, default=8192)
+    parser.add_argument("--quarantine", type=Path, metavar="OUT", help="write good rows and bad ones apart")
+    args = parser.parse_args(arguments)
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"data.validate: {error}", file=sys.stderr)
+        return UserError.exit_code
+
+
+def _run(args: argparse.Namespace) -> int:
+    prompts = prompts_for(args.model, args.max_prompt_tokens) if args.model else None
+    paths = splits_of(args.path)
+    report = stamped(args.path, prompts) if args.path.is_dir() else validate(paths, prompts)
+    print(report.text())
+    if args.quarantine and report.blocking:
+        quarantine(paths, report, args.quarantine)
+        rest = stamped(args.quarantine, prompts)
+        print(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}")
+        report = rest
+    return UserError.exit_code if report.blocking else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,349 @@
+"""The published triplets in one command: `python -m data.vision_opd_6k prepare [--source DIR] --out DIR`.
+
+Stages, each of which goes on where it was interrupted: fetch (hub, or a folder in the published layout), compare with
+what the folder was begun with, extract, read every row (texts, box, crop, image hash -> work/rows.jsonl), split, write
+parquet, validate. Rows name their images by path, so nothing is stored twice. A row that cannot be read is listed with
+its reason in left_out.jsonl; if more than a tenth cannot, there is an error instead of a data set.
+
+The published set has training rows only. Validation and test rows are held out here: whole groups of rows that share
+(nearly) one image, drawn by seed. There is no hold-out family. Results on this test split are not the paper's.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from tqdm import tqdm
+
+from data import crop_match, near_duplicates, schema, stamp, validate
+from data.vision_opd_6k import boxes, source
+from data.vision_opd_6k.archive import extract, parts_of, safe_name
+from data.vision_opd_6k.question import read_question
+from vopd.errors import UserError
+
+DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
+SAMPLE = 64
+MOST_LEFT_OUT = 0.1
+BATCH = 64
+LINE_BYTES = 2**20
+LICENCE = f"as stated on the card of {source.HUB_ID}"
+SPLITS = ("train", "validation", "test")
+
+
+def prepare(
+    out: Path,
+    local: Path | None = None,
+    revision: str | None = None,
+    choices: dict[str, int | None] | None = None,
+) -> dict[str, Any]:
+    """Makes sure that `out` holds the prepared, validated splits; returns meta.json's content.
+
+    local: folder in the published layout; None: the hub. revision: of the hub, None: the one begun with, or the newest.
+    choices: most rows of `validation` and `test`, and the `seed` that draws them; None: as before, or `DEFAULTS`.
+    """
+    meta_file = out / "meta.json"
+    before: dict[str, Any] = json.loads(meta_file.read_text()) if meta_file.is_file() else {}
+    given = {key: value for key, value in (choices or {}).items() if value is not None}
+    chosen = {key: given.get(key, before.get(key, default)) for key, default in DEFAULTS.items()}
+    settings = {**chosen, "code": _code()}
+    asked_for_more = local is not None or revision is not None
+    if not asked_for_more and (out / stamp.NAME).is_file() and settings.items() <= before.items():
+        return before
+    folder = local or source.fetch(out, revision)
+    record = source.check_unchanged(out, folder)
+    work = _Work(out, source.revision_of(record))
+    work.extract(folder)
+    work.read_rows(folder / source.ROWS_FILE)
+    rows = work.write_splits({split: chosen[split] for split in ("test", "validation")}, chosen["seed"])
+    report = validate.stamped(out)
+    print(report.text())
+    if report.blocking:
+        raise UserError(
+            f"{out}: converted, but some rows did not pass; `python -m data.validate {out} --quarantine OTHER` "
+            "makes a data set of the rest."
+        )
+    meta = settings | {
+        "revision": work.revision,
+        "bbox": str(work.reading),
+        "rows": rows,
+        "left_out": work.left_out,
+    }
+    _write_json(meta_file, meta)
+    return meta
+
+
+def _code() -> str:
+    """Hash of the code that decides what a row becomes."""
+    digest = hashlib.sha256()
+    files = [
+        *Path(__file__).parent.glob("*.py"),
+        *(Path(m.__file__) for m in (schema, near_duplicates, crop_match) if m.__file__),
+    ]
+    for file in sorted(files):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _write_json(file: Path, content: Any) -> None:
+    partial = file.with_name(f"{file.name}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(file)
+
+
+class _Work:
+    """The stages after the files are there. What is done stands in work/state.json and work/rows.jsonl."""
+
+    def __init__(self, out: Path, revision: str) -> None:
+        self.out, self.revision = out, revision
+        self.folder = out / "work"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows_file, self.state_file = self.folder / "rows.jsonl", self.folder / "state.json"
+        self.state = {"code": _code(), "extracted": {}, "reading": None}
+        if self.state_file.is_file():
+            found = json.loads(self.state_file.read_text())
+            if found["code"] == self.state["code"]:
+                self.state = found
+            else:  # other code may read rows otherwise; what was extracted stays
+                self.state["extracted"] = found["extracted"]
+                self.rows_file.unlink(missing_ok=True)
+        self.left_out = 0
+
+    @property
+    def reading(self) -> boxes.Reading:
+        name, growth = self.state["reading"]
+        return boxes.Reading(name, growth)
+
+    def _save(self) -> None:
+        _write_json(self.state_file, self.state)
+
+    # ---- extract ----------------------------------------------------------------------------------------------------
+
+    def extract(self, folder: Path) -> None:
+        """Both archives, next to the parquet files to be."""
+        for name, archive in source.ARCHIVES.items():
+            if name in self.state["extracted"]:
+                continue
+            files = extract(parts_of(folder / name, archive), self.out / name)
+            self.state["extracted"][name] = sum(
+                1 for _ in tqdm(files, desc=f"extracting {name}", unit="file")
+            )
+            self._save()
+
+    def _image(self, name: str, given: Any) -> dict[str, Any]:
+        """The cell for a path in a published row; archives may or may not hold the folder's name. `ValueError`."""
+        if not isinstance(given, list) or len(given) != 1 or not isinstance(given[0], str):
+            raise ValueError(f"{name} is not a list of one path")
+        path = safe_name(given[0])
+        inner = path.relative_to(name) if path.parts[0] == name and len(path.parts) > 1 else path
+        for candidate in (Path(name) / inner, Path(name) / path):
+            if (self.out / candidate).is_file():
+                return {"bytes": None, "path": candidate.as_posix()}
+        raise ValueError(f"{given[0]} is not in the archive")
+
+    # ---- rows -------------------------------------------------------------------------------------------------------
+
+    def read_rows(self, file: Path) -> None:
+        """Appends what every line of train.jsonl becomes to work/rows.jsonl."""
+        cv2.setNumThreads(1)
+        total = sum(1 for _ in _lines(file))
+        if self.state["reading"] is None:
+            found = boxes.find_reading(self._sample(file, total))
+            self.state["reading"] = [found.name, found.growth]
+            self._save()
+        done = _whole_lines(self.rows_file)
+        lines = islice(_lines(file), done, None)
+        threads = min(8, len(os.sched_getaffinity(0)))
+        with self.rows_file.open("a") as rows, ThreadPoolExecutor(threads) as pool:
+            progress = tqdm(desc="reading rows", initial=done, total=total, unit="row")
+            while batch := list(islice(lines, BATCH)):
+                for result in pool.map(self._result, range(done, done + len(batch)), batch):
+                    rows.write(json.dumps(result) + "\n")
+                rows.flush()
+                done += len(batch)
+                progress.update(len(batch))
+            progress.close()
+
+    def _sample(self, file: Path, total: int) -> Iterator[tuple[list[float], Any, Any]]:
+        """Rows evenly spread over the file, as far as they can be read."""
+        for line in islice(_lines(file), 0, None, max(1, total // SAMPLE)):
+            try:
+                published = _parse(line)
+                image = self._image("images", published.get("images"))
+                crop = self._image("teacher_images", published.get("teacher_images"))
+                numbers = boxes.numbers_of(published.get("bbox"))
+                pictures = [schema.decode_image(cell, self.out) for cell in (image, crop)]
+            except (ValueError, UserError):
+                continue  # read_rows says why
+            yield numbers, *pictures
+
+    def _result(self, number: int, line: str) -> dict[str, Any]:
+        """What line `number` (from 0) becomes: {"row", "hash"}, or {"reason"} if it cannot be read."""
+        id_ = f"vision-opd-6k-{number:06d}"
+        try:
+            published = _parse(line)
+            for key in ("problem", "answer"):
+                if not isinstance(published.get(key), str):
+                    raise ValueError(f"{key} is not a text")
+            question = read_question(published["problem"], published["answer"])
+            cells = {
+                c: self._image(n, published.get(n))
+                for c, n in (("image", "images"), ("crop", "teacher_images"))
+            }
+            image, crop = (schema.decode_image(cells[column], self.out) for column in ("image", "crop"))
+            box = self.reading.box(boxes.numbers_of(published.get("bbox")), *image.size)
+            wrong, _ = boxes.problem(image, crop, box)
+            if wrong:
+                raise ValueError(wrong)
+        except (ValueError, UserError) as error:
+            return {"id": id_, "reason": str(error)}
+        row = cells | {
+            "id": id_,
+            "original": None,
+            "box": box,
+            "question": question.text,
+            "hint": question.hint,
+            "options": question.options,
+            "answer": question.answer,
+            "answer_type": "letter",
+            "family": "multiple choice",
+            "source": source.HUB_ID,
+            "licence": LICENCE,
+            "provenance": f"{self.revision}, {source.ROWS_FILE} line {number + 1}",
+        }
+        return {"hash": near_duplicates.perceptual_hash(image), "row": row}
+
+    # ---- splits -----------------------------------------------------------------------------------------------------
+
+    def write_splits(self, held_out: dict[str, int], seed: int) -> dict[str, int]:
+        """Writes the parquet files and left_out.jsonl; returns rows by split."""
+        hashes, self.left_out, first = [], 0, ""
+        with (self.out / "left_out.jsonl").open("w") as file:
+            for result in self._results():
+                if "row" in result:
+                    hashes.append(result["hash"])
+                else:
+                    self.left_out += 1
+                    first = first or f"{result['id']}: {result['reason']}"
+                    file.write(json.dumps(result) + "\n")
+        total = len(hashes) + self.left_out
+        if self.left_out > MOST_LEFT_OUT * total:
+            raise UserError(
+                f"{self.left_out} of {total} rows cannot be read (the first, {first}); the files are not in the "
+                f"layout this command knows. All reasons: {self.out / 'left_out.jsonl'}."
+            )
+        splits = assign(np.array(hashes, dtype=np.uint64), held_out, seed)
+        stamp.remove(self.out)
+        for split in SPLITS:
+            schema.write(self._rows_of(split, splits), self.out / f"{split}.parquet")
+        return dict(Counter(splits))
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        with self.rows_file.open() as file:
+            yield from map(json.loads, file)
+
+    def _rows_of(self, split: str, splits: list[str]) -> Iterator[dict[str, Any]]:
+        kept = (result["row"] for result in self._results() if "row" in result)
+        for row, belongs in zip(kept, splits, strict=True):
+            if belongs == split:
+                yield row | {"split": split}
+
+
+def assign(hashes_N: np.ndarray, held_out: dict[str, int], seed: int) -> list[str]:
+    """A split for every row: groups of rows with (nearly) one image stay together.
+
+    Groups are drawn in random order; one goes to the first of test and validation that has room for it, so each gets
+    at most its number of rows. `UserError` if that takes more than half of the rows.
+    """
+    room = dict(held_out)
+    if sum(room.values()) > len(hashes_N) / 2:
+        raise UserError(
+            f"{sum(room.values())} rows cannot be held out of {len(hashes_N)}; lower --validation-rows and --test-rows."
+        )
+    group_N = near_duplicates.groups(hashes_N)
+    names_G, sizes_G = np.unique(group_N, return_counts=True)
+    split_of: dict[int, str] = {}
+    for g in np.random.default_rng(seed).permutation(len(names_G)).tolist():
+        size = int(sizes_G[g])
+        split = next((s for s, left in room.items() if size <= left), None)
+        if split:
+            split_of[int(names_G[g])] = split
+            room[split] -= size
+    return [split_of.get(group, "train") for group in group_N.tolist()]
+
+
+def _lines(file: Path) -> Iterator[str]:
+    """Lines of a text file that are not empty; none may be longer than `LINE_BYTES`."""
+    with file.open("rb") as stream:
+        number = 0
+        while line := stream.readline(LINE_BYTES + 1):
+            number += 1
+            if len(line) > LINE_BYTES:
+                raise UserError(f"{file}: line {number} has more than {LINE_BYTES} bytes.")
+            if line.strip():
+                yield line.decode("utf-8", errors="replace")
+
+
+def _parse(line: str) -> dict[str, Any]:
+    """A line's JSON object; `ValueError` (which JSON errors are) for anything else."""
+    content = json.loads(line)
+    if not isinstance(content, dict):
+        raise ValueError("not a JSON object")
+    return content
+
+
+def _whole_lines(file: Path) -> int:
+    """Number of lines of a file that may not be there; half a line at its end, from an interruption, is cut off."""
+    if not file.is_file():
+        return 0
+    count = whole = 0
+    with file.open("r+b") as stream:
+        for line in stream:
+            if line.endswith(b"\n"):
+                count, whole = count + 1, whole + len(line)
+        stream.truncate(whole)
+    return count
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, or 2 for bad input."""
+    parser = argparse.ArgumentParser(
+        prog="python -m data.vision_opd_6k prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--out", type=Path, required=True, help="folder to make")
+    parser.add_argument(
+        "--source", default="hub", help="`hub` (default), or a folder in the published layout"
+    )
+    parser.add_argument(
+        "--revision", help="commit of the hub's data set (default: the one begun with, or the newest)"
+    )
+    for split in ("validation", "test"):
+        default = f"(default: as before, or {DEFAULTS[split]})"
+        parser.add_argument(f"--{split}-rows", type=int, help=f"most rows to hold out for {split} {default}")
+    parser.add_argument("--seed", type=int, help="of that choice (default: as before, or 0)")
+    args = parser.parse_args(arguments)
+    local = None if args.source == "hub" else Path(args.source)
+    choices = {"validation": args.validation_rows, "test": args.test_rows, "seed": args.seed}
+    try:
+        meta = prepare(args.out, local, args.revision, choices)
+    except UserError as error:
+        print(f"data.vision_opd_6k: {error}", file=sys.stderr)
+        return UserError.exit_code
+    rows = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
+    print(f"{rows} rows; {meta['left_out']} left out; bbox is {meta['bbox']}; revision {meta['revision']}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

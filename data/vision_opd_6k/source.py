@@ -1,0 +1,113 @@
+"""Where the published files come from: the hub at one revision, or a local folder; and that they stay the same.
+
+At the first use the revision (hub: the commit; always: size and sha256 of every file, as read here) is written to
+`source.json`. Later uses compare. No hash is known beforehand.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from tqdm import tqdm
+
+from data.vision_opd_6k.archive import parts_of
+from vopd.errors import UserError
+
+HUB_ID = "yuanqianhao/Vision-OPD-6K"
+ROWS_FILE = "train.jsonl"
+ARCHIVES = {"images": "images.tar.gz", "teacher_images": "teacher_images.tar.gz"}
+RECORD = "source.json"
+
+
+def published_files(folder: Path) -> list[Path]:
+    """train.jsonl and every archive part, in order; `UserError` if one is missing."""
+    if not (folder / ROWS_FILE).is_file():
+        raise UserError(
+            f"{folder / ROWS_FILE}: missing; give the folder that holds it and the two image folders."
+        )
+    files = [folder / ROWS_FILE]
+    for name, archive in ARCHIVES.items():
+        files += parts_of(folder / name, archive)
+    return files
+
+
+def fetch(out: Path, revision: str | None) -> Path:
+    """The hub's files below `out`, at the recorded revision if there is one; an interrupted download goes on.
+
+    Raises:
+        UserError: the hub is out of reach, or has (or is asked for) another revision than the recorded one.
+    """
+    record = _read(out)
+    if record.get("source", HUB_ID) != HUB_ID:
+        raise UserError(
+            f"{out}: made from a local folder; give that folder as --source again, or another --out."
+        )
+    recorded = record.get("revision")
+    try:
+        found = HfApi().dataset_info(HUB_ID, revision=revision).sha
+        if recorded and found != recorded:
+            raise UserError(
+                f"{out}: begun with revision {recorded} of {HUB_ID}, but {revision or 'the newest'} is {found}; "
+                f"give --revision {recorded} to go on with it, or another --out."
+            )
+        _write(out, {"source": HUB_ID, "revision": found})
+        patterns = [ROWS_FILE, *(f"{name}/{archive}*" for name, archive in ARCHIVES.items())]
+        folder = snapshot_download(
+            HUB_ID, repo_type="dataset", revision=found, allow_patterns=patterns, local_dir=out / "published"
+        )
+    except (OSError, httpx.HTTPError, HFValidationError) as error:
+        raise UserError(
+            f"{HUB_ID}: could not be fetched ({str(error).splitlines()[0]}); check the network, or give a folder "
+            "with its files as --source."
+        ) from error
+    return Path(folder)
+
+
+def check_unchanged(out: Path, folder: Path) -> dict[str, Any]:
+    """Compares the files with the record, or records them; returns the record.
+
+    Raises:
+        UserError: a file is not the one that was used before; names it.
+    """
+    record = _read(out)
+    files = {}
+    for file in tqdm(published_files(folder), desc="checking files", unit="file"):
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
+    known = record.get("files", files)
+    for name in sorted({*known, *files}):
+        if known.get(name) != files.get(name):
+            raise UserError(
+                f"{folder / name}: not the file that {out} was begun with (another revision?); take the files of "
+                "that revision, or another --out."
+            )
+    if "files" not in record:
+        record = {"source": "local folder", "revision": None, **record, "files": files}
+        _write(out, record)
+    return record
+
+
+def revision_of(record: dict[str, Any]) -> str:
+    """The commit, or for a local folder a hash over its files' hashes."""
+    content = json.dumps(record["files"], sort_keys=True).encode()
+    return str(record["revision"] or f"sha256:{hashlib.sha256(content).hexdigest()}")
+
+
+def _read(out: Path) -> dict[str, Any]:
+    file = out / RECORD
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{file}: not readable; remove it and its folder and start again.") from error
+
+
+def _write(out: Path, record: dict[str, Any]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    partial = out / f"{RECORD}.partial"
+    partial.write_text(json.dumps({**_read(out), **record}, indent=1) + "\n")
+    partial.replace(out / RECORD)

@@ -1,0 +1,170 @@
+"""From scored records to a benchmark's figures: plain accuracy with its interval, and its official metrics beside it.
+
+All figures are fractions. What a benchmark wants stands in its YAML file (`metrics`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from vopd.errors import UserError
+from vopd.evaluation import statistics
+from vopd.evaluation.benchmark import Benchmark, Mean
+from vopd.evaluation.judge import State, wants_judge
+from vopd.evaluation.records import Record, answers
+from vopd.evaluation.scoring import is_correct, parse_answer
+from vopd.evaluation.scoring.official import parse_official
+
+SCORERS = ("strict", "official")
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Records read by one scorer: those that count, and how many a failed judge left out."""
+
+    records: list[Record]
+    judge_failed: int
+
+
+def score(
+    records: Sequence[Record],
+    spec: Benchmark,
+    scorer: str,
+    verdicts: Mapping[tuple[str, str], State],
+) -> Scored:
+    """Read the raw responses again, so that records of any age are scored by one and the same rule.
+
+    verdicts: what a judge said, by question and view; only the strict scorer takes them.
+    """
+    kept, failed = [], 0
+    for given in records:
+        record = _parsed(given, spec, scorer)
+        verdict = (
+            verdicts.get((record.id, record.view)) if scorer == "strict" and wants_judge(record) else None
+        )
+        if verdict == "failed":
+            failed += 1
+            continue
+        if verdict is not None:
+            record = dataclasses.replace(record, correct=verdict == "right")
+        kept.append(record)
+    return Scored(kept, failed)
+
+
+def _parsed(record: Record, spec: Benchmark, scorer: str) -> Record:
+    kind, options = record.details["answer_type"], record.details["options"]
+    if scorer == "official":
+        result = parse_official(record.response, kind, options, lowercase_options=spec.lowercase_options)
+    else:
+        result = parse_answer(record.response, kind, options)
+    return dataclasses.replace(record, parsed=result.value, correct=is_correct(result, record.gold, kind))
+
+
+def clusters(records: Sequence[Record]) -> dict[str, str] | None:
+    """Question -> cluster, where the benchmark has clusters."""
+    found = {r.id: str(r.details["cluster"]) for r in records if r.details.get("cluster") is not None}
+    return found or None
+
+
+def figures(records: Sequence[Record], spec: Benchmark) -> dict[str, Any]:
+    """Figures of one view's scored records."""
+    right, groups = answers(records), clusters(records)
+    wanted = spec.metrics
+    result: dict[str, Any] = {
+        "questions": len(records),
+        "accuracy": _interval(right, groups),
+        "unparsed": sum(r.parsed is None for r in records) / len(records),
+        "truncated": sum(r.truncated for r in records) / len(records),
+        "response_tokens": sum(r.response_tokens for r in records) / len(records),
+        "seconds": sum(r.details["seconds"] for r in records) / len(records),
+        "resized": _resized(records),
+    }
+    for group in wanted.per:
+        result[f"by {group}"] = _per(records, [group])
+    if wanted.mean:
+        result["official mean"] = _mean(records, wanted.mean, right, groups)
+    if wanted.pairs:
+        result["pair accuracy"] = _interval(pairs(records), None)
+    if wanted.yes_no:
+        result["yes/no"] = yes_no(records)
+        for name, part in _split(records, ["category"]).items():
+            result[f"yes/no, {name}"] = yes_no(part)
+    return result
+
+
+def _interval(right: Mapping[str, bool], groups: Mapping[str, str] | None) -> dict[str, float] | None:
+    if not right:
+        return None
+    if groups is not None and len({groups[i] for i in right}) < 2:
+        groups = None  # a handful of questions: nothing to resample
+    return dataclasses.asdict(statistics.accuracy(right, groups))
+
+
+def _split(records: Sequence[Record], over: Sequence[str]) -> dict[str, list[Record]]:
+    parts: dict[str, list[Record]] = {}
+    for record in records:
+        parts.setdefault(" / ".join(record.details["groups"][g] for g in over), []).append(record)
+    return dict(sorted(parts.items()))
+
+
+def _per(records: Sequence[Record], over: Sequence[str]) -> dict[str, Any]:
+    return {
+        name: {"questions": len(part), **(_interval(answers(part), clusters(part)) or {})}
+        for name, part in _split(records, over).items()
+    }
+
+
+def _mean(
+    records: Sequence[Record], mean: Mean, right: Mapping[str, bool], groups: Mapping[str, str] | None
+) -> dict[str, float] | None:
+    """The official average with its interval; None while a weighted group has no answers yet."""
+    strata = {r.id: name for name, part in _split(records, mean.over).items() for r in part}
+    present = sorted(set(strata.values()))
+    weights = dict(mean.weights) or {name: 1 / len(present) for name in present}
+    unknown = sorted(set(present) - set(weights))
+    if unknown:
+        raise UserError(
+            f"metrics.mean.weights has no weight for {unknown[0]!r}; known are {', '.join(weights)}."
+        )
+    if set(weights) - set(present) or len(set((groups or strata).values())) < 2:
+        return None
+    return dataclasses.asdict(statistics.weighted_accuracy(right, strata, weights, groups))
+
+
+def pairs(records: Sequence[Record]) -> dict[str, bool]:
+    """Cluster -> whether all of its questions are right; clusters of one question (its mate left out) are dropped."""
+    found: dict[str, list[bool]] = {}
+    for record in records:
+        found.setdefault(str(record.details["cluster"]), []).append(record.correct)
+    return {cluster: all(both) for cluster, both in found.items() if len(both) > 1}
+
+
+def yes_no(records: Sequence[Record]) -> dict[str, float | None]:
+    """Accuracy, precision, recall and F1 of "yes", and the share of "yes" among the predictions.
+
+    An unparsed response is neither yes nor no. None where a figure is not defined.
+    """
+    says_yes = [r.parsed == "yes" for r in records]
+    is_yes = [r.gold.strip().strip(".").lower() == "yes" for r in records]
+    both = sum(said and true for said, true in zip(says_yes, is_yes, strict=True))
+    precision = both / sum(says_yes) if any(says_yes) else None
+    recall = both / sum(is_yes) if any(is_yes) else None
+    total = (precision or 0) + (recall or 0)
+    return {
+        "accuracy": sum(r.correct for r in records) / len(records),
+        "precision": precision,
+        "recall": recall,
+        "f1": 2 * precision * recall / total if precision and recall else (None if not any(is_yes) else 0.0),
+        "yes_ratio": sum(says_yes) / len(records),
+    }
+
+
+def _resized(records: Sequence[Record]) -> float | None:
+    """Share of pictures that the processor gave another size; None where that is not known."""
+    sizes = [(r.details["image_in"], r.details["image_out"]) for r in records]
+    if any(out is None for _, out in sizes):
+        return None
+    return sum(list(given) != list(out) for given, out in sizes) / len(sizes)

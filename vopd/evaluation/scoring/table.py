@@ -1,0 +1,71 @@
+"""Both scoring rules on a file of crafted responses: `python -m vopd.evaluation.scoring.table FILE.jsonl`.
+
+Each row of the file holds answer_type, options, response and the expected parse (null: nothing is stated). "missed"
+counts stated answers left unparsed, "misread" another answer than the stated one, or one where none is stated.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vopd.errors import UserError
+from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
+from vopd.evaluation.scoring.official import parse_official
+
+RULES = ("strict", "official")
+
+
+def outcome(row: Mapping[str, Any], rule: str) -> str:
+    """ "as expected", "missed" or "misread"."""
+    kind, options, expected = row["answer_type"], row["options"], row["expected"]
+    if rule == "strict":
+        parsed: Parsed = parse_answer(row["response"], kind, options)
+    else:
+        lowercase = bool(options) and options[0].startswith("(a)")
+        parsed = parse_official(row["response"], kind, options, lowercase_options=lowercase)
+    if parsed.value is None:
+        return "as expected" if expected is None else "missed"
+    same = expected is not None and is_correct(parsed, expected, kind)
+    return "as expected" if same else "misread"
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """A markdown table by answer type, and all together."""
+    lines = [
+        "| answer type | responses | scorer | as expected | missed | misread |",
+        "|---|---|---|---|---|---|",
+    ]
+    for kind in (*ANSWER_TYPES, "all"):
+        part = [row for row in rows if kind in ("all", row["answer_type"])]
+        for rule in RULES if part else ():
+            found = [outcome(row, rule) for row in part]
+            shares = [100 * found.count(name) / len(found) for name in ("as expected", "missed", "misread")]
+            lines.append(
+                f"| {kind} | {len(part)} | {rule} | " + " | ".join(f"{s:.1f}%" for s in shares) + " |"
+            )
+    return "\n".join(lines)
+
+
+def main(words: list[str]) -> int:
+    """Exit code 0, 2 for bad input."""
+    try:
+        if len(words) != 1:
+            raise UserError("give one file of crafted responses (JSON lines).")
+        try:
+            lines = Path(words[0]).read_text(encoding="utf-8").splitlines()
+            shown = table([json.loads(line) for line in lines])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{words[0]}: not a file of crafted responses ({error}).") from error
+    except UserError as error:
+        print(f"vopd: {error}", file=sys.stderr)
+        return UserError.exit_code
+    print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
