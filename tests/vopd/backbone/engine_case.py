@@ -612,7 +612,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
         rollouts = replace(rollouts, rewards_B=method.rewards(rollouts))
         advantages = row_fields(method, rollouts)["advantages"].unbind()
 
-        ours = double_engine(s.models["tied"], lr=1e-4)
+        ours = double_engine(s.models["tied"], lr=1e-5)
         ours.attach(method, chunk=3)
         with ours.eval_mode():
             # Another policy's, differently so by row: with a ratio of 1 the losses of a group would cancel.
@@ -644,7 +644,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
             clip_ratio_low=low,
             clip_ratio_high=high,
         )
-        stock = double_engine(s.models["tied"], lr=1e-4)  # without a method it is verl's engine
+        stock = double_engine(s.models["tied"], lr=1e-5)  # without a method it is verl's engine
         rows = []
         for i, f in enumerate(s.fields):
             full = f["rendered"]["full"]
