@@ -391,3 +391,4 @@ def test_three_updates_equal_those_of_stock_verl(one_rank: Results, recipe: str)
     for (loss, norm), (stock_loss, stock_norm) in zip(played["ours"], played["stock"], strict=True):
         assert loss == pytest.approx(stock_loss, rel=1e-6)
         assert norm == pytest.approx(stock_norm, rel=1e-6)
+        assert norm > 0, "clipped away: an update without a gradient proves nothing"
