@@ -17,11 +17,16 @@ CHUNK = 32
 
 
 def gated_delta_rule(
-    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, g_BTH: Tensor, beta_BTH: Tensor
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    g_BTH: Tensor,
+    beta_BTH: Tensor,
+    state_BHDD: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """S_t = e^g_t S_{t-1} (I - b k k^T) + b v k^T, read by q (arXiv:2412.06464); q and k normalised here.
 
-    Returns o (B, T, H, D) and the last state (B, H, D_k, D_v).
+    Starts from `state_BHDD`, or from zero. Returns o (B, T, H, D) and the last state (B, H, D_k, D_v).
     """
     batch, length, heads, dim = k_BTHD.shape
     pad = -length % CHUNK
@@ -45,7 +50,7 @@ def gated_delta_rule(
     q_grown = q * growth
     k_left = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
     kept = decay[..., -1].exp()[..., None, None]
-    state = q.new_zeros(batch, heads, dim, v.shape[-1])
+    state = q.new_zeros(batch, heads, dim, v.shape[-1]) if state_BHDD is None else state_BHDD
     out = []
     for i in range(chunks):
         fresh = value[:, :, i] - key[:, :, i] @ state
@@ -58,6 +63,11 @@ def gated_delta_rule(
 def unit(x: Tensor) -> Tensor:
     """x over its length along the last dimension, with the layer's epsilon."""
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _as_called_by_the_layer(
@@ -78,7 +88,7 @@ def _as_called_by_the_layer(
         raise NotImplementedError(
             "this delta rule serves training only: no cache, normalised queries and keys"
         )
-    o, _ = gated_delta_rule(query.float(), key.float(), value.float(), g.float(), beta.float())
+    o, _ = gated_delta_rule(*map(wide, (query, key, value, g, beta)))
     return o.to(query.dtype), None
 
 

@@ -23,10 +23,11 @@ from tensordict.tensorclass import NonTensorStack
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vopd.backbone import delta_rule, seams
+from vopd.backbone import delta_rule, inputs, seams
 from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
+from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
 from vopd.method import Method, UpdateBatch
 from vopd.teacher import TeacherWeights, components, stores
@@ -53,6 +54,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         self.vision = SharedVision(module)
         if seams.get_device_name() == "cpu":
             delta_rule.install(module)
+        self.prompts = SharedPrompts(module)
         return module
 
     def _build_lr_scheduler(self, optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -263,21 +265,25 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         self, micro_batch: TensorDict, rendered: list[dict[str, Any]], context: ScoringContext | GatherContext
     ) -> torch.Tensor:
         """Run the model on prompt + response of these rows; the head sees response positions only."""
-        responses = _rows_of(micro_batch["responses"])
-        pairs = [with_response(v, r) for v, r in zip(rendered, responses, strict=True)]
-        inputs = TensorDict({"input_ids": _nested([ids for ids, _ in pairs])}, batch_size=[len(pairs)])
-        first_B, unique_B = unique_rows([v["key"] for v in rendered])
-        images = [dict(rendered[row]["multi_modal_inputs"]) for row in first_B]
-        inputs["multi_modal_inputs"] = NonTensorStack(*images, *[{} for _ in range(len(pairs) - len(images))])
         packed = bool(micro_batch["use_remove_padding"])
-        seams.assign_non_tensor(inputs, temperature=1.0, use_remove_padding=packed)
-        inputs = inputs.to(self._device())
-        inputs["position_ids"] = seams.nested_positions([p.to(self._device()) for _, p in pairs])
-        model_inputs, _ = self.prepare_model_inputs(inputs)
-        context.positions_N = response_positions(
-            [len(ids) for ids, _ in pairs], [len(r) for r in responses], packed
-        ).to(self._device())
-        with self._autocast(), self.vision.shared(unique_B, images), active(self.head, context):
+        lay_out = inputs.packed if packed else inputs.shared
+        rows = lay_out(rendered, _rows_of(micro_batch["responses"]))
+        first, number_of_row = inputs.unique_rows([prompt["key"] for prompt in rows.prompts])
+        images = [dict(rows.prompts[row]["multi_modal_inputs"]) for row in first]
+        batch = TensorDict({"input_ids": _nested(rows.ids)}, batch_size=[len(rows.ids)])
+        batch["multi_modal_inputs"] = NonTensorStack(
+            *images, *[{} for _ in range(len(rows.ids) - len(images))]
+        )
+        seams.assign_non_tensor(batch, temperature=1.0, use_remove_padding=packed)
+        batch = batch.to(self._device())
+        batch["position_ids"] = seams.nested_positions([p.to(self._device()) for p in rows.positions])
+        model_inputs, _ = self.prepare_model_inputs(batch)
+        layout = rows.layout and rows.layout.to(self._device())
+        if layout:
+            model_inputs["attention_mask"] = layout.mask()
+        self.prompts.use(layout)
+        context.positions_N = rows.predicted_at_N.to(self._device())
+        with self._autocast(), self.vision.shared(number_of_row, images), active(self.head, context):
             return self.module(**model_inputs, use_cache=False).logits[0]
 
     def _autocast(self) -> AbstractContextManager[Any]:
@@ -403,32 +409,6 @@ class SharedVision:
             parts = output.pooler_output.split(sizes)
             output.pooler_output = torch.cat([parts[i] for i in unique_B])
         return output
-
-
-def unique_rows(keys: list[str]) -> tuple[list[int], list[int]]:
-    """First row of every distinct key, and for each row the number of its key: ([0, 2], [0, 0, 1]) for a, a, b."""
-    numbers: dict[str, int] = {}
-    unique_B = [numbers.setdefault(key, len(numbers)) for key in keys]
-    return [unique_B.index(number) for number in range(len(numbers))], unique_B
-
-
-def response_positions(lengths_B: list[int], responses_B: list[int], packed: bool) -> torch.Tensor:
-    """Where the hidden states that predict response tokens lie in the flattened (B * L or packed) sequence.
-
-    Response token at position t is predicted at t - 1, the end-of-sequence token included; offsets are those of
-    the view at hand, whose prompt has a length of its own.
-    """
-    width = max(lengths_B)
-    starts, total = [], 0
-    for row, length in enumerate(lengths_B):
-        starts.append(total if packed else row * width)
-        total += length
-    return torch.cat(
-        [
-            torch.arange(start + length - response - 1, start + length - 1)
-            for start, length, response in zip(starts, lengths_B, responses_B, strict=True)
-        ]
-    )
 
 
 def _sampled_log_prob(chunk: ScoreChunk) -> dict[str, torch.Tensor]:

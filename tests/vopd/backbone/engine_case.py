@@ -355,7 +355,7 @@ def case_packing(s: Setting) -> dict[str, Any]:
 
 def case_positions(s: Setting) -> dict[str, Any]:
     """The teacher with its own positions, with the student's, and everything read one token late."""
-    import vopd.backbone.engine as module
+    from vopd.backbone import inputs as module
 
     engine = s.attach(s.methods["probe"]("crop", "initial"))
     out = {

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import vopd.backbone.head as head_module
-from vopd.backbone.engine import response_positions, warmup_factor
+from vopd.backbone.engine import warmup_factor
 from vopd.backbone.head import Component, ScoreChunk, ScoringContext, ScoringHead, active
+from vopd.backbone.inputs import response_positions
 from vopd.backbone.packing import honest, swallows_boundaries
 from vopd.divergence import top_k_tail_divergence
 
@@ -27,18 +28,13 @@ Results = Callable[..., dict[str, Any]]
 
 @given(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 6)), min_size=1, max_size=5))
 def test_positions_predict_each_response_token(rows: list[tuple[int, int]]) -> None:
-    """What stands right behind a scored position is the response token, packed and padded."""
+    """What stands right behind a scored position of the packed sequence is the response token."""
     lengths, responses = [p + r for p, r in rows], [r for _, r in rows]
-    width = max(lengths)
     packed = torch.cat([torch.arange(n) + 1000 * row for row, n in enumerate(lengths)])
-    padded = torch.cat(
-        [nn.functional.pad(torch.arange(n) + 1000 * row, (0, width - n)) for row, n in enumerate(lengths)]
-    )
     wanted = torch.cat([torch.arange(p, p + r) + 1000 * row for row, (p, r) in enumerate(rows)])
-    for flat, is_packed in ((packed, True), (padded, False)):
-        positions_N = response_positions(lengths, responses, is_packed)
-        assert torch.equal(flat[positions_N + 1], wanted)
-        assert not torch.equal(flat[positions_N], wanted)
+    positions_N = response_positions(lengths, responses)
+    assert torch.equal(packed[positions_N + 1], wanted)
+    assert not torch.equal(packed[positions_N], wanted)
 
 
 def bfloat16_errors() -> tuple[float, float]:

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 
-from vopd.backbone.engine import SharedVision, unique_rows
+from vopd.backbone.engine import SharedVision
+from vopd.backbone.inputs import unique_rows
 
 
 class Tower(nn.Module):
