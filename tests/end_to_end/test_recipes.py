@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -116,20 +115,10 @@ def not_cached(folder: Path) -> int:
     return int("before" in names)
 
 
-def test_a_policy_that_is_always_wrong_ends_dapo_with_a_sentence(
-    tmp_path: Path, triplets: Path, words_for: Words
-) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for file in triplets.glob("*.parquet"):
-        table = pq.read_table(file)
-        if file.stem == "train":
-            place = table.schema.get_field_index("answer")
-            table = table.set_column(place, "answer", pa.array(["Z"] * len(table)))
-        pq.write_table(table, data / file.name)
+def test_a_policy_that_is_always_wrong_ends_dapo_with_a_sentence(tmp_path: Path, words_for: Words) -> None:
+    """Nobody answers within two tokens."""
     folder = tmp_path / "run"
-    words = [w for w in short(words_for, folder, "train.max_refills=2") if not w.startswith("data.folder")]
-    done = run("dapo", [*words, f"data.folder={data}"])
+    done = run("dapo", short(words_for, folder, "train.max_refills=2", "rollout.train_share=0.05"))
     assert done.returncode == 1, told(done, folder)
     assert "all right or all wrong" in done.stderr and "train.max_refills" in done.stderr
     assert not (folder / "summary.json").exists()
@@ -155,7 +144,11 @@ def test_opsd_asks_a_hinted_teacher(recipe: str, tmp_path: Path, words_for: Word
     folder = tmp_path / "run"
     steps = trained(recipe, short(words_for, folder), folder)
     assert agrees(steps)
-    assert all(line["divergence"] > 0 and line["scorer_tokens"] > 0 for line in steps)
+    assert all(line["scorer_tokens"] > 0 for line in steps)
+    # Entries clipped from above only can add up to less than nothing: the original's divergence is none.
+    assert all(
+        line["divergence"] > 0 or (recipe == "opsd_original" and line["divergence"] != 0) for line in steps
+    )
     before = read_records(folder / "records" / "before.jsonl").records
     assert sum(r.view == "answer_hint" for r in before) == 24
 

@@ -12,9 +12,11 @@ import sys
 import tempfile
 import traceback
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vopd.backbone import warm
 from vopd.backbone.progress import Progress
 from vopd.errors import UserError
 
@@ -30,6 +32,7 @@ def environment(run: DictConfig) -> dict[str, str]:
         "RAY_worker_niceness": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": "WARN",
         "TOKENIZERS_PARALLELISM": "false",
         "TQ_NUM_THREADS": "1",
     }
@@ -54,33 +57,44 @@ def train(run_dir: Path) -> None:
     os.environ.update(environment(run))
     # Where verl's trackers write; without these it would be the current folder.
     os.environ.update(TENSORBOARD_DIR=str(run_dir / "tensorboard"), WANDB_DIR=str(run_dir))
-    from vopd.backbone.verl_config import verl_config
-
     progress = Progress(run_dir)
-    config = verl_config(run)
-    OmegaConf.save(config, run_dir / "verl_config.yaml")
-    progress.note("loading verl")
+    progress.note("loading torch, vLLM and verl")
+    # Ray's sockets must fit in 107 characters, so its folder cannot be the run's.
+    with tempfile.TemporaryDirectory(prefix="vopd-", dir="/tmp", ignore_cleanup_errors=True) as ray_dir:
+        executable = {}
+        if run.hardware.device == "cpu":
+            address = Path(ray_dir) / "warm"
+            warm.start(address)
+            executable["py_executable"] = warm.executable(address)
+        _train(run, run_dir, progress, {"_temp_dir": ray_dir}, executable)
+
+
+def _train(
+    run: DictConfig, run_dir: Path, progress: Progress, init: dict[str, Any], runtime_env: dict[str, Any]
+) -> None:
+    """Start Ray with these arguments and run verl's task runner."""
     import ray
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
     from verl.utils.config import validate_config
 
     from vopd.backbone import plugin, seams, trainer
+    from vopd.backbone.verl_config import verl_config
 
+    config = verl_config(run)
+    OmegaConf.save(config, run_dir / "verl_config.yaml")
     plugin.assert_loaded()
     assert config.trainer.v1.trainer_mode == trainer.NAME  # imported above: verl now knows it by this name
     validate_config(config=config, use_reference_policy=False, use_critic=False)
-    runtime_env = get_ppo_ray_runtime_env(config)
+    runtime_env |= get_ppo_ray_runtime_env(config)
     runtime_env["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"
-    # Ray's sockets must fit in 107 characters, so its folder cannot be the run's.
-    with tempfile.TemporaryDirectory(prefix="vopd-", dir="/tmp", ignore_cleanup_errors=True) as ray_dir:
-        init = OmegaConf.to_container(config.ray_kwargs.ray_init)
-        assert isinstance(init, dict)
-        progress.note("starting Ray")
-        ray.init(**{**init, "runtime_env": runtime_env, "_temp_dir": ray_dir})
-        try:
-            seams.TaskRunner().run(config)
-        finally:
-            ray.shutdown()
+    arguments = OmegaConf.to_container(config.ray_kwargs.ray_init)
+    assert isinstance(arguments, dict)
+    progress.note("starting Ray")
+    ray.init(**{**arguments, **init, "runtime_env": runtime_env})
+    try:
+        seams.TaskRunner().run(config)
+    finally:
+        ray.shutdown()
 
 
 def main() -> int:
