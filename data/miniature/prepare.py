@@ -5,6 +5,7 @@ train, validation, test and holdout (the letter family, which post-training neve
 """
 
 import argparse
+import fcntl
 import hashlib
 import json
 import sys
@@ -62,8 +63,15 @@ def _digest(path: Path) -> str:
 def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
     """Makes sure that the four files exist and are validated; returns meta: settings and the SHA-256 of every file.
 
-    The evaluation splits do not depend on `train_rows`.
+    The evaluation splits do not depend on `train_rows`. Where two runs start together the second one waits.
     """
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".preparing").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _prepare(out, train_rows, seed)
+
+
+def _prepare(out: Path, train_rows: int, seed: int) -> dict:
     settings = _settings(ROWS | {"train": train_rows}, seed)
     meta_file = out / "meta.json"
     if meta_file.is_file():

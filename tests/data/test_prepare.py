@@ -1,5 +1,7 @@
 """Preparation: files appear once, are reused, and follow their settings."""
 
+import fcntl
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -43,3 +45,14 @@ def test_holdout_asks_about_letters_only(tmp_path: Path) -> None:
     prepare.prepare(tmp_path, train_rows=6)
     assert set(schema.read(tmp_path / "holdout.parquet")["family"]) == {"letter"}
     assert "letter" not in schema.read(tmp_path / "train.parquet")["family"]
+
+
+def test_a_second_run_waits_for_the_first_one(tmp_path: Path) -> None:
+    with (tmp_path / ".preparing").open("w") as lock, ThreadPoolExecutor() as pool:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        second = pool.submit(prepare.prepare, tmp_path, 6)
+        with pytest.raises(TimeoutError):
+            second.result(timeout=1.0)
+        assert not list(tmp_path.glob("*.par*"))
+        fcntl.flock(lock, fcntl.LOCK_UN)
+        assert second.result(timeout=60)["rows"] == prepare.ROWS
