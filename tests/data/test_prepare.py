@@ -18,10 +18,10 @@ def few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_writes_reuses_and_rewrites(tmp_path: Path) -> None:
     first = prepare.prepare(tmp_path, train_rows=6)
     assert first["rows"] == prepare.ROWS
-    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()}
+    stamps = {p: p.stat().st_mtime_ns for p in tmp_path.glob("[!.]*")}
     assert len(stamps) == 6 and not list(tmp_path.glob("*.partial"))
     assert prepare.prepare(tmp_path, train_rows=6) == first
-    assert {p: p.stat().st_mtime_ns for p in tmp_path.iterdir()} == stamps
+    assert {p: p.stat().st_mtime_ns for p in stamps} == stamps
     other = prepare.prepare(tmp_path, train_rows=4)
     assert len(schema.read(tmp_path / "train.parquet")) == 4
     assert other["sha256"]["train"] != first["sha256"]["train"]
