@@ -19,6 +19,5 @@ step ruff format --check .
 step mypy
 step pytest -q
 step pytest -q -m distributed
-# The runs of the other recipes (tests/end_to_end/test_recipes.py) are not in yet: not all of them have been run.
-step pytest -q -m "e2e and not recipes"
+step pytest -q -m e2e
 echo "== all checks passed in $SECONDS s"

@@ -19,7 +19,7 @@ import pytest
 from vopd.config import ROOT
 from vopd.evaluation.records import read_records
 
-pytestmark = [pytest.mark.e2e, pytest.mark.recipes, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 Words = Callable[[Path], list[str]]
 SECONDS = 900
