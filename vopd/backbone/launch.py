@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vopd.backbone import warm
+from vopd.backbone import sockets, warm
 from vopd.backbone.progress import Progress
 from vopd.errors import UserError
 
@@ -86,7 +86,7 @@ def _train(
     assert config.trainer.v1.trainer_mode == trainer.NAME  # imported above: verl now knows it by this name
     validate_config(config=config, use_reference_policy=False, use_critic=False)
     runtime_env |= get_ppo_ray_runtime_env(config)
-    runtime_env["env_vars"]["TRANSFER_QUEUE_ENABLE"] = "1"
+    runtime_env["env_vars"] |= {"TRANSFER_QUEUE_ENABLE": "1", sockets.VARIABLE: sockets.token()}
     arguments = OmegaConf.to_container(config.ray_kwargs.ray_init)
     assert isinstance(arguments, dict)
     progress.note("starting Ray")

@@ -13,6 +13,7 @@ from tensordict import TensorDict
 
 from vopd.backbone import seams
 from vopd.backbone.engine import ScoringEngine
+from vopd.backbone.sockets import own
 from vopd.method import build
 
 
@@ -53,6 +54,7 @@ class MethodWorker(seams.ActorRolloutRefWorker):
     @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         super().init_model()
+        self.rollout.zmq_handle = own(self.rollout.zmq_handle)
         self._attach()
 
     def _attach(self) -> None:

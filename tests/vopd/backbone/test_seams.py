@@ -22,7 +22,7 @@ from vopd.backbone.groups import GroupBuffer
 from vopd.backbone.rollout import ViewRolloutManager, ViewRolloutWorker
 from vopd.backbone.servers import CountingClient, ServerManager
 from vopd.backbone.trainer import Trainer
-from vopd.backbone.vllm_cpu import CPUWorkerExtension
+from vopd.backbone.vllm_worker import CPUWorkerExtension, WorkerExtension
 from vopd.backbone.worker import MethodWorker, ScoringTrainingWorker
 from vopd.config import ROOT, load
 
@@ -73,16 +73,17 @@ OVERRIDES = [
     (MethodWorker, seams.ActorRolloutRefWorker, "update_actor", "self data"),
     (
         CPUWorkerExtension,
-        CPUWorkerExtension.__mro__[1],
+        WorkerExtension.__mro__[1],
         "monkey_patch_model",
         "self vocab_size banned_token_ids",
     ),
     (
         CPUWorkerExtension,
-        CPUWorkerExtension.__mro__[1],
+        WorkerExtension.__mro__[1],
         "update_weights_from_ipc",
         "self peft_config base_sync_done use_shm",
     ),
+    (WorkerExtension, WorkerExtension.__mro__[1], "_get_zmq_handle", "self"),
 ]
 
 # Called, not overridden: (owner, method, arguments by name that we rely on)
@@ -201,7 +202,7 @@ def test_the_rollout_bans_vision_placeholders() -> None:
 
 
 def test_vllms_cpu_runner_still_leaves_blocks_dirty() -> None:
-    """When vLLM clears them itself, vopd.backbone.vllm_cpu can go."""
+    """When vLLM clears them itself, vopd.backbone.vllm_worker can go."""
     runner = pytest.importorskip("vllm.v1.worker.cpu_model_runner", reason="vLLM's CPU build only")
     body = inspect.getsource(runner.CPUModelRunner._zero_block_ids)
     assert body.strip().endswith("pass"), "CPUModelRunner._zero_block_ids does something now"

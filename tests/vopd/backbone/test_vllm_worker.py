@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from vopd.backbone import sockets
 from vopd.backbone.rendering import render
-from vopd.backbone.vllm_cpu import CPUWorkerExtension
+from vopd.backbone.vllm_worker import CPUWorkerExtension
 from vopd.views import VIEWS
 from vopd.vllm_blocks import zero_blocks
 
@@ -158,3 +159,23 @@ def test_pitfall_10_vllm_expands_the_prompt_to_the_ids_that_are_trained(
 def test_pitfall_10_twin_other_pixel_bounds_in_vllm_are_seen(processor: Any, engine_case: ModuleType) -> None:
     with pytest.raises(AssertionError, match="assert"):
         check_vllm_sees_the_trainers_prompt(processor, engine_case, {"min_pixels": 1024, "max_pixels": 2048})
+
+
+def test_two_runs_on_one_machine_sync_over_sockets_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """verl's name: Ray's job id, which two Rays share, replica and rank. Trainer and vLLM agree within a run."""
+    monkeypatch.setenv("VERL_RAY_JOB_ID", "01000000")
+    made = extension(Model())
+    made.local_rank = 0
+    trainers = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
+    seen = set()
+    for _ in range(2):
+        monkeypatch.setenv(sockets.VARIABLE, sockets.token())
+        assert made._get_zmq_handle() == sockets.own(trainers)
+        seen.add(made._get_zmq_handle())
+    assert len(seen) == 2
+
+
+def test_a_process_without_its_runs_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(sockets.VARIABLE, raising=False)
+    with pytest.raises(KeyError, match=sockets.VARIABLE):
+        sockets.own("ipc:///tmp/x.sock")

@@ -1,6 +1,8 @@
-"""What vLLM's CPU build needs to serve as a rollout (`engine_kwargs.vllm.worker_extension_cls`).
+"""What vLLM's workers need to serve as a rollout (`engine_kwargs.vllm.worker_extension_cls`).
 
-1. Its linear layers pack their weights for oneDNN after loading and drop the plain tensors, so verl's in-place
+On every device the socket of the weight sync is this run's own (`sockets.py`). On CPU:
+
+1. vLLM's linear layers pack their weights for oneDNN after loading and drop the plain tensors, so verl's in-place
    `load_weights` finds none; vLLM's own `reload_weights` restores load-time parameters first.
 2. It does not clear cache blocks before they are used again (`vopd/vllm_blocks.py`).
 """
@@ -13,10 +15,18 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
+from vopd.backbone.sockets import own
 from vopd.vllm_blocks import clear_used_blocks
 
 
-class CPUWorkerExtension(vLLMColocateWorkerExtension):
+class WorkerExtension(vLLMColocateWorkerExtension):
+    """See the module's docstring."""
+
+    def _get_zmq_handle(self) -> str:
+        return own(super()._get_zmq_handle())
+
+
+class CPUWorkerExtension(WorkerExtension):
     """See the module's docstring."""
 
     def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
