@@ -1,7 +1,7 @@
 """A name of its own for the socket through which a run's weights go from the trainer to vLLM.
 
 verl names it by Ray's job id, which is the same in every Ray that a run starts for itself: two runs on one machine
-would take each other's sockets away, wait for ever, or load the other one's weights. Both ends add the run's token here.
+would take each other's sockets away, wait for ever, or load the other's weights. Both ends add the run's token here.
 """
 
 from __future__ import annotations
