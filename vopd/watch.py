@@ -111,7 +111,7 @@ class _Drawing:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
             TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
         ]  # fmt: skip
-        self.progress = Progress(*columns, console=console)
+        self.progress = Progress(*columns, console=console, refresh_per_second=2)
         self.tasks: dict[str, Any] = {}
 
     def show(self, event: dict[str, Any]) -> None:
