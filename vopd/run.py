@@ -265,6 +265,8 @@ class Run:
             "profile": self.config.profile,
             "seed": self.config.seed,
             "code": provenance.code_version(ROOT),
+            "code_hash": provenance.code_hash(ROOT),
+            "scorer": provenance.scorer(ROOT),
             "data_hash": self.data_hash(),
             "model_hash": self.model_hash(),
             "libraries": provenance.library_versions(),
