@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from vopd.report.figures import Row
+from vopd.report.figures import Base, Row
 from vopd.report.sheet import Sheet
 from vopd.report.summary import percent
 
@@ -59,13 +59,13 @@ def read() -> list[Published]:
     ]
 
 
-def sheets(rows: Mapping[str, Row]) -> list[Sheet]:
+def sheets(rows: Mapping[str, Row], base: Base) -> list[Sheet]:
     """Table 2, and those of the paper's ablations of which we have a run; rows: ours by recipe."""
     tables = read()
     main = {name for table in tables if table.table == "2" for row in table.rows for name in row.recipes}
     own = set(rows) - main
     return [
-        _sheet(table, rows)
+        _sheet(table, rows, base)
         for table in tables
         if table.table == "2" or any(name in own for row in table.rows for name in row.recipes)
     ]
@@ -75,7 +75,7 @@ def _ours(row: PublishedRow, rows: Mapping[str, Row]) -> Row | None:
     return next((rows[name] for name in row.recipes if name in rows), None)
 
 
-def _sheet(table: Published, rows: Mapping[str, Row]) -> Sheet:
+def _sheet(table: Published, rows: Mapping[str, Row], base: Base) -> Sheet:
     return Sheet(
         key=f"published-{table.table}-{table.model[-2:].lower()}",
         title=f"PUBLISHED, not ours: Table {table.table} of the paper, {table.title.lower()}, {table.model}",
@@ -83,7 +83,7 @@ def _sheet(table: Published, rows: Mapping[str, Row]) -> Sheet:
             "method", *(f"published {column}" for column in table.columns), "published mean, fine-grained",
             "ours: full view", "ours: change against base",
         ],
-        rows=[[row.name, *_figures(table, row), *_beside(row, rows)] for row in table.rows],
+        rows=[[row.name, *_figures(table, row), *_beside(row, rows, base)] for row in table.rows],
         notes=[
             f"The columns headed published are the paper's (arXiv 2605.18740, Table {table.table}); the mean over its "
             f"{table.fine_grained} fine-grained benchmarks is computed from them. The columns headed ours come "
@@ -98,7 +98,9 @@ def _figures(table: Published, row: PublishedRow) -> Sequence[str]:
     return [*(f"{value:.2f}" for value in row.values), f"{table.mean(row):.2f}"]
 
 
-def _beside(row: PublishedRow, rows: Mapping[str, Row]) -> Sequence[str]:
+def _beside(row: PublishedRow, rows: Mapping[str, Row], base: Base) -> Sequence[str]:
+    if not row.recipes:
+        return [percent(base.measures["full"]), "-"]
     own = _ours(row, rows)
     if own is None:
         return ["-", "-"]

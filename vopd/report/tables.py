@@ -26,7 +26,7 @@ def sheets(c: Comparison) -> list[Sheet]:
     extra = [sheet for sheet in (_views(c),) if sheet.rows]
     return [
         *main, _tokens(c), _cost(c), _phases(c), _failures(c), *extra, _settings(c), *others,
-        *published.sheets(c.rows), _runs(c),
+        *published.sheets(c.rows, c.main.base), _runs(c),
     ]  # fmt: skip
 
 
@@ -34,12 +34,9 @@ def verdict(c: Comparison) -> str:
     """What a reader would conclude, in at most three sentences; every figure stands in the tables."""
     best = c.main.rows[0]
     full = best.measures["full"]
-    against_base = (
-        f"{_points(full.change.value)} points {'over' if full.change.value >= 0 else 'below'} base "
-        f"({percent(full.change, signed=True)}, p {p_text(full.p_holm)} after Holm)"
-    )
     sentences = [
-        f"{best.name} is highest on the full view with {100 * full.after.value:.1f}%, {against_base}"
+        f"{best.name} is highest on the full view with {100 * full.after.value:.1f}%, "
+        f"{percent(full.change, signed=True)} points against base (p {p_text(full.p_holm)} after Holm)"
         + ("." if full.p_holm < SIGNIFICANT else ", which may be chance.")
     ]
     rivals = [row for row in c.main.rows[1:] if row.against is not None and row.against.name == best.name]
@@ -50,10 +47,6 @@ def verdict(c: Comparison) -> str:
     if alike:
         sentences.append(f"Not told apart from it: {', '.join(alike)}.")
     return " ".join(sentences)
-
-
-def _points(value: float) -> str:
-    return f"{abs(100 * value):.1f}"
 
 
 # ---- accuracy -------------------------------------------------------------------------------------------------------
