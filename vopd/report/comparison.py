@@ -11,14 +11,16 @@ from tqdm import tqdm
 from vopd.errors import UserError
 from vopd.report import comparable, figures, runs, tokens
 from vopd.report.figures import Group, Row, Table
-from vopd.report.runs import METHODS, Broken, Run
+from vopd.report.runs import Broken, Run
 from vopd.report.tokens import EqualTokens
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All that the pages are written from. `mixed`: sentences on what differs between runs that were to be compared
-    all the same; empty where everything compares."""
+    """All that the pages are written from; groups in the order of the tables' rows, `tokens` of the first table's.
+
+    mixed: sentences on what differs between runs that were to be compared all the same; empty where all compare.
+    """
 
     groups: list[Group]
     tables: list[Table]
@@ -32,8 +34,8 @@ class Comparison:
 
     @property
     def main(self) -> Table:
-        """The table of methods; the first one where only ablations or controls were given."""
-        return next((t for t in self.tables if t.kind == METHODS), self.tables[0])
+        """The table of methods; that of ablations or controls where only such were given."""
+        return self.tables[0]
 
     @property
     def rows(self) -> dict[str, Row]:
@@ -55,4 +57,7 @@ def make(paths: Sequence[Path], mixed: bool = False) -> Comparison:
     groups = figures.group(found)
     with tqdm(total=len(groups), desc="intervals", unit="method", disable=None) as bar:
         tables = figures.compare(groups, bar.update)
-    return Comparison(groups, tables, tokens.equal_tokens(groups), broken, differences)
+    order = [row.name for table in tables for row in table.rows]
+    groups.sort(key=lambda g: order.index(g.name))
+    main = [g for g in groups if g.kind == tables[0].kind]
+    return Comparison(groups, tables, tokens.equal_tokens(main), broken, differences)

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from vopd.report.comparison import Comparison
 from vopd.report.figures import Group
 from vopd.report.plots import STYLE, figure
-from vopd.report.runs import METHODS, Run
+from vopd.report.runs import Run
 from vopd.report.tokens import points
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999933")
@@ -42,7 +42,7 @@ class Picture:
 
 def pictures(c: Comparison) -> list[Picture]:
     """The curves for which runs have numbers; empty for runs without any."""
-    groups = [g for g in c.groups if g.kind == METHODS] or c.groups
+    groups = [g for g in c.groups if g.kind == c.main.kind]
     smooth = max(1, max(len(run.metrics) for g in groups for run in g.runs) // 16)
     wanted: list[tuple[str, str, str, Callable[[Run], Line]]] = [
         ("gap on validation questions: crop minus full view", "update", "points", _gap),
@@ -93,16 +93,17 @@ def _draw(
 
 
 def _curve(axis: Axes, name: str, lines: Sequence[Line], colour: str, style: str) -> None:
-    """Mean and range over seeds where their points lie at the same places, else a line a seed."""
-    places = [[x for x, _ in line] for line in lines]
-    marker = "o" if len(places[0]) < 20 else None
-    if any(p != places[0] for p in places):
+    """Mean and range over seeds where all have the same number of points, else a line a seed."""
+    marker = "o" if len(lines[0]) < 20 else None
+    if len({len(line) for line in lines}) > 1:
         for n, line in enumerate(lines):
             label = name if n == 0 else None
             axis.plot(*zip(*line, strict=True), color=colour, linestyle=style, marker=marker, markersize=3, label=label)
         return
+    # Places differ between seeds where they are tokens; then the points stand at their means.
+    places = [sum(column) / len(column) for column in zip(*([x for x, _ in line] for line in lines), strict=True)]
     columns = list(zip(*([y for _, y in line] for line in lines), strict=True))
     means = [sum(c) / len(c) for c in columns]
-    axis.plot(places[0], means, color=colour, linestyle=style, marker=marker, markersize=3, linewidth=1.6, label=name)
+    axis.plot(places, means, color=colour, linestyle=style, marker=marker, markersize=3, linewidth=1.6, label=name)
     if len(lines) > 1:
-        axis.fill_between(places[0], [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(places, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0)
