@@ -19,7 +19,6 @@ from typing import IO, Any, Literal
 
 from vopd.errors import UserError
 
-
 MAX_UNPACKED = 512 * 2**20
 
 

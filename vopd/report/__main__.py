@@ -44,7 +44,11 @@ class Words:
 
 def words(arguments: Sequence[str]) -> Words:
     """Read the command line; UserError for a word that is neither a folder nor a known key."""
-    options = {"out": str(ROOT / os.environ.get("VOPD_RUNS", "runs") / "report"), "mixed": "false", "keep": ""}
+    options = {
+        "out": str(ROOT / os.environ.get("VOPD_RUNS", "runs") / "report"),
+        "mixed": "false",
+        "keep": "",
+    }
     runs = []
     for word in arguments:
         key, equals, value = word.partition("=")
@@ -80,7 +84,13 @@ def _numbers(c: Comparison) -> dict[str, Any]:
         "tables": c.tables,
         "equal_tokens": c.tokens,
         "runs": [
-            {"folder": str(run.folder), "kind": run.kind, "cost": run.cost, "collapse": run.collapse, **run.facts}
+            {
+                "folder": str(run.folder),
+                "kind": run.kind,
+                "cost": run.cost,
+                "collapse": run.collapse,
+                **run.facts,
+            }
             for run in c.runs
         ],
         "left_out": c.broken,

@@ -20,7 +20,16 @@ BUDGET = (
     "rollout.chat_template", "export",
 )  # fmt: skip
 """Settings that make a budget or decide how models are asked; DESIGN: equal updates x kept groups."""
-PLACES = ("seed", "run_dir", "recipe_folder", "model.path", "data.folder", "data.prepare", "hardware", "logging")
+PLACES = (
+    "seed",
+    "run_dir",
+    "recipe_folder",
+    "model.path",
+    "data.folder",
+    "data.prepare",
+    "hardware",
+    "logging",
+)
 """Settings that may differ between seeds of one recipe: the seed, places (their contents are hashed), the machine."""
 VIEWS = ("full", "crop")
 
@@ -28,7 +37,9 @@ VIEWS = ("full", "crop")
 def scorer(run: Run) -> Mapping[str, Any]:
     """Rule, judge and hash of the parser's code of a run; older runs did not record it."""
     recorded = run.facts.get("scorer")
-    return recorded if isinstance(recorded, dict) else dict.fromkeys(("rule", "judge", "code"), "not recorded")
+    return (
+        recorded if isinstance(recorded, dict) else dict.fromkeys(("rule", "judge", "code"), "not recorded")
+    )
 
 
 def check(runs: Sequence[Run], mixed: bool = False) -> list[str]:
@@ -69,9 +80,7 @@ def settings_of(run: Run) -> dict[str, Any]:
     """Every setting but those in PLACES, under dotted names."""
     flat = dict(_flat(run.facts["settings"]))
     return {
-        key: value
-        for key, value in flat.items()
-        if key not in PLACES and key.split(".", 1)[0] not in PLACES
+        key: value for key, value in flat.items() if key not in PLACES and key.split(".", 1)[0] not in PLACES
     }
 
 

@@ -47,7 +47,12 @@ def pictures(c: Comparison) -> list[Picture]:
     wanted: list[tuple[str, str, str, Callable[[Run], Line]]] = [
         ("gap on validation questions: crop minus full view", "update", "points", _gap),
         ("full view on validation questions", "update", "%", lambda run: _full(run, tokens=False)),
-        ("the same by generated tokens", "generated tokens, thousands", "%", lambda run: _full(run, tokens=True)),
+        (
+            "the same by generated tokens",
+            "generated tokens, thousands",
+            "%",
+            lambda run: _full(run, tokens=True),
+        ),
     ]
     for key, title, unit, factor in TRAINING:
         name = f"{title}, mean of {smooth} updates" if smooth > 1 else title
@@ -83,7 +88,13 @@ def _draw(
         axis = drawing.subplots()
         for n, own in lines.items():
             if own:
-                _curve(axis, groups[n].name, own, COLOURS[n % len(COLOURS)], STYLES[n // len(COLOURS) % len(STYLES)])
+                _curve(
+                    axis,
+                    groups[n].name,
+                    own,
+                    COLOURS[n % len(COLOURS)],
+                    STYLES[n // len(COLOURS) % len(STYLES)],
+                )
         axis.set_xlabel(across)
         axis.set_ylabel(unit)
         axis.legend(frameon=False, fontsize=7.5, ncols=2, loc="best")
@@ -98,12 +109,30 @@ def _curve(axis: Axes, name: str, lines: Sequence[Line], colour: str, style: str
     if len({len(line) for line in lines}) > 1:
         for n, line in enumerate(lines):
             label = name if n == 0 else None
-            axis.plot(*zip(*line, strict=True), color=colour, linestyle=style, marker=marker, markersize=3, label=label)
+            axis.plot(
+                *zip(*line, strict=True),
+                color=colour,
+                linestyle=style,
+                marker=marker,
+                markersize=3,
+                label=label,
+            )
         return
     # Places differ between seeds where they are tokens; then the points stand at their means.
-    places = [sum(column) / len(column) for column in zip(*([x for x, _ in line] for line in lines), strict=True)]
+    places = [
+        sum(column) / len(column) for column in zip(*([x for x, _ in line] for line in lines), strict=True)
+    ]
     columns = list(zip(*([y for _, y in line] for line in lines), strict=True))
     means = [sum(c) / len(c) for c in columns]
-    axis.plot(places, means, color=colour, linestyle=style, marker=marker, markersize=3, linewidth=1.6, label=name)
+    axis.plot(
+        places, means, color=colour, linestyle=style, marker=marker, markersize=3, linewidth=1.6, label=name
+    )
     if len(lines) > 1:
-        axis.fill_between(places, [min(c) for c in columns], [max(c) for c in columns], color=colour, alpha=0.15, linewidth=0)
+        axis.fill_between(
+            places,
+            [min(c) for c in columns],
+            [max(c) for c in columns],
+            color=colour,
+            alpha=0.15,
+            linewidth=0,
+        )

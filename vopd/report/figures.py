@@ -82,7 +82,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Base:
-    """The model before training. `answered`: how many different sets of answers it gave in the runs (1: always equal)."""
+    """The model before training. `answered`: how many different sets of answers it gave in the runs."""
 
     measures: dict[str, Interval]
     answered: int
@@ -168,9 +168,14 @@ def _verdicts(one_seed: Values) -> dict[str, bool]:
 
 def failures(runs: Sequence[Run], when: str = "after") -> Failures:
     """Means over runs, of the full view's test answers."""
-    parts = [rates(select(run.before if when == "before" else run.after, view="full", split=TEST)) for run in runs]
+    parts = [
+        rates(select(run.before if when == "before" else run.after, view="full", split=TEST)) for run in runs
+    ]
     return Failures(
-        *(sum(getattr(p, f) for p in parts) / len(parts) for f in ("unparsed", "truncated", "response_tokens"))
+        *(
+            sum(getattr(p, f) for p in parts) / len(parts)
+            for f in ("unparsed", "truncated", "response_tokens")
+        )
     )
 
 
@@ -180,7 +185,9 @@ class _Base:
     def __init__(self, runs: Sequence[Run]) -> None:
         different: dict[tuple[Any, ...], Run] = {}
         for run in runs:
-            key = tuple(sorted((r.split, r.view, r.id, r.correct) for r in run.before if r.view in ("full", "crop")))
+            key = tuple(
+                sorted((r.split, r.view, r.id, r.correct) for r in run.before if r.view in ("full", "crop"))
+            )
             different.setdefault(key, run)
         self.runs = list(different.values())
 
@@ -211,7 +218,9 @@ def _table(kind: str, groups: Sequence[Group], base: _Base, seen: Callable[[], A
         Row(
             name=g.name,
             seeds=[run.seed for run in g.runs],
-            measures={m: Measure(i, d, corrected[f"{g.name}\0{m}"]) for m, (i, d) in measured[g.name].items()},
+            measures={
+                m: Measure(i, d, corrected[f"{g.name}\0{m}"]) for m, (i, d) in measured[g.name].items()
+            },
             gap_closed=_gap_closed(g),
             rank=_rank(means[g.name], everyone),
             against=against.get(g.name),
@@ -222,7 +231,12 @@ def _table(kind: str, groups: Sequence[Group], base: _Base, seen: Callable[[], A
     ]
     return Table(
         kind=kind,
-        base=Base(base_measures, len(base.runs), _rank(base_measures["full"].value, everyone), failures(base.runs, "before")),
+        base=Base(
+            base_measures,
+            len(base.runs),
+            _rank(base_measures["full"].value, everyone),
+            failures(base.runs, "before"),
+        ),
         rows=rows,
         questions={m: len(values(own[0].runs[0], "after", m)) for m in base_measures},
         detectable=_detectable(next(g for g in own if g.name == rows[0].name)),
@@ -263,7 +277,9 @@ def _against(
             continue
         seeds = sorted({r.seed for r in g.runs} & {r.seed for r in other.runs})
         if seeds:
-            sides = [{r.seed: values(r, "after", "full") for r in s.runs if r.seed in seeds} for s in (other, g)]
+            sides = [
+                {r.seed: values(r, "after", "full") for r in s.runs if r.seed in seeds} for s in (other, g)
+            ]
             if all(common(sides)[0].values()):
                 found[g.name] = other.name, seeds, difference(sides[0], sides[1], "full")
     corrected = statistics.holm({name: d.p_value for name, (*_, d) in found.items()})
@@ -280,8 +296,12 @@ def _other_views(runs: Sequence[Run]) -> dict[str, tuple[float, float]]:
         parts = [select(run.before if when == "before" else run.after, view=view, split=TEST) for run in runs]
         return sum(rates(part).accuracy for part in parts) / len(parts)
 
-    sets = [{r.view for r in records if r.split == TEST} for run in runs for records in (run.before, run.after)]
-    return {v: (mean("before", v), mean("after", v)) for v in sorted(set.intersection(*sets) - {"full", "crop"})}
+    sets = [
+        {r.view for r in records if r.split == TEST} for run in runs for records in (run.before, run.after)
+    ]
+    return {
+        v: (mean("before", v), mean("after", v)) for v in sorted(set.intersection(*sets) - {"full", "crop"})
+    }
 
 
 def _detectable(g: Group) -> float:

@@ -175,8 +175,14 @@ def _pictures(chosen: Sequence[_Chosen]) -> tuple[dict[str, str], dict[str, str]
             kind, content = _small(row[column], folder)
             held += len(content)
             if held > PAGE_BYTES:
-                return pictures, boxes, f"Some pictures are left out: a page holds {PAGE_BYTES >> 20} MiB of them."
-            pictures[f"{split}/{name}/{column}"] = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+                return (
+                    pictures,
+                    boxes,
+                    f"Some pictures are left out: a page holds {PAGE_BYTES >> 20} MiB of them.",
+                )
+            pictures[f"{split}/{name}/{column}"] = (
+                f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+            )
     return pictures, boxes, ""
 
 

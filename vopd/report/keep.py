@@ -31,9 +31,13 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
         kind = "" if run.kind == METHODS else run.kind
         target = folder / str(run.facts["profile"]) / kind / run.recipe / f"seed{run.seed}"
         if target in targets:
-            raise UserError(f"{targets[target].folder} and {run.folder} would both be kept in {target}; give one.")
+            raise UserError(
+                f"{targets[target].folder} and {run.folder} would both be kept in {target}; give one."
+            )
         if target.resolve() == run.folder.resolve():
-            raise UserError(f"{run.folder} is kept already; give another keep=FOLDER or the run folder itself.")
+            raise UserError(
+                f"{run.folder} is kept already; give another keep=FOLDER or the run folder itself."
+            )
         targets[target] = run
     for target, run in targets.items():
         _keep(run, target)
@@ -45,7 +49,9 @@ def _keep(run: Run, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "records").mkdir(parents=True)
     summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    summary["run"]["settings"] = _without_places(summary["run"]["settings"], _root(summary["run"]["settings"]))
+    summary["run"]["settings"] = _without_places(
+        summary["run"]["settings"], _root(summary["run"]["settings"])
+    )
     text = json.dumps(summary, indent=1, ensure_ascii=False)
     (partial / "summary.json").write_text(text + "\n", encoding="utf-8")
     if (run.folder / "evaluations.jsonl").is_file():

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
 
 from vopd.report.comparison import Comparison
 from vopd.report.curves import Picture
@@ -26,15 +25,21 @@ HERE = Path(__file__).parent
 def html(c: Comparison, sheets: Sequence[Sheet], pictures: Sequence[Picture], gallery: Gallery) -> str:
     """The page's text."""
     environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     script = (HERE / "page.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template("page.html.jinja").render(
-        title=f"Comparison of {len(c.groups)} methods on {', '.join(sorted({str(r.facts['profile']) for r in c.runs}))}",
+    profiles = ", ".join(sorted({str(run.facts["profile"]) for run in c.runs}))
+    template = environment.get_template("page.html.jinja")
+    return template.render(
+        title=f"Comparison of {len(c.groups)} methods on {profiles}",
         verdict=verdict(c),
         warnings=[*mixed_notes(c), *broken_notes(c)],
-        script=Markup(script),  # ours, without anything from records
+        script=script,
         script_hash=digest,
         main=sheets[0],
         others=[sheet for sheet in sheets[1:] if not sheet.published and sheet.key != "runs"],

@@ -80,8 +80,11 @@ def _sheet(table: Published, rows: Mapping[str, Row], base: Base) -> Sheet:
         key=f"published-{table.table}-{table.model[-2:].lower()}",
         title=f"PUBLISHED, not ours: Table {table.table} of the paper, {table.title.lower()}, {table.model}",
         columns=[
-            "method", *(f"published {column}" for column in table.columns), "published mean, fine-grained",
-            "ours: full view", "ours: change against base",
+            "method",
+            *(f"published {column}" for column in table.columns),
+            "published mean, fine-grained",
+            "ours: full view",
+            "ours: change against base",
         ],
         rows=[[row.name, *_figures(table, row), *_beside(row, rows, base)] for row in table.rows],
         notes=[

@@ -80,7 +80,9 @@ def _below(path: Path) -> list[Path]:
     return found
 
 
-def read_all(folders: Sequence[Path], seen: Callable[[], Any] = lambda: None) -> tuple[list[Run], list[Broken]]:
+def read_all(
+    folders: Sequence[Path], seen: Callable[[], Any] = lambda: None
+) -> tuple[list[Run], list[Broken]]:
     """Every folder that holds a whole run, and the others with what is wrong. `seen` is called after each."""
     runs, broken = [], []
     for folder in folders:
@@ -134,7 +136,9 @@ def _summary(folder: Path) -> dict[str, Any]:
         content = summary.get(part) if isinstance(summary, dict) else None
         missing = [key for key in keys if not isinstance(content, dict) or key not in content]
         if missing:
-            raise UserError(f"{file} has no '{part}.{missing[0]}'; it is not the summary of a run of this code.")
+            raise UserError(
+                f"{file} has no '{part}.{missing[0]}'; it is not the summary of a run of this code."
+            )
     return dict(summary)
 
 

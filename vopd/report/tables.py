@@ -58,7 +58,16 @@ def _main(c: Comparison, table: Table) -> Sheet:
     return Sheet(
         key=f"accuracy-{table.kind}",
         title=f"{TITLES[table.kind]}: accuracy in % after training, 95% intervals over seeds and questions",
-        columns=["method", "seeds", *measures, "full, change", "p (Holm)", f"full, to {other}", "p (Holm)", "rank"],
+        columns=[
+            "method",
+            "seeds",
+            *measures,
+            "full, change",
+            "p (Holm)",
+            f"full, to {other}",
+            "p (Holm)",
+            "rank",
+        ],
         rows=[
             *([_accuracy(row, measures) for row in table.rows if row.rank <= table.base.rank]),
             _base(table.base, measures),
@@ -161,7 +170,13 @@ def _tokens(c: Comparison) -> Sheet:
     columns = ["method", "full", "crop"]
     notes = [f"No validation answers during training: {folder}." for folder in found.without]
     if found.tokens is None:
-        return Sheet("tokens", "Accuracy at equal generated tokens", columns, [], [f"Not shown: {found.why}. Runs with a smaller evaluate.every ask more often.", *notes])
+        return Sheet(
+            "tokens",
+            "Accuracy at equal generated tokens",
+            columns,
+            [],
+            [f"Not shown: {found.why}. Runs with a smaller evaluate.every ask more often.", *notes],
+        )
     ranked = sorted(found.full, key=lambda name: -found.full[name].value)
     return Sheet(
         key="tokens",
@@ -191,6 +206,14 @@ def _mean(runs: Sequence[Run], of: Callable[[Run], Any], form: str = "{:,.0f}") 
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def _cost_of(key: str) -> Callable[[Run], Any]:
+    return lambda run: run.cost.get(key)
+
+
+def _seconds_of(phase: str) -> Callable[[Run], Any]:
+    return lambda run: run.cost["seconds_by_phase"].get(phase, 0.0)
+
+
 COSTS = {
     "updates": "updates", "prompts": "prompts", "thrown": "prompts_thrown", "rollouts": "rollouts",
     "in a loss": "rows_trained", "generated tokens": "tokens_generated", "of them thrown": "tokens_thrown",
@@ -200,7 +223,7 @@ COSTS = {
 
 def _cost(c: Comparison) -> Sheet:
     def row(g: Group) -> list[str]:
-        counts = [_mean(g.runs, lambda run, key=key: run.cost.get(key)) for key in COSTS.values()]
+        counts = [_mean(g.runs, _cost_of(key)) for key in COSTS.values()]
         return [
             g.name,
             *counts,
@@ -215,9 +238,9 @@ def _cost(c: Comparison) -> Sheet:
         columns=["method", *COSTS, "seconds, training", "seconds, whole run", "peak memory, GiB"],
         rows=[row(g) for g in c.groups],
         notes=[
-            "Prompts and rollouts are those trained on; thrown: prompts drawn in vain by a group filter. Scored tokens: "
-            "prompt and response tokens that teachers and references read. The whole run holds start-up and both "
-            "evaluations. Seconds are of the machine that ran it."
+            "Prompts and rollouts are those trained on; thrown: prompts drawn in vain by a group filter. Scored "
+            "tokens: prompt and response tokens that teachers and references read. The whole run holds start-up and "
+            "both evaluations. Seconds are of the machine that ran it."
         ],
     )
 
@@ -232,7 +255,7 @@ def _phases(c: Comparison) -> Sheet:
     def row(g: Group) -> list[str]:
         return [
             g.name,
-            *(_mean(g.runs, lambda run, p=p: run.cost["seconds_by_phase"].get(p, 0.0)) for p in phases),
+            *(_mean(g.runs, _seconds_of(p)) for p in phases),
         ]
 
     return Sheet(
@@ -244,7 +267,7 @@ def _phases(c: Comparison) -> Sheet:
     )
 
 
-# ---- failures, settings, provenance -----------------------------------------------------------------------------------
+# ---- failures, settings, provenance ---------------------------------------------------------------------------------
 
 
 def _failures(c: Comparison) -> Sheet:
@@ -263,7 +286,14 @@ def _failures(c: Comparison) -> Sheet:
     return Sheet(
         key="failures",
         title="What failed: full view of the test questions, % of answers",
-        columns=["method", "unparsed", "truncated", "judge failed", "tokens an answer", "collapse flags in training"],
+        columns=[
+            "method",
+            "unparsed",
+            "truncated",
+            "judge failed",
+            "tokens an answer",
+            "collapse flags in training",
+        ],
         rows=rows,
         notes=["Unparsed: the parser found no answer, counted as wrong. Truncated: no end within the limit."],
     )
@@ -296,7 +326,9 @@ def _views(c: Comparison) -> Sheet:
         title="What a method's teacher sees, answered by itself: accuracy in %",
         columns=["method", "view", "before", "after"],
         rows=rows,
-        notes=["Such as the question with its answer told: how well the hint works before judging a method by it."],
+        notes=[
+            "Such as the question with its answer told: how well the hint works before judging a method by it."
+        ],
     )
 
 
@@ -307,7 +339,12 @@ SETTINGS = {
 
 
 def _settings(c: Comparison) -> Sheet:
-    names = {"anchor": "anchor (teacher, KL)", "objective": "objective", "normalisation": "normalisation", "clip": "clip"}
+    names = {
+        "anchor": "anchor (teacher, KL)",
+        "objective": "objective",
+        "normalisation": "normalisation",
+        "clip": "clip",
+    }
 
     def row(g: Group) -> list[str]:
         method, settings = g.runs[0].facts["method"], comparable.settings_of(g.runs[0])

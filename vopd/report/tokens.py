@@ -102,5 +102,3 @@ def _at(run: Run, tokens: int, view: str) -> dict[str, float]:
     share = (tokens - by_step[left]) / width if width else 0.0
     first, second = _answers(run, left, view), _answers(run, right, view)
     return {i: (1 - share) * first[i] + share * second[i] for i in first if i in second}
-
-

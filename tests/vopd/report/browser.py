@@ -42,7 +42,11 @@ class Browser:
             except httpx.TransportError:
                 time.sleep(0.1)
         options = {"args": [*FLAGS, f"--user-data-dir={self.profile.name}"]}
-        wanted = {"browserName": "chrome", "goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL"}}
+        wanted = {
+            "browserName": "chrome",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL"},
+        }
         made = self._post("/session", {"capabilities": {"alwaysMatch": wanted}})
         self.session = f"/session/{made['sessionId']}"
         return self

@@ -101,7 +101,9 @@ def make_run(
     asked = questions() if asked is None else asked
     run = folder / kind / recipe / f"seed{seed}"
     write_records(run / "records" / "before.jsonl", answers(asked, ("none",), 0, 0))
-    write_records(run / "records" / "after.jsonl", answers(asked, (recipe, seed), fixed, broken, f"{recipe} sees"))
+    write_records(
+        run / "records" / "after.jsonl", answers(asked, (recipe, seed), fixed, broken, f"{recipe} sees")
+    )
     for step in validated:
         part = [("validation", f"validation-0-{i:06d}", "digit") for i in range(40)]
         write_records(

@@ -1,4 +1,4 @@
-"""What was put into made-up runs is found: effects, chance, corrections, ranks, tokens; what does not compare is not."""
+"""What was put into made-up runs is found: effects, chance, ranks, tokens, cost; what does not compare is refused."""
 
 import itertools
 import json
@@ -105,7 +105,10 @@ def test_one_seed_agrees_with_the_runs_own_summary(synthetic, tmp_path: Path) ->
     synthetic.make_run(tmp_path, fixed=0.3, broken=0.05)  # the line above has rewritten its summary
     row = comparison.make([tmp_path]).rows["alpha"]
     for name, measure in row.measures.items():
-        assert (measure.after.value, measure.after.low) == (own[name].after.value, own[name].after.low) or name == "gap"
+        assert (measure.after.value, measure.after.low) == (
+            own[name].after.value,
+            own[name].after.low,
+        ) or name == "gap"
         assert measure.change == own[name].change
         assert measure.p_holm == pytest.approx(own[name].p_holm)
 
@@ -137,13 +140,19 @@ def test_base_answers_that_differ_are_averaged_and_said(synthetic, tmp_path: Pat
     file = other / "records" / "before.jsonl"
     records = read_records(file).records
     flipped = next(r for r in records if r.view == "full" and not r.correct)
-    write_records(file, [r if r is not flipped else synthetic.record((r.split, r.id, r.family), "full", True, "I") for r in records])
+    write_records(
+        file,
+        [
+            r if r is not flipped else synthetic.record((r.split, r.id, r.family), "full", True, "I")
+            for r in records
+        ],
+    )
     c = comparison.make([tmp_path])
     assert c.main.base.answered == 2
     assert any("2 different sets of answers" in note for note in sheet(c, "accuracy-methods").notes)
 
 
-# ---- tokens, cost, failures -------------------------------------------------------------------------------------------
+# ---- tokens, cost, failures ----------------------------------------------------------------------------------------
 
 
 def test_equal_tokens_interpolates_between_validation_points(three: Comparison, synthetic) -> None:
@@ -168,7 +177,9 @@ def test_a_value_between_two_points_lies_between_them(synthetic, tmp_path: Path)
     assert c.tokens.full["slow"].value == pytest.approx(sum(ends) / 2)
 
 
-@pytest.mark.parametrize(("tokens", "validated", "said"), [(900, (3, 6), "no equal number"), (100, (), "No validation")])
+@pytest.mark.parametrize(
+    ("tokens", "validated", "said"), [(900, (3, 6), "no equal number"), (100, (), "No validation")]
+)
 def test_where_there_are_no_equal_tokens_the_table_says_why(
     synthetic, tmp_path: Path, tokens: int, validated: Sequence[int], said: str
 ) -> None:
@@ -179,7 +190,12 @@ def test_where_there_are_no_equal_tokens_the_table_says_why(
 
 def test_cost_failures_and_settings_are_the_runs_own(three: Comparison) -> None:
     cost = cells(three, "cost", "nothing")
-    assert (cost["updates"], cost["prompts"], cost["generated tokens"], cost["scored tokens"]) == ("8", "32", "1,600", "2,400")
+    assert (cost["updates"], cost["prompts"], cost["generated tokens"], cost["scored tokens"]) == (
+        "8",
+        "32",
+        "1,600",
+        "2,400",
+    )
     assert cost["seconds, training"] == "16" and cost["seconds, whole run"] == "61 (60 to 62)"
     assert cells(three, "phases", "strong")["gen"] == "4"
     failed = cells(three, "failures", "strong")
@@ -197,7 +213,7 @@ def test_collapse_is_named(synthetic, tmp_path: Path) -> None:
     assert row["collapse flags in training"] == "length: seed 0 from step 4 (2 steps)"
 
 
-# ---- what does not compare ----------------------------------------------------------------------------------------------
+# ---- what does not compare -----------------------------------------------------------------------------------------
 
 PARTS = {"rule": "strict", "judge": "none", "code": "9a65e4"}
 DIFFERENT = {
@@ -227,7 +243,9 @@ def test_the_first_difference_and_both_runs_are_named(synthetic, tmp_path: Path,
 def test_other_questions_do_not_compare_and_mixed_uses_the_common_ones(synthetic, tmp_path: Path) -> None:
     one = synthetic.make_run(tmp_path, "one", fixed=0.5)
     two = synthetic.make_run(tmp_path, "two", asked=synthetic.questions({"test": 120, "holdout": 60}))
-    with pytest.raises(UserError, match=r"questions answered before training \(380 answers and 300 answers\)"):
+    with pytest.raises(
+        UserError, match=r"questions answered before training \(380 answers and 300 answers\)"
+    ):
         comparison.make([one, two])
     c = comparison.make([one, two], mixed=True)
     assert c.rows["two"].against is not None
@@ -245,7 +263,9 @@ def test_runs_of_a_recipe_with_other_settings_are_no_seeds_of_one_another(synthe
 
 def test_a_method_may_differ_in_its_own_settings(synthetic, tmp_path: Path) -> None:
     synthetic.make_run(tmp_path, "one")
-    synthetic.make_run(tmp_path, "two", changed={"method.top_k": 5, "train.lr": 1e-3, "rollout.train_share": 0.5})
+    synthetic.make_run(
+        tmp_path, "two", changed={"method.top_k": 5, "train.lr": 1e-3, "rollout.train_share": 0.5}
+    )
     assert comparison.make([tmp_path]).mixed == []
 
 
@@ -256,7 +276,7 @@ def test_the_same_run_twice_is_an_error_even_if_mixed(synthetic, tmp_path: Path)
     assert len(comparison.make([runs[0], runs[0]]).runs) == 1
 
 
-# ---- broken runs ----------------------------------------------------------------------------------------------------------
+# ---- broken runs ---------------------------------------------------------------------------------------------------
 
 
 def no_summary(run: Path) -> None:
@@ -326,7 +346,9 @@ def test_difference_of_one_seed_is_mcnemars(synthetic, tmp_path: Path) -> None:
     synthetic.make_run(tmp_path, "one", fixed=0.5)
     synthetic.make_run(tmp_path, "two", fixed=0.2, broken=0.1)
     c = comparison.make([tmp_path])
-    one, two = ({r.id: r.correct for r in run.after if (r.split, r.view) == ("test", "full")} for run in c.runs)
+    one, two = (
+        {r.id: r.correct for r in run.after if (r.split, r.view) == ("test", "full")} for run in c.runs
+    )
     against = c.rows["two"].against
     assert against and against.difference == statistics.paired_difference(one, two)
 
