@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,8 +39,11 @@ def synthetic() -> ModuleType:
 class Series:
     """compare.run with a stand-in that leaves a finished run; `started` counts, `fails` maps a recipe to exit codes."""
 
-    def __init__(self, synthetic: ModuleType) -> None:
+    def __init__(self, synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.synthetic = synthetic
+        self.report = compare.report.main
+        self.compared: list[str] = []
+        monkeypatch.setattr(compare.report, "main", self.compare)
         self.started: list[tuple[str, int]] = []
         self.fails: dict[str, int] = {}
         self.output = ""
@@ -56,9 +60,14 @@ class Series:
         )  # fmt: skip
         return 0
 
+    def compare(self, words: list[str]) -> int:
+        """Note what would be compared: the report itself has tests of its own, and takes seconds."""
+        self.compared = words
+        return 0
+
     def __call__(self, *words: str) -> int:
         self.started.clear()
-        console = Console(highlight=False, width=300, record=True, quiet=False)
+        console = Console(highlight=False, width=300, record=True)
         try:
             return compare.run(words or WORDS, self.start, console)
         finally:
@@ -69,16 +78,17 @@ class Series:
 def series(synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Series:
     """Runs land in tmp_path; data and model are named by two variables instead of being hashed."""
     monkeypatch.setenv("VOPD_RUNS", str(tmp_path))
-    monkeypatch.setattr(statistics, "RESAMPLES", 999)
+    monkeypatch.setattr(statistics, "RESAMPLES", 199)
     monkeypatch.setattr(Run, "prepare_data", lambda self: None)
     monkeypatch.setattr(Run, "data_hash", lambda self: "da7a")
     monkeypatch.setattr(Run, "model_hash", lambda self: "ba5e")
-    return Series(synthetic)
+    return Series(synthetic, monkeypatch)
 
 
 def test_every_recipe_and_seed_is_run_and_compared(
-    series: Series, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(compare.report, "main", series.report)
     assert series() == 0
     assert series.started == [("grpo", 0), ("dapo", 0), ("grpo", 1), ("dapo", 1)]
     assert "time and disk are unknown" in series.output
@@ -125,11 +135,16 @@ def test_another_setting_runs_again(series: Series) -> None:
     assert "run again  grpo, seed 0: another train.lr" in series.output
 
 
-def test_a_failing_run_stops_nothing_and_is_named(series: Series) -> None:
+def test_a_failing_run_stops_nothing_and_is_named(series: Series, tmp_path: Path) -> None:
     series.fails["dapo"] = 1
     assert series() == 1
     assert len(series.started) == 4
     assert "failed: dapo, seed 0" in series.output and "failed: dapo, seed 1" in series.output
+    folder = tmp_path / "miniature"
+    assert series.compared == [
+        *(str(folder / "grpo" / f"seed{k}") for k in (0, 1)),
+        f"out={folder / 'report'}",
+    ]
     del series.fails["dapo"]
     assert series() == 0
     assert series.started == [("dapo", 0), ("dapo", 1)]
@@ -191,7 +206,7 @@ def test_bad_input_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert "seeds=x" in capsys.readouterr().err
 
 
-WAITS = """
+TIDIES = """
 import signal, sys, time
 def tidy(*_):
     time.sleep(0.2)
@@ -202,34 +217,41 @@ signal.signal(signal.SIGTERM, tidy)
 print("ready", flush=True)
 time.sleep(60)
 """
-STARTS = """
-import signal
-from pathlib import Path
-from vopd import compare, watch
-watch.python = lambda *words: {command}
-signal.signal(signal.SIGTERM, compare._terminate)
-try:
-    compare.start_run(compare.Job("x", 0, [], Path("."), {{}}, {{}}))
-except KeyboardInterrupt:
-    print("interrupted", flush=True)
-"""
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_is_waited_out_until_the_run_has_tidied_up(number: signal.Signals) -> None:
-    """SIGTERM reaches the series alone, Ctrl-C the whole group: the run gets exactly one either way."""
-    command = STARTS.format(command=[sys.executable, "-c", WAITS])
-    child = subprocess.Popen(
-        [sys.executable, "-P", "-c", command], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )
-    assert child.stdout is not None
-    assert child.stdout.readline() == "ready\n"
-    time.sleep(0.1)
-    if number == signal.SIGTERM:
-        child.terminate()
-    else:
-        os.killpg(child.pid, number)
-    assert child.communicate(timeout=60)[0].split() == ["tidied", "interrupted"]
+def test_a_signal_is_waited_out_until_the_run_has_tidied_up(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM reaches the series alone, Ctrl-C its run as well: the run gets exactly one signal either way."""
+    children = []
+    popen = subprocess.Popen
+
+    def start(command: list[str]) -> subprocess.Popen[str]:
+        children.append(popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True))
+        return children[0]
+
+    def strike() -> None:
+        while not children:
+            time.sleep(0.01)
+        assert children[0].stdout.readline() == "ready\n"
+        if number == signal.SIGINT:
+            children[0].send_signal(number)
+        os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(compare.watch, "python", lambda *words: [sys.executable, "-c", TIDIES])
+    monkeypatch.setattr(compare.subprocess, "Popen", start)
+    usual = signal.signal(signal.SIGTERM, compare._terminate)
+    striking = threading.Thread(target=strike)
+    striking.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            compare.start_run(Job("x", 0, [], Path(), {}, {}))
+    finally:
+        signal.signal(signal.SIGTERM, usual)
+        striking.join()
+    assert children[0].returncode == 130
+    assert children[0].stdout.read() == "tidied\n"
 
 
 def test_started_json_holds_what_must_be_equal(series: Series, tmp_path: Path) -> None:

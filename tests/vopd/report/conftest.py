@@ -91,9 +91,9 @@ def browser() -> ModuleType:
     return _helper("browser")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def fewer_resamples() -> Iterator[None]:
-    """A fifth of the bootstrap's resamples: these tests make some hundred made-up runs."""
+    """A tenth of the bootstrap's resamples: these tests make some hundred made-up runs."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(statistics, "RESAMPLES", 1999)
+        patch.setattr(statistics, "RESAMPLES", 999)
         yield
