@@ -18,6 +18,7 @@ from data import audit, schema, synthesize, validate
 from data.miniature import prepare as miniature
 from data.synthesis.config import load as synthesis_settings
 from data.vision_opd_6k import prepare as vision_opd_6k
+from vopd import compare
 from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
 from vopd.errors import UserError
@@ -25,6 +26,8 @@ from vopd.evaluate import settings_of
 from vopd.evaluation.benchmark import FOLDER, find
 from vopd.evaluation.scoring import table as scoring_table
 from vopd.method import Method, UpdateBatch, build
+from vopd.report import __main__ as report
+from vopd.report.__main__ import words as report_words
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.append(ROOT / "data" / "miniature" / "base" / "README.md")
@@ -71,6 +74,10 @@ def refusals(document: Path) -> list[str]:
         elif words[1] == "scripts/run_recipe.sh" and words[2] != "--help":
             recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
             load(recipe, [word for word in words[3:] if word != "--help"])
+        elif words[1] == "scripts/compare.sh":
+            recipes, seeds, settings = compare.words(words[2:])
+            for recipe in recipes:
+                load(recipe, [*settings, f"seed={seeds[0]}"])
     return wrong
 
 
@@ -82,6 +89,8 @@ def refused_module(words: list[str]) -> list[str]:
         synthesis_settings(rest)
     elif name == "data.audit" and rest:
         audit.arguments().parse_args(rest)
+    elif name == "vopd.report":
+        report_words(rest)
     elif name == "vopd.evaluate" and rest not in ([], ["--help"]):
         for benchmark in settings_of(rest).benchmarks:
             find(benchmark)
@@ -252,6 +261,31 @@ def test_every_benchmark_is_documented_with_its_number_of_questions() -> None:
     for file in FOLDER.glob("*.yaml"):
         (row,) = [line for line in text.split("\n") if line.startswith("|") and f"`{file.stem}`" in line]
         assert f"{find(file.stem)[1].rows:,}" in row
+
+
+# ---- docs/comparing.md ----------------------------------------------------------------------------------------------
+
+COMPARING = ROOT / "docs" / "comparing.md"
+
+
+def test_the_commands_of_the_comparing_page_run_on_made_up_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a temporary folder with a run where the page names one."""
+    synthetic = helper("vopd/report/synthetic.py")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VOPD_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setattr("vopd.evaluation.statistics.RESAMPLES", 199)
+    for recipe in ("vision_opd", "grpo"):
+        synthetic.make_run(tmp_path / "runs" / "miniature", recipe, fixed=0.3)
+    run = [words for words in commands(COMPARING) if words[0] == "python"]
+    assert len(run) == 3
+    for words in run:
+        assert report.main(words[3:]) == 0, words
+    named = re.findall(r"^\| `(\w+\.\w+)` \|", COMPARING.read_text(), re.MULTILINE)
+    assert {file.name for file in (tmp_path / "runs" / "two").iterdir()} == set(named)
+    assert len(list((tmp_path / "docs" / "results").rglob("summary.json"))) == 2
+    assert report.main(["docs/results", "out=again"]) == 0
 
 
 # ---- the example of docs/adding_a_recipe.md ------------------------------------------------------------------------

@@ -40,6 +40,24 @@ def code_version(root: Path) -> str:
     return commit + ("+changes" if changed else "")
 
 
+def code_hash(root: Path) -> str:
+    """Hash of the code that a run executes: trainer, methods, data, evaluation. What only reads results is left out.
+
+    Unlike the commit it is not moved by a change of documents or tests.
+    """
+    files = [f for folder in ("vopd", "baselines", "data") for f in (root / folder).rglob("*.py")]
+    files += (root / "vopd" / "backbone").glob("*.yaml")
+    readers = (root / "vopd" / "report", root / "vopd" / "compare.py")
+    kept = [f for f in files if f not in readers and readers[0] not in f.parents]
+    return hash_json({str(f.relative_to(root)): hash_files([f]) for f in kept})
+
+
+def scorer(root: Path) -> dict[str, str]:
+    """How a run's answers are judged: the rule, the judge behind it (none), and the hash of the parser's code."""
+    code = hash_files((root / "vopd" / "evaluation" / "scoring").glob("*.py"))
+    return {"rule": "strict", "judge": "none", "code": code}
+
+
 def library_versions() -> dict[str, str]:
     """Installed versions of what decides a result."""
     found = {"python": platform.python_version()}

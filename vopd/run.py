@@ -98,7 +98,7 @@ class Run:
         file = self.folder / "config.yaml"
         if file.exists():
             settings = OmegaConf.to_container(self.config, resolve=True)
-            differs = sorted(_differences(settings, OmegaConf.to_container(OmegaConf.load(file))))
+            differs = sorted(differences(settings, OmegaConf.to_container(OmegaConf.load(file))))
             if differs and (self.folder / "metrics.jsonl").exists():
                 raise UserError(
                     f"{self.folder} holds a run with another {differs[0]}; remove it or give another run_dir."
@@ -123,13 +123,14 @@ class Run:
             recording.check(
                 Path(config.rollout.replay), config.train.steps, config.train.prompts, config.train.rollouts
             )
-        self._prepare_data()
+        self.prepare_data()
         for split in self.splits():
             preflight.check_parquet(Path(config.data.folder) / f"{split}.parquet", COLUMNS)
         self.data_hash()
         self._check_prompts()
 
-    def _prepare_data(self) -> None:
+    def prepare_data(self) -> None:
+        """Run the module that makes the data, if the profile names one; it keeps what is there already."""
         if self.config.data.prepare is None:
             return
         command = watch.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
@@ -265,6 +266,8 @@ class Run:
             "profile": self.config.profile,
             "seed": self.config.seed,
             "code": provenance.code_version(ROOT),
+            "code_hash": provenance.code_hash(ROOT),
+            "scorer": provenance.scorer(ROOT),
             "data_hash": self.data_hash(),
             "model_hash": self.model_hash(),
             "libraries": provenance.library_versions(),
@@ -301,11 +304,12 @@ def _plain(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
-def _differences(first: Any, second: Any, prefix: str = "") -> set[str]:
+def differences(first: Any, second: Any, prefix: str = "") -> set[str]:
+    """Dotted keys whose values differ between two trees of settings."""
     if isinstance(first, dict) and isinstance(second, dict):
         keys = set(first) | set(second)
         return set().union(
-            *(_differences(first.get(k), second.get(k), f"{prefix}.{k}".lstrip(".")) for k in keys)
+            *(differences(first.get(k), second.get(k), f"{prefix}.{k}".lstrip(".")) for k in keys)
         )
     return set() if first == second else {prefix}
 

@@ -7,8 +7,10 @@ append-only, so that a killed run keeps what it has; a last line cut short by a 
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +18,8 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 from vopd.errors import UserError
+
+MAX_UNPACKED = 512 * 2**20
 
 
 @dataclass(frozen=True)
@@ -138,15 +142,36 @@ def _record(fields: Any, where: str) -> Record:
     return Record(**{key: fields[key] for key in _TYPES}, details=details)
 
 
+def read_packed(path: Path) -> bytes:
+    """The content of a file, or of `<name>.gz` where only that is there, as records are kept in the repository.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        UserError: the packed file is broken, or holds more than MAX_UNPACKED bytes.
+    """
+    packed = path.with_name(path.name + ".gz")
+    if path.is_file() or not packed.is_file():
+        return path.read_bytes()
+    try:
+        with gzip.open(packed) as file:
+            content = file.read(MAX_UNPACKED + 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{packed} is not a whole gzip file ({error}); get it again.") from error
+    if len(content) > MAX_UNPACKED:
+        raise UserError(f"{packed} holds more than {MAX_UNPACKED >> 20} MiB; it is no record file of ours.")
+    return content
+
+
 def read_records(path: Path) -> RecordFile:
-    """Read a record file; keys beyond the record's become its details.
+    """Read a record file, plain or packed (`read_packed`); keys beyond the record's become its details.
 
     UserError for a missing file, a broken line before the last, a missing or mistyped key, and for a question
     answered twice in one view.
     """
-    if not path.is_file():
-        raise UserError(f"There is no record file {path}; run the evaluation first.")
-    content = path.read_bytes()
+    try:
+        content = read_packed(path)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no record file {path}; run the evaluation first.") from error
     complete, _, rest = content.rpartition(b"\n")
     records: list[Record] = []
     seen: dict[tuple[str, str], int] = {}

@@ -43,11 +43,11 @@ def plot_run(run_dir: Path, summary: Summary, title: str) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> Figure:
+def figure(width: float, height: float) -> Figure:
     """A figure without pyplot's global state, so that drawing is safe in any process."""
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
+    made = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(made)
+    return made
 
 
 def _running_mean(values: Sequence[float], window: int) -> list[float]:
@@ -63,15 +63,15 @@ def plot_training(metrics: Sequence[Mapping[str, Any]], path: Path, title: str) 
     """Loss, divergence and response length by step, with a running mean; numbers a method lacks are left out."""
     panels = [panel for panel in PANELS if any(panel[0] in line for line in metrics)]
     with matplotlib.rc_context(STYLE):
-        figure = _figure(7.5, 0.6 + 2.0 * len(panels))
-        axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+        drawing = figure(7.5, 0.6 + 2.0 * len(panels))
+        axes = drawing.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for axis, (key, label, colour) in zip(axes, panels, strict=True):
             _curve(axis, [(line["step"], float(line.get(key, math.nan))) for line in metrics], colour)
             axis.set_ylabel(label)
         axes[-1].set_xlabel("update")
         axes[0].set_title(title, loc="left", fontweight="bold")
-        figure.align_ylabels(axes)
-        figure.savefig(path, dpi=130)
+        drawing.align_ylabels(axes)
+        drawing.savefig(path, dpi=130)
 
 
 def _curve(axis: Axes, points: Sequence[tuple[int, float]], colour: str) -> None:
@@ -91,8 +91,8 @@ def plot_accuracy(rows: Sequence[Row], path: Path, title: str) -> None:
     """Full and crop accuracy before and after with 95% intervals, and the gap between them as a bracket."""
     named = {row.name: row for row in rows}
     with matplotlib.rc_context({**STYLE, "axes.grid.axis": "y"}):
-        figure = _figure(6.2, 4.4)
-        axis = figure.subplots()
+        drawing = figure(6.2, 4.4)
+        axis = drawing.subplots()
         for name, colour, marker in (("crop", ORANGE, "s"), ("full", BLUE, "o")):
             _points(axis, named[name], colour, marker, upper=name == "crop")
         for x, when in enumerate(("before", "after")):
@@ -105,7 +105,7 @@ def plot_accuracy(rows: Sequence[Row], path: Path, title: str) -> None:
         axis.legend(frameon=False, loc="lower right", ncols=2)
         low, high = axis.get_ylim()
         axis.set_ylim(max(0, low - 0.2 * (high - low)), min(101, high + 2))
-        figure.savefig(path, dpi=130)
+        drawing.savefig(path, dpi=130)
 
 
 def _points(axis: Axes, row: Row, colour: str, marker: str, upper: bool) -> None:

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from vopd.errors import UserError
 from vopd.evaluation import statistics
-from vopd.evaluation.records import Record, answers, rates_by, read_records, select
+from vopd.evaluation.records import Record, answers, rates_by, read_packed, read_records, select
 from vopd.evaluation.statistics import Difference, Interval
 from vopd.guards import FLAGS
 
@@ -94,10 +94,12 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     UserError for a missing file, no complete line, or a line that is not a JSON object with a step.
     """
     path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise UserError(f"There is no {path}; the run has not trained.")
+    try:
+        content = read_packed(path)
+    except FileNotFoundError as error:
+        raise UserError(f"There is no {path}; the run has not trained.") from error
     steps: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(content.split(b"\n")[:-1], start=1):
         try:
             values = json.loads(line)
             steps[int(values["step"])] = values

@@ -1,11 +1,14 @@
 """A made-up run folder whose figures can be counted by hand."""
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+from vopd.evaluation import statistics
 from vopd.evaluation.records import Record, write_records
 
 Right = dict[tuple[str, str], int]  # (split, view) -> how many of the first questions are right
@@ -65,3 +68,32 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
         return run
 
     return make
+
+
+def _helper(name: str) -> ModuleType:
+    """A module of this folder that is no test; pytest's importlib mode puts no folder on the path."""
+    spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec and spec.loader
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """The generator of made-up runs with a known effect."""
+    return _helper("synthetic")
+
+
+@pytest.fixture(scope="session")
+def browser() -> ModuleType:
+    """Chromium behind its driver."""
+    return _helper("browser")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fewer_resamples() -> Iterator[None]:
+    """A tenth of the bootstrap's resamples: these tests make some hundred made-up runs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "RESAMPLES", 999)
+        yield

@@ -10,7 +10,6 @@ import pytest
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
 from vopd.evaluation.statistics import Interval
-from vopd.report.seeds import summarise_seeds
 from vopd.report.summary import Summary, as_json, p_text, percent, read_metrics, render, summarise
 
 MakeRun = Callable[..., Path]
@@ -108,7 +107,6 @@ def test_data_without_a_hold_out_has_no_such_row(make_run: MakeRun) -> None:
         path = run / "records" / f"{when}.jsonl"
         write_records(path, [r for r in read_records(path).records if r.split != "holdout"])
     assert [row.name for row in summarise(run, {}).rows] == ["full", "crop", "gap"]
-    assert [row.name for row in summarise_seeds([run])[0]] == ["full", "crop", "gap"]
 
 
 def test_torn_record_lines_are_reported(make_run: MakeRun) -> None:

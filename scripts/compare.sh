@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Runs methods over seeds and compares them: bash scripts/compare.sh [RECIPE...] [seeds=0,1,2] [key=value ...]
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+bash "$root/scripts/setup.sh"
+# -P: a folder named `data` where the user stands must not hide ours.
+exec "$root/.venv/bin/python" -P -m vopd.compare "$@"

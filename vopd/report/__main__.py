@@ -1,0 +1,128 @@
+"""`python -m vopd.report RUNS... [out=FOLDER] [mixed=true] [keep=FOLDER]`: several runs in one comparison.
+
+RUNS are run folders, or folders that contain them, grouped by recipe over seeds. Writes table.md, report.html (one
+file, opens from disk) and report.json to FOLDER (default: runs/report) and prints the main table.
+
+  mixed=true   put runs together that do not compare (other data, base model, budget, judge, parser or questions); the
+               table then says so. Without it the first difference is an error.
+  keep=FOLDER  also write each run's small record there (summary, packed answers and metrics), which can be given as
+               RUNS later.
+
+Unfinished and broken runs are named and left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from vopd.config import ROOT
+from vopd.errors import UserError
+from vopd.report import comparison, curves, gallery, page, published, tables
+from vopd.report.comparison import Comparison
+from vopd.report.keep import keep
+from vopd.report.sheet import to_markdown, to_terminal
+from vopd.report.summary import as_json
+
+
+@dataclass(frozen=True)
+class Words:
+    """The command line."""
+
+    runs: list[Path]
+    out: Path
+    mixed: bool
+    keep: Path | None
+
+
+def words(arguments: Sequence[str]) -> Words:
+    """Read the command line; UserError for a word that is neither a folder nor a known key."""
+    options = {
+        "out": str(ROOT / os.environ.get("VOPD_RUNS", "runs") / "report"),
+        "mixed": "false",
+        "keep": "",
+    }
+    runs = []
+    for word in arguments:
+        key, equals, value = word.partition("=")
+        if equals and key in options:
+            options[key] = value
+        elif equals and not Path(word).exists():
+            raise UserError(f"'{word}' is not understood; known are {', '.join(f'{k}=' for k in options)}.")
+        else:
+            runs.append(Path(word))
+    if options["mixed"] not in ("true", "false"):
+        raise UserError(f"mixed={options['mixed']} is not understood; it is true or false.")
+    if not runs:
+        raise UserError("No runs were named; give run folders, or a folder that contains them.")
+    kept = Path(options["keep"]) if options["keep"] else None
+    return Words(runs, Path(options["out"]), options["mixed"] == "true", kept)
+
+
+def write(c: Comparison, out: Path) -> None:
+    """table.md, report.html and report.json."""
+    sheets = tables.sheets(c)
+    out.mkdir(parents=True, exist_ok=True)
+    text = f"# Comparison\n\n{tables.verdict(c)}\n\n" + "\n".join(to_markdown(sheet) for sheet in sheets)
+    made = page.html(c, sheets, curves.pictures(c), gallery.make(c.groups))
+    content = json.dumps(_numbers(c), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    for name, written in (("table.md", text), ("report.html", made), ("report.json", content)):
+        (out / name).write_text(written, encoding="utf-8")
+
+
+def _numbers(c: Comparison) -> dict[str, Any]:
+    """Every figure of ours, unrounded; the paper's under a key of their own."""
+    ours = {
+        "verdict": tables.verdict(c),
+        "tables": c.tables,
+        "equal_tokens": c.tokens,
+        "runs": [
+            {
+                "folder": str(run.folder),
+                "kind": run.kind,
+                "cost": run.cost,
+                "collapse": run.collapse,
+                **run.facts,
+            }
+            for run in c.runs
+        ],
+        "left_out": c.broken,
+        "not_comparable": c.mixed,
+        "published_by_the_paper": published.read(),
+    }
+    found = as_json(ours)
+    assert isinstance(found, dict)
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Exit code 0, 2 for bad input."""
+    if not arguments or {"-h", "--help"} & set(arguments):
+        print(__doc__)
+        return 0 if arguments else 2
+    console = Console(highlight=False)
+    try:
+        given = words(arguments)
+        c = comparison.make(given.runs, given.mixed)
+        kept = keep(c.runs, given.keep) if given.keep else []
+        write(c, given.out)
+    except UserError as error:
+        print(f"vopd: {error}", file=sys.stderr)
+        return UserError.exit_code
+    width = console.width if console.is_terminal else 180
+    print(to_terminal(tables.sheets(c)[0], width), tables.verdict(c), sep="\n\n", end="\n\n")
+    for folder in kept:
+        print(f"kept: {folder}")
+    print(f"all tables, curves and answers: {given.out / 'report.html'} (also table.md, report.json)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

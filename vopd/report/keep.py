@@ -1,0 +1,81 @@
+"""The small form of a run folder, for the repository: `python -m vopd.report RUNS... keep=FOLDER`.
+
+summary.json, evaluations.jsonl, and the metrics and records packed with gzip; no weights, checkpoints or logs. The
+report reads it like the run folder itself. Packing is deterministic, so keeping a run again changes nothing; paths of
+the machine are cut to what lies in the repository.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vopd.errors import UserError
+from vopd.evaluation.records import read_packed
+from vopd.report.runs import METHODS, Run
+
+
+def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
+    """Write each run to <folder>/<profile>/[ablations|controls/]<recipe>/seed<k>; returns those folders.
+
+    Raises:
+        UserError: two runs would land in one place (one recipe and seed with different settings), or a run lies there
+            itself.
+    """
+    targets: dict[Path, Run] = {}
+    for run in runs:
+        kind = "" if run.kind == METHODS else run.kind
+        target = folder / str(run.facts["profile"]) / kind / run.recipe / f"seed{run.seed}"
+        if target in targets:
+            raise UserError(
+                f"{targets[target].folder} and {run.folder} would both be kept in {target}; give one."
+            )
+        if target.resolve() == run.folder.resolve():
+            raise UserError(
+                f"{run.folder} is kept already; give another keep=FOLDER or the run folder itself."
+            )
+        targets[target] = run
+    for target, run in targets.items():
+        _keep(run, target)
+    return list(targets)
+
+
+def _keep(run: Run, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    (partial / "records").mkdir(parents=True)
+    summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
+    summary["run"]["settings"] = _without_places(
+        summary["run"]["settings"], _root(summary["run"]["settings"])
+    )
+    text = json.dumps(summary, indent=1, ensure_ascii=False)
+    (partial / "summary.json").write_text(text + "\n", encoding="utf-8")
+    if (run.folder / "evaluations.jsonl").is_file():
+        shutil.copyfile(run.folder / "evaluations.jsonl", partial / "evaluations.jsonl")
+    names = ["before", "after", *(f"step{step}" for step in run.validation)]
+    for name in ("metrics.jsonl", *(f"records/{name}.jsonl" for name in names)):
+        packed = gzip.compress(read_packed(run.folder / name), compresslevel=9, mtime=0)
+        (partial / f"{name}.gz").write_bytes(packed)
+    shutil.rmtree(target, ignore_errors=True)
+    partial.rename(target)
+
+
+def _root(settings: dict[str, Any]) -> Path:
+    """The folder of the repository that the run was started from, read off its recipe's place."""
+    recipes = Path(str(settings.get("recipe_folder") or "/"))
+    return next((p.parent for p in (recipes, *recipes.parents) if p.name == "recipes"), Path("/nowhere"))
+
+
+def _without_places(value: Any, root: Path) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item, root) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_places(item, root) for item in value]
+    if isinstance(value, str) and value.startswith("/"):
+        path = Path(value)
+        return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
+    return value
