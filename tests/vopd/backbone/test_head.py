@@ -584,6 +584,7 @@ def _rank(rank: int, ranks: int, directory: Path) -> None:
                 results[tied, split, name] = parameter.grad.full_tensor()
     if rank == 0:
         torch.save(results, directory / "gradients.pt")
+    dist.barrier()  # a rank that is left alone while it tears down may abort
     dist.destroy_process_group()
 
 
