@@ -54,7 +54,8 @@ def shared(prompts: list[Prompt], responses: list[Tensor]) -> Rows:
     first_G, row_B = unique_rows([(p["key"], tuple(p["prompt_ids"].tolist())) for p in prompts])
     lengths_G = [len(prompts[i]["prompt_ids"]) for i in first_G]
     place_B = [row_B[:i].count(row) for i, row in enumerate(row_B)]
-    layout = Layout(torch.tensor(lengths_G), max(lengths_G), max(place_B) + 1, max(len(r) for r in responses))
+    longest = max(1, *(len(r) for r in responses))
+    layout = Layout(torch.tensor(lengths_G), max(lengths_G), max(place_B) + 1, longest)
     ids = [
         pad(prompts[i]["prompt_ids"], (0, layout.width - n)) for i, n in zip(first_G, lengths_G, strict=True)
     ]
@@ -65,9 +66,9 @@ def shared(prompts: list[Prompt], responses: list[Tensor]) -> Rows:
     predicted_at = []
     for prompt, response_R, row, place in zip(prompts, responses, row_B, place_B, strict=True):
         whole_L, positions_4L = with_response(prompt, response_R)
-        start, length = layout.P + place * layout.R, len(response_R)
-        ids[row][start : start + length] = whole_L[-length:]
-        positions[row][:, start : start + length] = positions_4L[:, -length:]
+        start, length, behind = layout.P + place * layout.R, len(response_R), len(prompt["prompt_ids"])
+        ids[row][start : start + length] = whole_L[behind:]
+        positions[row][:, start : start + length] = positions_4L[:, behind:]
         predicted_at.append(layout.positions(row, place, length))
     return Rows([prompts[i] for i in first_G], ids, positions, torch.cat(predicted_at), layout)
 

@@ -58,8 +58,8 @@ class Layout:
         The first token is predicted at the last one of the prompt, the others each at the one before.
         """
         start = row * self.width
-        own = torch.arange(length - 1) + start + self.P + place * self.R
-        return torch.cat([torch.tensor([start + int(self.prompt_G[row]) - 1]), own])
+        own = torch.arange(max(length - 1, 0)) + start + self.P + place * self.R
+        return torch.cat([torch.tensor([start + int(self.prompt_G[row]) - 1]), own])[:length]
 
     def split(self, x_GWx: Tensor) -> tuple[Tensor, Tensor]:
         """(G, W, ...) as prompts (G, P, ...) and responses (B, R, ...).
@@ -87,9 +87,8 @@ class Layout:
         reach = weight.shape[-1] - 1
         prompt_GPC, response_BRC = self.split(x.transpose(1, 2))
         before_GKC = F.pad(prompt_GPC, (0, 0, reach, 0))
-        place_GK = self.prompt_G[:, None] + torch.arange(
-            reach, device=x.device
-        )  # `reach` more by the padding
+        # The prompt's last tokens; the padding has moved them by `reach`.
+        place_GK = self.prompt_G[:, None] + torch.arange(reach, device=x.device)
         tail_GKC = before_GKC[torch.arange(len(prompt_GPC), device=x.device)[:, None], place_GK]
         after_BRC = torch.cat([tail_GKC.repeat_interleave(self.n, 0), response_BRC], 1)
         sides = [

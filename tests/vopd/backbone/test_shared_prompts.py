@@ -135,7 +135,7 @@ FIXED = case([5, 40, 2], [(0, 4), (1, 35), (0, 1), (2, 7), (1, 3), (0, 9)])
 @settings(max_examples=15, deadline=None)
 @given(
     st.lists(st.integers(2, 36), min_size=1, max_size=3, unique=True),
-    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 36)), min_size=1, max_size=6),
+    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 36)), min_size=1, max_size=6),
     st.integers(0, 1000),
 )
 def test_scores_and_gradients_are_those_of_responses_alone(
@@ -204,6 +204,34 @@ def test_each_part_is_needed(model: Any, defect: Any) -> None:
     else:
         with pytest.raises(AssertionError):
             check_equal(found, expected)
+
+
+def test_an_empty_response_takes_no_position() -> None:
+    c = case([5], [(0, 0), (0, 3)])
+    rows = shared(c.rendered(), c.responses)
+    assert len(rows.predicted_at_N) == 3
+    assert len(shared(c.rendered()[:1], c.responses[:1]).predicted_at_N) == 0
+
+
+def test_gradient_checkpoints_find_the_layout_again_in_the_backward(model: Any) -> None:
+    expected = alone(model, FIXED)
+    rows = shared(FIXED.rendered(), FIXED.responses)
+    assert rows.layout is not None
+    switch = SharedPrompts(model)
+    model.train()
+    model.gradient_checkpointing_enable()
+    switch.use(rows.layout)
+    try:
+        mask, positions = rows.layout.mask(), torch.stack(rows.positions, 1)
+        out = model(
+            torch.stack(rows.ids), attention_mask=mask, position_ids=positions, use_cache=False
+        ).logits
+        logits = out.flatten(0, 1)[rows.predicted_at_N].split([len(r) for r in FIXED.responses])
+        check_equal(result(model, list(logits)), expected)
+    finally:
+        switch.use(None)
+        model.gradient_checkpointing_disable()
+        model.eval()
 
 
 def test_one_row_a_prompt() -> None:
