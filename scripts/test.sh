@@ -4,6 +4,8 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash scripts/setup.sh
+# Some systems forbid Python to keep compiled modules; every start would then compile the libraries for a minute.
+unset PYTHONDONTWRITEBYTECODE
 
 step() {
     echo "== $*"

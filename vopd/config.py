@@ -87,7 +87,7 @@ class Rollout:
 
 @dataclass
 class Evaluate:
-    """Greedy answers before and after on test and hold-out; a small validation set every so many steps."""
+    """Greedy answers before and after on test and hold-out; a small validation set every so many steps (0: never)."""
 
     test_rows: int = 1024
     holdout_rows: int = 512

@@ -1,8 +1,10 @@
-"""verl's buffer of groups, with two additions: what it throws away is counted, and which groups win is fixed.
+"""verl's buffer of groups, with two additions: what it throws away is counted, and nothing depends on who is first.
 
 With filtered groups (verl's dynamic sampling) it evicts the groups whose rollouts are all right or all wrong, asks for
-more prompts, and discards what is finished beyond the batch. Both cost generated tokens, which verl does not count;
-and it chooses among finished groups in no fixed order. Here the first ones of the prompt stream are chosen.
+more prompts, and discards what is finished beyond the batch. Both cost generated tokens, which verl does not count.
+verl looks at groups as they finish: how many more prompts are drawn, and which groups are taken, then depends on their
+timing. Here it looks when all that it has asked for is finished, and takes the first groups of the prompt stream. That
+costs waiting for the longest response of each refill, and makes a step the same on every machine.
 """
 
 from __future__ import annotations
@@ -41,6 +43,23 @@ class GroupBuffer(seams.ReplayBuffer):
                 self.thrown[f"rollouts_{reason}"] += 1
                 self.thrown[f"tokens_{reason}"] += tag["response_len"]
         super()._clear_groups(partition_id, uids)
+
+    def _waits(self, partition_id: str) -> bool:
+        """Whether rollouts of filtered groups are still under way."""
+        under_way = self.pending_keys[partition_id] | self.running_keys[partition_id]
+        return partition_id != "val" and self.filter_groups_metric is not None and bool(under_way)
+
+    def _terminal_eviction_reasons(
+        self, global_steps: int, partition_id: str
+    ) -> tuple[set[str], set[str], set[str], Counter[Any]]:
+        if self._waits(partition_id):
+            return set(), set(), set(), Counter()
+        return super()._terminal_eviction_reasons(global_steps, partition_id)
+
+    def _sampleable_terminal_keys(self, partition_id: str, eviction_reasons: Any) -> set[str]:
+        if self._waits(partition_id):
+            return set()
+        return super()._sampleable_terminal_keys(partition_id, eviction_reasons)
 
     def _select_prompt_uids(
         self, partition_id: str, sampleable_keys: set[str], batch_size: int

@@ -81,4 +81,5 @@ def _plans(vopd: DictConfig, method: Method) -> dict[str, Any]:
     if hold_out in schema.splits(Path(folder)):  # a data set need not have one
         final.append({"file": str(hold_out), "rows": e.holdout_rows, "views": ["full"]})
     during = [{"file": f"{folder}/validation.parquet", "rows": e.validation_rows, "views": ["full", "crop"]}]
-    return {"final": final, "during": during, "every": e.every, "batch": e.batch}
+    every = e.every or vopd.train.steps  # verl would leave out the last evaluation too
+    return {"final": final, "during": during, "every": every, "batch": e.batch}

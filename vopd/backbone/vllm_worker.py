@@ -5,6 +5,7 @@ On every device the socket of the weight sync is this run's own (`sockets.py`). 
 1. vLLM's linear layers pack their weights for oneDNN after loading and drop the plain tensors, so verl's in-place
    `load_weights` finds none; vLLM's own `reload_weights` restores load-time parameters first.
 2. It does not clear cache blocks before they are used again (`vopd/vllm_blocks.py`).
+3. Its GatedDeltaNet layers know bf16 alone (`vopd/vllm_delta_rule.py`).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
+from vopd import vllm_delta_rule
 from vopd.backbone.sockets import own
 from vopd.vllm_blocks import clear_used_blocks
 
@@ -28,6 +30,11 @@ class WorkerExtension(vLLMColocateWorkerExtension):
 
 class CPUWorkerExtension(WorkerExtension):
     """See the module's docstring."""
+
+    def __new__(cls, **kwargs: Any) -> CPUWorkerExtension:
+        """Before the worker builds its model."""
+        vllm_delta_rule.install()
+        return super().__new__(cls, **kwargs)
 
     def monkey_patch_model(self, vocab_size: int, banned_token_ids: list[int] | None = None) -> None:
         super().monkey_patch_model(vocab_size, banned_token_ids)

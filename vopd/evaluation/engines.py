@@ -21,11 +21,13 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
+from vopd import vllm_delta_rule
 from vopd.backbone.launch import environment
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import decode
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
+from vopd.vllm_blocks import clear_used_blocks
 
 RETRIES = 4  # the client waits longer each time; then the question stays unanswered and the next run asks it
 GIB = 2**30
@@ -225,10 +227,10 @@ class LocalEngine:
         self._params, self._sampling = SamplingParams, sampling
         self._processor = AutoProcessor.from_pretrained(model)
         self._resizing = Resizing(model)
+        if device == "cpu":
+            vllm_delta_rule.install()
         self.llm = LLM(**engine_settings(model, device, concurrency, sampling.seed), **extra)
         if device == "cpu":
-            from vopd.vllm_blocks import clear_used_blocks
-
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
         self._failure: UserError | None = None
         self._inbox: queue.Queue[_Request | None] = queue.Queue()
@@ -323,7 +325,7 @@ def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dic
     if device != "cpu":
         return common
     return common | {
-        "dtype": "bfloat16",
+        "dtype": "float32",
         "enforce_eager": True,
         "enable_prefix_caching": False,
         "enable_chunked_prefill": False,

@@ -45,6 +45,8 @@ OVERRIDES = [
     (Trainer, seams.PPOTrainerSync, "_add_prompts_to_generate", "self num_prompts"),
     (GroupBuffer, seams.ReplayBuffer, "_clear_groups", "self partition_id uids"),
     (GroupBuffer, seams.ReplayBuffer, "_select_prompt_uids", "self partition_id sampleable_keys batch_size"),
+    (GroupBuffer, seams.ReplayBuffer, "_terminal_eviction_reasons", "self global_steps partition_id"),
+    (GroupBuffer, seams.ReplayBuffer, "_sampleable_terminal_keys", "self partition_id eviction_reasons"),
     (Trainer, seams.PPOTrainerSync, "_step_once", "self metrics timing_raw sample_batch_size"),
     (Trainer, seams.PPOTrainerSync, "_update_actor", "self batch metrics"),
     (Trainer, seams.PPOTrainerSync, "_validate", "self"),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,14 +158,30 @@ def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch)
 
 
 class Queue:
-    """TransferQueue as the buffer sees it: prompts with a status, rollouts with a verdict and a length."""
+    """TransferQueue as the buffer sees it: prompts with a status, rollouts with a verdict and a length.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    Prompts finish between two looks of the buffer, some of them at a time, as `pace` says.
+    """
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        groups: list[list[float]],
+        pace: Callable[[list[str]], list[str]],
+    ) -> None:
         self.items: dict[str, dict[str, Any]] = {}
         self.verdicts: dict[str, float] = {}
-        monkeypatch.setattr(replay_buffer.tq, "kv_list", lambda *_: {"train": dict(self.items)})
+        self.stream, self.pace = iter(enumerate(groups)), pace
+        self.under_way: dict[str, list[float]] = {}
+        self.refills: list[int] = []
+        monkeypatch.setattr(replay_buffer.tq, "kv_list", self.look)
         monkeypatch.setattr(replay_buffer.tq, "kv_clear", self.clear)
         monkeypatch.setattr(replay_buffer.tq, "kv_batch_get", self.get)
+
+    def look(self, *_: Any) -> dict[str, Any]:
+        for uid in self.pace(sorted(self.under_way)):
+            self.finish(uid, self.under_way.pop(uid))
+        return {"train": dict(self.items)}
 
     def clear(self, partition_id: str, keys: list[str]) -> None:
         for key in keys:
@@ -173,50 +191,94 @@ class Queue:
         assert select_fields == ["extra_fields"]
         return {"extra_fields": [{"reward_extra_info": {METRIC: self.verdicts[key]}} for key in keys]}
 
+    def ask(self, count: int) -> int:
+        for _ in range(count):
+            place, verdicts = next(self.stream)
+            uid = f"{place:010d}"
+            self.items[uid] = {"is_prompt": True, "status": "running", "global_steps": 1}
+            self.under_way[uid] = verdicts
+        return count
+
+    def refill(self, count: int) -> int:
+        self.refills.append(count)
+        return self.ask(count)
+
     def finish(self, uid: str, verdicts: list[float]) -> None:
-        self.items[uid] = {"is_prompt": True, "status": "finished", "global_steps": 1}
+        self.items[uid]["status"] = "finished"
         for i, verdict in enumerate(verdicts):
             key = f"{uid}_{i}_0"
             self.items[key] = {"status": "success", "response_len": 10 + i}
             self.verdicts[key] = verdict
 
 
-def test_groups_alike_are_evicted_replaced_and_counted_and_the_streams_first_ones_win(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    queue, refills = Queue(monkeypatch), []
-    stream = iter([[1, 0], [0, 0], [0, 1], [1, 0], [1, 0], [1, 0], [0, 1], [1, 0]])
-
-    def refill(count: int) -> int:
-        refills.append(count)
-        for _ in range(count):
-            queue.finish(f"{len(queue.verdicts) // 2:010d}", [float(v) for v in next(stream)])
-        return count
-
-    for uid, verdicts in (("0000000000", [1.0, 1.0]), ("0000000001", [0.0, 0.0])):
-        queue.finish(uid, verdicts)
-    buffer = GroupBuffer(
+def buffer_for(queue: Queue, kind: type[seams.ReplayBuffer], prompts: int) -> Any:
+    return kind(
         trainer_mode="sync",
         trainer_config=OmegaConf.create({}),
         max_off_policy_threshold=None,
         max_off_policy_strategy="drop",
         sampler_kwargs=OmegaConf.create({}),
         poll_interval=0.0,
-        refill_fn=refill,
+        refill_fn=queue.refill,
         filter_groups_metric=METRIC,
-        train_batch_size=2,
+        train_batch_size=prompts,
         gen_batch_size=1,
     )
-    done, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=2)
+
+
+def taken(buffer: Any, prompts: int) -> list[str]:
+    done, _ = buffer.sample(global_steps=1, partition_id="train", batch_size=prompts)
+    return sorted({key.split("_")[0] for key in done.keys})
+
+
+def test_groups_alike_are_evicted_replaced_and_counted_and_the_streams_first_ones_win(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    groups = [[1, 1], [0, 0], [1, 0], [0, 0], [0, 1], [1, 0], [1, 0], [1, 0], [0, 1], [1, 0]]
+    queue = Queue(monkeypatch, groups, lambda under_way: under_way)
+    queue.ask(2)
+    buffer = buffer_for(queue, GroupBuffer, 2)
     # 0 and 1 are alike, 3 too; 2 and the next mixed one of the stream win.
-    assert sorted({key.split("_")[0] for key in done.keys}) == ["0000000002", "0000000004"]
-    assert sum(refills) >= 3
+    assert taken(buffer, 2) == ["0000000002", "0000000004"]
+    assert sum(queue.refills) >= 3
     thrown = buffer.take_thrown()
     assert thrown["prompts_evicted"] == 3 and thrown["rollouts_evicted"] == 6
     assert thrown["tokens_evicted"] == 3 * 21
-    assert thrown["prompts_surplus"] == sum(refills) - 3
+    assert thrown["prompts_surplus"] == sum(queue.refills) - 3
     assert thrown["tokens_surplus"] == 21 * thrown["prompts_surplus"]
     assert set(buffer.take_thrown().values()) == {0}
+
+
+def one_by_one(rng: random.Random) -> Callable[[list[str]], list[str]]:
+    """None, one or several of those under way finish, whichever it may be."""
+    return lambda under_way: rng.sample(under_way, rng.randint(0, len(under_way)))
+
+
+STREAM = [
+    [float(c) for c in group] for group in ("11", "10", "00", "10", "00", "01", "11", "10", "00", "01")
+] * 6
+
+
+def outcome(
+    monkeypatch: pytest.MonkeyPatch, kind: type[seams.ReplayBuffer], pace: Callable[[list[str]], list[str]]
+) -> Any:
+    queue = Queue(monkeypatch, STREAM, pace)
+    queue.ask(4)
+    buffer = buffer_for(queue, kind, 4)
+    return taken(buffer, 4), queue.refills, sorted(queue.verdicts)
+
+
+def test_what_a_filtered_step_takes_and_draws_does_not_depend_on_what_finishes_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_once = outcome(monkeypatch, GroupBuffer, lambda under_way: under_way)
+    for seed in range(50):
+        assert outcome(monkeypatch, GroupBuffer, one_by_one(random.Random(seed))) == at_once
+
+
+def test_twin_verls_own_buffer_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    paces = [one_by_one(random.Random(seed)) for seed in range(50)]
+    assert len({str(outcome(monkeypatch, seams.ReplayBuffer, pace)) for pace in paces}) > 1
 
 
 # ---- what prepare may say ------------------------------------------------------------------------------------------
@@ -264,3 +326,13 @@ def test_groups_are_filtered_where_the_method_says_so_but_never_in_a_replay() ->
 
     assert [filtered(r) for r in ("vision_opd", "grpo", "dapo")] == [False, False, True]
     assert not filtered("dapo", "rollout.replay=somewhere")
+
+
+# ---- evaluation in between -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("every", "frequency"), [("20", 20), ("0", 80)])
+def test_without_evaluations_in_between_the_last_one_is_still_made(every: str, frequency: int) -> None:
+    """verl evaluates after the last step only if it evaluates at all."""
+    tree = verl_config(load("vision_opd", [f"evaluate.every={every}"]))
+    assert tree.trainer.test_freq == frequency
