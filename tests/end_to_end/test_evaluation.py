@@ -12,15 +12,19 @@ from omegaconf import OmegaConf
 from data import schema
 from data.miniature import prepare
 from vopd.evaluation.benchmark import FOLDER, ROOT
-from vopd.evaluation.records import read_records
+from vopd.evaluation.records import Record, read_records
+from vopd.report.runs import find, read
 
 pytestmark = pytest.mark.e2e
-ROWS = 96  # more than one batch of 32: stale cache blocks would show (vopd/vllm_blocks.py)
+ROWS = 1024  # all; many batches of 64: stale cache blocks would show (vopd/vllm_blocks.py)
+TABLE = ROOT / "docs" / "results" / "miniature"
+POINTS = 1.0
+"""How far a cell of the README's table may be off when it is answered again (docs/comparing.md)."""
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A benchmark file like the miniature's test set, on its first rows."""
+    """The miniature's test set as a benchmark, in a folder of its own."""
     folder = tmp_path_factory.mktemp("evaluation")
     schema.write(prepare.rows("test", ROWS, 0), folder / "test.parquet")
     spec = OmegaConf.load(FOLDER / "miniature_test.yaml")
@@ -29,26 +33,28 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "small.yaml"
 
 
-def test_both_views_of_the_miniature_are_answered_once_and_the_gap_is_there(small: Path) -> None:
+@pytest.fixture(scope="module")
+def answered(small: Path) -> list[Record]:
+    """Both views of every question, in two goes; that each is answered once is asserted on the way."""
     out = small.parent / "runs"
     words = [
         "model=data/miniature/base",
         f"benchmarks=[{small}]",
         f"out={out}",
         "max_tokens=40",
-        "concurrency=32",
+        "concurrency=64",
     ]
     command = [sys.executable, "-P", "-m", "vopd.evaluate", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(
-        [*command, "rows=40"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=500
+        [*command, "rows=40"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr[-2000:]
     folder = out / "data_miniature_base" / "small"
     first = read_records(folder / "records.jsonl").records
     assert len(first) == 80
     run = subprocess.run(
-        [*command, "--speed"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=500
+        [*command, "--speed"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900
     )
     assert run.returncode == 0, run.stderr[-2000:]
     assert "questions/s = 1 / mean seconds per question" in run.stdout
@@ -59,8 +65,20 @@ def test_both_views_of_the_miniature_are_answered_once_and_the_gap_is_there(smal
         r.details["image_in"] == r.details["image_out"] for r in records
     )  # its scenes need no resizing
     part = json.loads((folder / "summary.json").read_text())["variants"]["full"]
-    # In float32 (data/miniature/measure.py) the model answers 65 and 86 of these 96 rows right.
-    assert abs(part["full"]["accuracy"]["value"] - 65 / ROWS) < 0.05
-    assert abs(part["crop"]["accuracy"]["value"] - 86 / ROWS) < 0.05
     assert part["full"]["unparsed"] < 0.05 and part["full"]["truncated"] < 0.05
     assert part["gap"]["low"] > 0
+    return records
+
+
+def cell(answers: list[Record], view: str) -> float:
+    """Per cent right of all test questions in a view."""
+    right = [r.correct for r in answers if r.view == view]
+    assert len(right) == ROWS
+    return 100 * sum(right) / ROWS
+
+
+@pytest.mark.parametrize("view", ["full", "crop"])
+def test_the_base_models_cells_of_the_table_come_out_again(answered: list[Record], view: str) -> None:
+    """By another command than the one that made them, on whatever machine this is."""
+    table = read(find([TABLE])[0]).before
+    assert abs(cell(answered, view) - cell([r for r in table if r.split == "test"], view)) <= POINTS

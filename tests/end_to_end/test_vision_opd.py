@@ -140,8 +140,7 @@ def test_every_update_is_finite_and_rollout_and_trainer_agree(finished: Path) ->
             "seconds/update_weights",
             "seconds/step",
         } <= line.keys()
-    tokens = sum(line["update_tokens"] for line in steps.values())
-    assert 0 <= sum(line["rollout/k3"] * line["update_tokens"] for line in steps.values()) / tokens < 1e-3
+        assert abs(line["rollout/k3"]) < 1e-6  # both compute in float32 on a CPU
 
 
 def test_verls_trackers_write_into_the_run_folder(finished: Path) -> None:
