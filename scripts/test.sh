@@ -19,7 +19,8 @@ fi
 step ruff check .
 step ruff format --check .
 step mypy
-step pytest -q
+# A file stays with one of the two workers, for the sake of what its tests share.
+OMP_NUM_THREADS=1 step pytest -q -n 2 --dist loadfile
 step pytest -q -m distributed
 step pytest -q -m e2e
 echo "== all checks passed in $SECONDS s"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import subprocess
+from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -66,6 +68,25 @@ def library_versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "missing"
+    return found
+
+
+def machine(device: str) -> str:
+    """The kind of machine, for figures in seconds: processor and cores, and the cards where `device` is cuda."""
+    facts = {}
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else ():
+        key, _, value = line.partition(":")
+        facts.setdefault(key.strip(), value.strip())
+    name = facts.get("model name") or platform.machine()
+    if "model" in facts:  # clouds hide the name; family and model still tell generations apart
+        name += f" (family {facts.get('cpu family')}, model {facts['model']})"
+    found = f"{name}, {len(os.sched_getaffinity(0))} cores"
+    if device == "cuda":
+        import torch
+
+        cards = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        found += ", " + " + ".join(f"{n} x {card}" for card, n in Counter(cards).items())
     return found
 
 

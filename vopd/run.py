@@ -271,6 +271,7 @@ class Run:
             "data_hash": self.data_hash(),
             "model_hash": self.model_hash(),
             "libraries": provenance.library_versions(),
+            "machine": provenance.machine(self.config.hardware.device),
             "method": self.method.record(),
             "settings": OmegaConf.to_container(self.config, resolve=True),
             "wall_seconds": outcome.seconds,

@@ -240,9 +240,17 @@ def _cost(c: Comparison) -> Sheet:
         notes=[
             "Prompts and rollouts are those trained on; thrown: prompts drawn in vain by a group filter. Scored "
             "tokens: prompt and response tokens that teachers and references read. The whole run holds start-up and "
-            "both evaluations. Seconds are of the machine that ran it."
+            "both evaluations.",
+            _machines(c.runs),
         ],
     )
+
+
+def _machines(runs: Sequence[Run]) -> str:
+    kinds = sorted({str(run.facts.get("machine", "a machine that was not recorded")) for run in runs})
+    if len(kinds) == 1:
+        return f"Seconds are of {kinds[0]}, and depend on what ran beside it."
+    return f"Seconds are of different machines and do not compare: {'; '.join(kinds)}."
 
 
 def _phases(c: Comparison) -> Sheet:

@@ -126,6 +126,7 @@ def make_run(
         "seed": seed,
         "code": "0" * 40,
         "code_hash": "c0de",
+        "machine": "Abacus, 2 cores",
         "data_hash": "da7a",
         "model_hash": "ba5e",
         "scorer": {"rule": "strict", "judge": "none", "code": "9a65e4"},

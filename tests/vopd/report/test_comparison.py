@@ -204,6 +204,16 @@ def test_cost_failures_and_settings_are_the_runs_own(three: Comparison) -> None:
     assert settings["anchor (teacher, KL)"] == "anchor of harmful" and settings["learning rate"] == "3e-05"
 
 
+def test_seconds_of_different_machines_are_said_not_to_compare(
+    three: Comparison, synthetic, tmp_path: Path
+) -> None:
+    assert any("Abacus, 2 cores, and depend" in note for note in sheet(three, "cost").notes)
+    synthetic.make_run(tmp_path, "one")
+    synthetic.make_run(tmp_path, "two", machine="Slide rule, 1 cores")
+    note = sheet(comparison.make([tmp_path]), "cost").notes[-1]
+    assert note.endswith("do not compare: Abacus, 2 cores; Slide rule, 1 cores.")
+
+
 def test_collapse_is_named(synthetic, tmp_path: Path) -> None:
     run = synthetic.make_run(tmp_path)
     summary = json.loads((run / "summary.json").read_text())
