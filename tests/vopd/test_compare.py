@@ -241,14 +241,19 @@ def test_a_signal_is_waited_out_until_the_run_has_tidied_up(
 
     monkeypatch.setattr(compare.watch, "python", lambda *words: [sys.executable, "-c", TIDIES])
     monkeypatch.setattr(compare.subprocess, "Popen", start)
-    usual = signal.signal(signal.SIGTERM, compare._terminate)
+    # As python starts: pytest-xdist's workers leave Ctrl-C to their controller.
+    usual = [
+        (signal.SIGTERM, signal.signal(signal.SIGTERM, compare._terminate)),
+        (signal.SIGINT, signal.signal(signal.SIGINT, signal.default_int_handler)),
+    ]
     striking = threading.Thread(target=strike)
     striking.start()
     try:
         with pytest.raises(KeyboardInterrupt):
             compare.start_run(Job("x", 0, [], Path(), {}, {}))
     finally:
-        signal.signal(signal.SIGTERM, usual)
+        for which, handler in usual:
+            signal.signal(which, handler)
         striking.join()
     assert children[0].returncode == 130
     assert children[0].stdout.read() == "tidied\n"
