@@ -28,6 +28,7 @@ GIB = 2**30
 # Ray puts <temp>/session_<26 characters of time>_<pid>/sockets/plasma_store into a socket address.
 SOCKET_LIMIT_BYTES = 107
 RAY_SOCKET_TAIL = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
+MASKED_ATTENTION = ("sdpa", "eager")
 
 
 def check_disk(folder: Path, needed_gb: float) -> None:
@@ -60,6 +61,19 @@ def check_memory(needed_gib: float, profile: str) -> None:
         raise UserError(
             f"profile {profile}: needs {needed_gib:g} GiB of memory, {available:.1f} GiB are available; "
             "stop other programs or choose a smaller profile."
+        )
+
+
+def check_attention(packed: bool, attention: str) -> None:
+    """Padded rows share one copy of a prompt by a mask per row, which not every implementation of attention takes.
+
+    Raises:
+        UserError: such a one without packing.
+    """
+    if not packed and attention not in MASKED_ATTENTION:
+        raise UserError(
+            f"model.attention={attention} cannot be used with train.packed=false; take "
+            f"{' or '.join(MASKED_ATTENTION)}, or train.packed=true."
         )
 
 

@@ -115,6 +115,7 @@ class Run:
         config = self.config
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
+        preflight.check_attention(config.train.packed, config.model.attention)
         # A name that is no folder is a hub id, except on a CPU machine, which works offline.
         model = Path(config.model.path)
         if config.hardware.device == "cpu" or model.is_absolute() or model.exists():

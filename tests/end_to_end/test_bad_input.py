@@ -49,6 +49,7 @@ def refusal(
         (["hardware.memory_gib=100000"], "100000 GiB"),
         (["hardware.disk_gib=1e9"], "1e+09 GB"),
         (["rollout.max_prompt_tokens=20"], "the limit is 20"),
+        (["model.attention=flash_attention_2"], "take sdpa or eager, or train.packed=true"),
     ],
 )
 def test_bad_words(refusal: Callable[..., str], words: list[str], named: str) -> None:
