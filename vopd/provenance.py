@@ -73,7 +73,7 @@ def library_versions() -> dict[str, str]:
 
 def machine(device: str) -> str:
     """The kind of machine, for figures in seconds: processor and cores, and the cards where `device` is cuda."""
-    facts = {}
+    facts: dict[str, str] = {}
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else ():
         key, _, value = line.partition(":")

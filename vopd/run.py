@@ -232,6 +232,8 @@ class Run:
                 *(ROOT / "vopd/evaluation/scoring").glob("*.py"),
                 ROOT / "vopd/views.py",
                 ROOT / "vopd/backbone/rendering.py",
+                ROOT / "vopd/vllm_delta_rule.py",
+                *(ROOT / "vopd/backbone").glob("verl*.yaml"),
             ]
         )
         key = provenance.hash_json(
