@@ -20,17 +20,13 @@ from torch import Tensor
 from vopd.backbone.delta_rule import gated_delta_rule, unit
 
 
-def convolve(x_NTC: Tensor, weight_CK: Tensor, bias_C: Tensor | None, before_NCK: Tensor) -> Tensor:
-    """Causal depthwise convolution and SiLU (N, T, C); `before` are the K - 1 inputs before the first one."""
-    padded_NCT = torch.cat([before_NCK, x_NTC.transpose(1, 2)], -1)
-    out_NCT = F.conv1d(padded_NCT, weight_CK[:, None], bias_C, groups=weight_CK.shape[0])
-    return F.silu(out_NCT).transpose(1, 2)
+def convolve(padded_NCT: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
+    """Causal depthwise convolution and SiLU (N, T, C) of inputs with the K - 1 earlier ones in front."""
+    return F.silu(F.conv1d(padded_NCT, weight_CK[:, None], bias_C, groups=len(weight_CK))).transpose(1, 2)
 
 
-def last_inputs(x_NTC: Tensor, lengths_N: Tensor, before_NCK: Tensor) -> Tensor:
-    """The K - 1 inputs (N, C, K - 1) that each request's next token will be convolved with."""
-    width = before_NCK.shape[-1]
-    padded_NCT = torch.cat([before_NCK, x_NTC.transpose(1, 2)], -1)
+def last_inputs(padded_NCT: Tensor, lengths_N: Tensor, width: int) -> Tensor:
+    """The K - 1 inputs (N, C, K - 1) that each request's next token will be convolved with; `width` is K - 1."""
     index_NK = lengths_N[:, None] + torch.arange(width)
     return padded_NCT.gather(-1, index_NK[:, None].expand(-1, padded_NCT.shape[1], -1))
 
@@ -77,9 +73,9 @@ class _Layer:
     def decode(self, x_NC: Tensor, a_NH: Tensor, b_NH: Tensor, slots_N: Tensor) -> Tensor:
         """One token of each request; (N, H, D)."""
         width = self.weight_CK.shape[-1] - 1
-        before_NCK = self.conv_SCK[slots_N, :, :width]
-        self.conv_SCK[slots_N, :, :width] = torch.cat([before_NCK[..., 1:], x_NC[..., None]], -1)
-        y_NC = convolve(x_NC[:, None], self.weight_CK, self.bias_C, before_NCK)[:, 0]
+        padded_NCK = torch.cat([self.conv_SCK[slots_N, :, :width], x_NC[..., None]], -1)
+        self.conv_SCK[slots_N, :, :width] = padded_NCK[..., 1:]
+        y_NC = convolve(padded_NCK, self.weight_CK, self.bias_C)[:, 0]
         o_NHD, state_NHDD = one_step(*self.split(y_NC), *self.gates(a_NH, b_NH), self.state_SHDD[slots_N])
         self.state_SHDD[slots_N] = state_NHDD
         return o_NHD
@@ -95,11 +91,14 @@ class _Layer:
             for t in (x_LC, *self.gates(a_LH, b_LH))
         ]
         x_NTC, g_NTH, beta_NTH = padded
-        before_NCK = self.conv_SCK[slots_N, :, :width] * goes_on_N[:, None, None]
-        state_NHDD = self.state_SHDD[slots_N] * goes_on_N[:, None, None, None]
-        y_NTC = convolve(x_NTC, self.weight_CK, self.bias_C, before_NCK)
+        # Filled, not multiplied by zero: what another request has left may be anything, NaN included.
+        fresh_N = ~goes_on_N
+        before_NCK = self.conv_SCK[slots_N, :, :width].masked_fill(fresh_N[:, None, None], 0.0)
+        state_NHDD = self.state_SHDD[slots_N].masked_fill(fresh_N[:, None, None, None], 0.0)
+        padded_NCT = torch.cat([before_NCK, x_NTC.transpose(1, 2)], -1)
+        y_NTC = convolve(padded_NCT, self.weight_CK, self.bias_C)
         o_NTHD, state_NHDD = gated_delta_rule(*self.split(y_NTC), g_NTH, beta_NTH, state_NHDD)
-        self.conv_SCK[slots_N, :, :width] = last_inputs(x_NTC, torch.tensor(lengths), before_NCK)
+        self.conv_SCK[slots_N, :, :width] = last_inputs(padded_NCT, torch.tensor(lengths), width)
         self.state_SHDD[slots_N] = state_NHDD
         return torch.cat([o_THD[:n] for o_THD, n in zip(o_NTHD, lengths, strict=True)])
 

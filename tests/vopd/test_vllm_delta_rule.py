@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
+from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
 from vopd.vllm_delta_rule import _Layer, cpu_gdn_attention_core
 
@@ -126,6 +128,20 @@ def test_a_request_in_pieces_equals_the_recurrence(pieces: list[int], dim_first:
             found.append(own.prefill(*both, torch.tensor([3, 5]), [0, piece, piece + 5], goes_on)[:piece])
         start += piece
     check(torch.cat(found), token_by_token(its, *whole))
+
+
+def test_nan_left_in_the_cache_does_not_reach_a_new_request() -> None:
+    its, prompt = layer(), request(6, 5)
+    for cache in its.kv_cache:
+        cache.fill_(torch.nan)
+    found = _Layer(its, True).prefill(*prompt, torch.tensor([3]), [0, 6], torch.tensor([False]))
+    check(found, token_by_token(its, *prompt))
+
+
+def test_ours_takes_what_vllms_operator_takes() -> None:
+    theirs = inspect.signature(gdn_attention.cpu_gdn_attention_core)
+    assert list(inspect.signature(cpu_gdn_attention_core).parameters) == list(theirs.parameters)
+    assert hasattr(gdn_attention, "register_cpu_gdn_attention_ops")
 
 
 def test_twin_a_state_left_by_another_request_is_seen() -> None:
