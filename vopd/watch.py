@@ -30,7 +30,7 @@ from rich.progress import (
 from vopd.backbone.progress import FILE
 
 LOOK_SECONDS = 0.5
-MEMORY_SECONDS = 5.0
+MEMORY_SECONDS = 20.0  # a look costs half a second of a slow core
 GRACE_SECONDS = 20.0
 GIB = 1024**3
 
