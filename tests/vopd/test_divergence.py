@@ -453,6 +453,17 @@ def test_pointwise_forward_kl(clip: float) -> None:
         )
 
 
+def test_a_clipped_entry_pushes_down_the_token_that_the_teacher_prefers() -> None:
+    """What README says of opsd_original: its gradient is p_S times the teacher's mass on the unclipped tokens."""
+    teacher_TV = torch.tensor([[0.6, 0.3, 0.1]], dtype=torch.float64).log()
+    student_TV = torch.tensor([[0.4, 0.5, 0.1]], dtype=torch.float64).log().requires_grad_()
+    pointwise_forward_kl(student_TV, teacher_TV, 0.05).sum().backward()
+    assert student_TV.grad[0, 0].item() == pytest.approx(0.4 * (0.3 + 0.1))
+    student_TV.grad = None
+    pointwise_forward_kl(student_TV, teacher_TV, math.inf).sum().backward()
+    assert student_TV.grad[0, 0].item() == pytest.approx(0.4 - 0.6)
+
+
 def test_sampled_token_log_prob_and_entropy() -> None:
     logits_TV = _logits(14)[0]
     token_T = torch.tensor([0, 6, 3, 3, 1])
