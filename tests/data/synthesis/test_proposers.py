@@ -76,9 +76,8 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
             projection_dim=16,
         )
     )
-    head = (
-        model.class_head
-    )  # sigmoid((cosine + shift) * scale): above one half with this shift, whatever it sees
+    # A score is sigmoid((cosine + shift) * scale): above one half with this shift, whatever it sees.
+    head = model.class_head
     for layer, bias in ((head.logit_shift, 2.0), (head.logit_scale, 0.0)):
         torch.nn.init.zeros_(layer.weight)
         torch.nn.init.constant_(layer.bias, bias)
