@@ -331,8 +331,8 @@ def test_groups_are_filtered_where_the_method_says_so_but_never_in_a_replay() ->
 # ---- evaluation in between -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("every", "frequency"), [("20", 20), ("0", 80)])
+@pytest.mark.parametrize(("every", "frequency"), [("20", 20), ("0", 33)])
 def test_without_evaluations_in_between_the_last_one_is_still_made(every: str, frequency: int) -> None:
     """verl evaluates after the last step only if it evaluates at all."""
-    tree = verl_config(load("vision_opd", [f"evaluate.every={every}"]))
+    tree = verl_config(load("vision_opd", ["train.steps=33", f"evaluate.every={every}"]))
     assert tree.trainer.test_freq == frequency
