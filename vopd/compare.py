@@ -25,6 +25,7 @@ from vopd import provenance, watch
 from vopd.config import RECIPES, ROOT
 from vopd.errors import UserError
 from vopd.report import __main__ as report
+from vopd.report import keep
 from vopd.report.runs import REPLACED
 from vopd.run import INTERRUPTED, Run, differences
 
@@ -128,11 +129,20 @@ def plan(job: Job) -> Plan:
 
 
 def _differs(job: Job, settings: Any, recorded: dict[str, Any]) -> str:
-    changed = sorted(differences(job.settings, settings) - {"run_dir"})
+    changed = sorted(differences(_placeless(job.settings), _placeless(settings)) - {"run_dir"})
     if changed:
         return f"another {changed[0]}"
     origin = [what for what, now in job.origin.items() if recorded.get(what) != now]
     return f"another {origin[0]}" if origin else ""
+
+
+def _placeless(settings: Any) -> Any:
+    """Settings without the repository's place: a run of another checkout, or a kept record, is the same run.
+
+    What its data and base model are is told by their hashes. A recipe outside a repository is known by its place only.
+    """
+    root = keep.repository(settings)
+    return settings if root is None else keep.without_places(settings, root)
 
 
 def estimate(plans: Sequence[Plan]) -> str:

@@ -17,8 +17,10 @@ from rich.console import Console
 
 from vopd import compare
 from vopd.compare import Job
+from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation import statistics
+from vopd.report import keep
 from vopd.run import Run
 
 WORDS = ["grpo", "dapo", "seeds=0,1"]
@@ -133,6 +135,30 @@ def test_another_setting_runs_again(series: Series) -> None:
     series("grpo", "seeds=0")
     assert series("grpo", "seeds=0", "train.lr=1e-3") == 0
     assert "run again  grpo, seed 0: another train.lr" in series.output
+
+
+def test_a_run_of_another_checkout_or_a_kept_record_is_reused(series: Series, tmp_path: Path) -> None:
+    series("grpo", "seeds=0")
+    file = tmp_path / "miniature" / "grpo" / "seed0" / "summary.json"
+    summary = json.loads(file.read_text())
+    here = summary["run"]["settings"]
+    for place in ("/elsewhere/checkout", None):
+        moved = keep.without_places(here, ROOT)
+        if place:
+            moved["recipe_folder"], moved["model"]["path"] = (
+                f"{place}/recipes",
+                f"{place}/data/miniature/base",
+            )
+            moved["data"]["folder"] = f"{place}/.cache/miniature"
+        assert moved["recipe_folder"] != here["recipe_folder"]
+        file.write_text(json.dumps({**summary, "run": {**summary["run"], "settings": moved}}))
+        assert series("grpo", "seeds=0") == 0
+        assert series.started == [] and "reuse      grpo, seed 0" in series.output
+
+
+def test_recipes_of_one_name_outside_the_repository_are_told_apart_by_their_place() -> None:
+    for recipes in ("/a/mine", "/b/mine"):
+        assert compare._placeless({"recipe_folder": recipes}) == {"recipe_folder": recipes}
 
 
 def test_a_failing_run_stops_nothing_and_is_named(series: Series, tmp_path: Path) -> None:

@@ -49,9 +49,8 @@ def _keep(run: Run, target: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     (partial / "records").mkdir(parents=True)
     summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
-    summary["run"]["settings"] = _without_places(
-        summary["run"]["settings"], _root(summary["run"]["settings"])
-    )
+    settings = summary["run"]["settings"]
+    summary["run"]["settings"] = without_places(settings, repository(settings) or Path("/nowhere"))
     text = json.dumps(summary, indent=1, ensure_ascii=False)
     (partial / "summary.json").write_text(text + "\n", encoding="utf-8")
     if (run.folder / "evaluations.jsonl").is_file():
@@ -64,17 +63,18 @@ def _keep(run: Run, target: Path) -> None:
     partial.rename(target)
 
 
-def _root(settings: dict[str, Any]) -> Path:
-    """The folder of the repository that the run was started from, read off its recipe's place."""
+def repository(settings: dict[str, Any]) -> Path | None:
+    """The folder of the repository that a run was started from, read off its recipe's place; None: not from one."""
     recipes = Path(str(settings.get("recipe_folder") or "/"))
-    return next((p.parent for p in (recipes, *recipes.parents) if p.name == "recipes"), Path("/nowhere"))
+    return next((p.parent for p in (recipes, *recipes.parents) if p.name == "recipes"), None)
 
 
-def _without_places(value: Any, root: Path) -> Any:
+def without_places(value: Any, root: Path) -> Any:
+    """Settings whose paths do not tell the machine: relative to `root`, those outside it by their name alone."""
     if isinstance(value, dict):
-        return {key: _without_places(item, root) for key, item in value.items()}
+        return {key: without_places(item, root) for key, item in value.items()}
     if isinstance(value, list):
-        return [_without_places(item, root) for item in value]
+        return [without_places(item, root) for item in value]
     if isinstance(value, str) and value.startswith("/"):
         path = Path(value)
         return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.name
