@@ -14,6 +14,8 @@ import math
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,12 @@ from vopd.backbone.rollout import early_workers, training_limit
 from vopd.backbone.servers import ServerManager
 from vopd.backbone.worker import MethodWorker
 from vopd.errors import UserError
-from vopd.evaluation.records import write_records
+from vopd.evaluation.records import drop_torn_line, write_records
 from vopd.guards import collapse_flags
 from vopd.method import Method, Rollouts, build, checked
 
 NAME = "vopd"
+UNWRITTEN = "unwritten_step.json"  # there while an evaluation goes on
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
 UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "rendered")
 
@@ -62,6 +65,8 @@ class Trainer(seams.PPOTrainerSync):
         self.refilled = 0
         self.skipped_in_a_row = 0
         self.first_line: dict[str, Any] | None = None
+        self.thrown: dict[str, int] = {}
+        self.unwritten: Callable[[], dict[str, Any]] | None = None
         self.train_dataloader_it: Any = None
         self.recorded = self._recorded()
         seams.use_server_manager(ServerManager)
@@ -304,6 +309,46 @@ class Trainer(seams.PPOTrainerSync):
 
     # ---- the record ---------------------------------------------------------------------------------------------
 
+    def step(self, metrics: dict[str, Any], timing_raw: dict[str, float]) -> KVBatchMeta:
+        batch = super().step(metrics, timing_raw)
+        self.thrown = self.replay_buffer.take_thrown()
+        self.unwritten = partial(self._line, batch, metrics, timing_raw)
+        return batch
+
+    def on_validate_begin(self) -> None:
+        """An evaluation takes minutes and the update before it has its checkpoint: keep its line meanwhile."""
+        super().on_validate_begin()
+        if self.unwritten:
+            part = self.run_dir / f"{UNWRITTEN}.part"
+            part.write_text(json.dumps(self.unwritten()))
+            part.replace(self.run_dir / UNWRITTEN)
+
+    def _line(self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float]) -> dict[str, Any]:
+        """What metrics.jsonl says about the update that was just made."""
+        records = self._records(batch.keys, batch.partition_id)
+        lengths = [r["response_tokens"] for r in records]
+        seconds = dict(timing_raw)
+        if self.recorded is not None:  # what it cost to generate them belongs to the step that trains on them
+            for phase in ("gen", "step"):
+                seconds[phase] += self.recorded_seconds
+        line = {
+            "step": self.global_steps,
+            "epoch": (self.global_steps - 1) // self.steps_per_epoch,
+            "prompts": len(batch) // self.config.actor_rollout_ref.rollout.n,
+            "rollouts": len(batch),
+            "tokens_generated": sum(lengths) + self.thrown["tokens_evicted"] + self.thrown["tokens_surplus"],
+            **self.thrown,
+            "tokens_prompt": sum(t["prompt_len"] for t in batch.tags if "prompt_len" in t),
+            "response_length": sum(lengths) / len(lengths),
+            "response_length_max": max(lengths),
+            "truncated": sum(r["truncated"] for r in records) / len(records),
+            "rollout_accuracy": sum(r["correct"] for r in records) / len(records),
+            **_renamed(metrics),
+            **{f"seconds/{k}": v for k, v in seconds.items()},
+        }
+        self.first_line = self.first_line or self._first_line() or line
+        return line | {f"collapse/{k}": int(v) for k, v in collapse_flags(line, self.first_line).items()}
+
     def _compute_metrics(
         self,
         batch: KVBatchMeta,
@@ -313,34 +358,17 @@ class Trainer(seams.PPOTrainerSync):
         epoch: int,
     ) -> None:
         """One line of metrics.jsonl; replaces verl's, which wants advantages and values of every method."""
-        records = self._records(batch.keys, batch.partition_id)
-        lengths = [r["response_tokens"] for r in records]
-        thrown = self.replay_buffer.take_thrown()
-        if self.recorded is not None:  # what it cost to generate them belongs to the step that trains on them
-            for phase in ("gen", "step"):
-                timing_raw[phase] += self.recorded_seconds
-        line = {
-            "step": global_steps,
-            "epoch": epoch,
-            "prompts": len(batch) // self.config.actor_rollout_ref.rollout.n,
-            "rollouts": len(batch),
-            "tokens_generated": sum(lengths) + thrown["tokens_evicted"] + thrown["tokens_surplus"],
-            **thrown,
-            "tokens_prompt": sum(t["prompt_len"] for t in batch.tags if "prompt_len" in t),
-            "response_length": sum(lengths) / len(lengths),
-            "response_length_max": max(lengths),
-            "truncated": sum(r["truncated"] for r in records) / len(records),
-            "rollout_accuracy": sum(r["correct"] for r in records) / len(records),
-            **_renamed(metrics),
-            **{f"seconds/{k}": v for k, v in timing_raw.items()},
-        }
-        self.first_line = self.first_line or self._first_line() or line
-        line |= {f"collapse/{k}": int(v) for k, v in collapse_flags(line, self.first_line).items()}
+        line = self._line(batch, metrics, timing_raw)
         metrics.clear()
         metrics.update({k: v for k, v in line.items() if isinstance(v, int | float)})
+        self._write(line)
+        self.unwritten = None
+        self.progress.step(global_steps, self.total_training_steps, line)
+
+    def _write(self, line: dict[str, Any]) -> None:
         with open(self.run_dir / "metrics.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        self.progress.step(global_steps, self.total_training_steps, line)
+        (self.run_dir / UNWRITTEN).unlink(missing_ok=True)
 
     def _first_line(self) -> dict[str, Any] | None:
         """The run's first step, where an interruption lies between it and now."""
@@ -418,6 +446,19 @@ class Trainer(seams.PPOTrainerSync):
         folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
         if self.global_steps and (folder / "vopd.json").exists():
             self.prompts_drawn = json.loads((folder / "vopd.json").read_text())["prompts_drawn"]
+        self._mend_metrics()
+
+    def _mend_metrics(self) -> None:
+        """After an interruption: no torn line, and the line of an update whose evaluation was interrupted."""
+        if (self.run_dir / "metrics.jsonl").exists():
+            drop_torn_line(self.run_dir / "metrics.jsonl")
+        kept = self.run_dir / UNWRITTEN
+        if not kept.exists():
+            return
+        line = json.loads(kept.read_text())
+        if line["step"] == self.global_steps:  # a later one is made again
+            self._write(line)
+        kept.unlink(missing_ok=True)
 
     def fit(self, agent_loop_manager: Any) -> None:
         self.agent_loop_manager = agent_loop_manager

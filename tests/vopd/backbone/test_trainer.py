@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable
@@ -79,6 +80,7 @@ def trainer(ranks: int = 1, updates: int = 1, **vopd: Any) -> Trainer:
         {"actor_rollout_ref": {"rollout": {"n": 2}}, "trainer": {"default_local_dir": "runs/x/checkpoints"}}
     )
     made.global_steps, made.skipped_in_a_row, made.run_dir = 4, 0, Path("runs/x")
+    made.thrown, made.unwritten = {}, None
     return made
 
 
@@ -138,6 +140,73 @@ def test_names_of_the_record() -> None:
     line = _renamed(given)
     assert sorted(line) == ["divergence", "grad_norm", "loss", "seconds/student"]
     assert (line["loss"], line["divergence"]) == (1.0, 2.0)
+
+
+# ---- an interrupted evaluation -------------------------------------------------------------------------------------
+
+
+def at_step_4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
+    """A trainer whose fourth update was just made."""
+    made = trainer()
+    made.run_dir, made.recorded, made.first_line, made.steps_per_epoch = folder, None, None, 8
+    made.total_training_steps = 4
+    made.replay_buffer = SimpleNamespace(take_thrown=lambda: {"tokens_evicted": 5, "tokens_surplus": 0})
+    made.progress = SimpleNamespace(step=lambda *_: None)
+    rows = [{"response_tokens": 3, "truncated": False, "correct": i == 0} for i in range(4)]
+    monkeypatch.setattr(Trainer, "_records", lambda *_: rows)
+    monkeypatch.setattr(seams.PPOTrainerSync, "step", lambda *_: batch([0, 1, 2, 3]))
+    monkeypatch.setattr(seams.PPOTrainerSync, "_load_checkpoint", lambda _: None)
+    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+    return made
+
+
+def made_and_evaluated(made: Trainer, seconds: dict[str, float], whole: bool) -> None:
+    """What verl's loop calls after an update that an evaluation follows; not `whole`: interrupted in that one."""
+    metrics: dict[str, Any] = {"update/update_loss": 0.5, "update/token/entropy": 0.4}
+    rows = made.step(metrics, seconds)
+    made.on_validate_begin()
+    if whole:
+        made._compute_metrics(rows, metrics, {**seconds, "testing": 9.0}, made.global_steps, 0)
+
+
+def steps(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_an_update_before_an_interrupted_evaluation_keeps_its_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_and_evaluated(at_step_4(tmp_path, monkeypatch), {"step": 2.0}, whole=False)
+    assert [line["step"] for line in steps(tmp_path)] == [3]
+    again = trainer()
+    again.run_dir = tmp_path
+    again._load_checkpoint()
+    assert [line["step"] for line in steps(tmp_path)] == [3, 4]
+    kept = steps(tmp_path)[1]
+    assert (kept["tokens_generated"], kept["loss"], kept["seconds/step"]) == (17, 0.5, 2.0)
+    again._load_checkpoint()
+    assert [line["step"] for line in steps(tmp_path)] == [3, 4]
+
+
+def test_an_evaluation_that_ends_leaves_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = at_step_4(tmp_path, monkeypatch)
+    made_and_evaluated(made, {"step": 2.0}, whole=True)
+    made._load_checkpoint()
+    assert [line["step"] for line in steps(tmp_path)] == [3, 4]
+    assert steps(tmp_path)[1]["seconds/testing"] == 9.0
+
+
+def test_a_line_of_an_update_that_is_made_again_and_a_torn_one_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_and_evaluated(at_step_4(tmp_path, monkeypatch), {"step": 2.0}, whole=False)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')
+    again = trainer()
+    again.run_dir, again.global_steps = tmp_path, 3
+    again._load_checkpoint()
+    assert steps(tmp_path) == [{"step": 3}]
+    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 # ---- groups that are thrown away -----------------------------------------------------------------------------------
