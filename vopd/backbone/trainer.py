@@ -323,7 +323,9 @@ class Trainer(seams.PPOTrainerSync):
             part.write_text(json.dumps(self.unwritten()))
             part.replace(self.run_dir / UNWRITTEN)
 
-    def _line(self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float]) -> dict[str, Any]:
+    def _line(
+        self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float]
+    ) -> dict[str, Any]:
         """What metrics.jsonl says about the update that was just made."""
         records = self._records(batch.keys, batch.partition_id)
         lengths = [r["response_tokens"] for r in records]
