@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vopd.backbone.head import ScoreChunk
-from vopd.divergence import pointwise_forward_kl, top_k_tail_divergence
+from vopd.divergence import divergence_name, pointwise_forward_kl, top_k_tail_divergence
 from vopd.errors import UserError
 from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
 
@@ -53,10 +53,11 @@ class OPSD(Method):
     def record(self) -> dict[str, Any]:
         s = self.settings
         support = "full vocabulary" if s.top_k is None else f"student top-{s.top_k} + tail"
-        rate = f"({s.teacher_rate})" if s.teacher in ("ema", "trust_region") else ""
         return {
-            "anchor": f"{s.teacher}{rate} on {s.teacher_view}",
-            "objective": f"JSD {s.beta}, {support}" if s.clip is None else "forward KL, full vocabulary",
+            "anchor": str(self.scorers["teacher"]),
+            "objective": f"{divergence_name(s.beta)}, {support}"
+            if s.clip is None
+            else "forward KL, full vocabulary",
             "normalisation": "per-sequence mean",
             "clip": "none" if s.clip is None else f"{s.clip:g} per entry of the vocabulary",
         }

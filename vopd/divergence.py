@@ -68,6 +68,11 @@ def bucketed_log_probs(logits_TV: Tensor, support_TK: Tensor) -> Tensor:
     return _normalised_buckets(logits_TV, support_TK, log_tail_T1)
 
 
+def divergence_name(beta: float) -> str:
+    """What a table calls the divergence with this beta."""
+    return {0.0: "forward KL", 1.0: "reverse KL"}.get(beta, f"JSD {beta}")
+
+
 def divergence(teacher_log_probs_TB: Tensor, student_log_probs_TB: Tensor, beta: float) -> Tensor:
     """Generalised Jensen-Shannon divergence per token (T,), summed over the buckets.
 

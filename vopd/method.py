@@ -29,6 +29,7 @@ from vopd.errors import UserError
 from vopd.views import VIEWS
 
 WEIGHTS = ("current", "initial", "ema", "trust_region")
+RATED = ("ema", "trust_region")
 ROLLOUT_WEIGHTS = ("current", "initial")
 # verl's registered estimators that need rewards and groups alone. Another one: `prepare` returns `advantages`.
 ADVANTAGES = ("grpo", "gpg", "opo", "reinforce_plus_plus_baseline", "rloo")
@@ -50,6 +51,10 @@ class Scorer:
     view: str
     weights: str
     rate: float = 0.0
+
+    def __str__(self) -> str:
+        """As a table states it, such as `ema(0.05) on crop`."""
+        return f"{self.weights}{f'({self.rate})' if self.weights in RATED else ''} on {self.view}"
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def check(method: Method) -> Method:
             raise UserError(
                 f"Scorer '{name}' asks for weights '{scorer.weights}'; choose one of {', '.join(WEIGHTS)}."
             )
-        if scorer.weights in ("ema", "trust_region") and not 0.0 < scorer.rate <= 1.0:
+        if scorer.weights in RATED and not 0.0 < scorer.rate <= 1.0:
             raise UserError(
                 f"Scorer '{name}': the rate of {scorer.weights} is {scorer.rate}; give one in (0, 1]."
             )

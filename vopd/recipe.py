@@ -57,9 +57,8 @@ class {klass}(Method):
         return sequence_mean(per_token["divergence"], mask_BT, batch)
 
     def record(self) -> dict[str, Any]:
-        teacher = self.scorers["teacher"]
         return {{
-            "anchor": f"{{teacher.weights}} on {{teacher.view}}",
+            "anchor": str(self.scorers["teacher"]),
             "objective": "forward KL, full vocabulary",
             "normalisation": "per-sequence mean",
             "clip": "none",

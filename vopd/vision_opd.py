@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vopd.backbone.head import ScoreChunk
-from vopd.divergence import entropy, top_k_tail_divergence
+from vopd.divergence import divergence_name, entropy, top_k_tail_divergence
 from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
 
 
@@ -56,8 +56,8 @@ class VisionOPD(Method):
     def record(self) -> dict[str, Any]:
         s = self.settings
         return {
-            "anchor": f"{s.teacher}({s.teacher_rate}) on {s.teacher_view}",
-            "objective": f"JSD {s.beta}, student top-{s.top_k} + tail",
+            "anchor": str(self.scorers["teacher"]),
+            "objective": f"{divergence_name(s.beta)}, student top-{s.top_k} + tail",
             "normalisation": "per-sequence mean",
             "clip": "none",
         }

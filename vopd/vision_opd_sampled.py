@@ -43,9 +43,8 @@ class SampledVisionOPD(Method):
         return sequence_mean(-per_token["advantage"].detach() * per_token["log_prob"], mask_BT, batch)
 
     def record(self) -> dict[str, Any]:
-        teacher = self.scorers["teacher"]
         return {
-            "anchor": f"{teacher.weights}({teacher.rate}) on {teacher.view}",
+            "anchor": str(self.scorers["teacher"]),
             "objective": "policy gradient of the reverse KL, sampled token",
             "normalisation": "per-sequence mean",
             "clip": "none",

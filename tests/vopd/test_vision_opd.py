@@ -104,3 +104,16 @@ def test_the_record_states_anchor_objective_and_normalisation() -> None:
         "normalisation": "per-sequence mean",
         "clip": "none",
     }
+
+
+@pytest.mark.parametrize(
+    ("settings", "key", "said"),
+    [
+        ({"teacher": "current"}, "anchor", "current on crop"),
+        ({"teacher": "trust_region"}, "anchor", "trust_region(0.05) on crop"),
+        ({"beta": 0.0}, "objective", "forward KL, student top-20 + tail"),
+        ({"beta": 1.0}, "objective", "reverse KL, student top-20 + tail"),
+    ],
+)
+def test_the_record_names_what_an_ablation_is(settings: dict[str, object], key: str, said: str) -> None:
+    assert build({**MODULE, "top_k": 20, **settings}).record()[key] == said
