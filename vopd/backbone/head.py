@@ -157,7 +157,9 @@ def active(head: ScoringHead, context: ScoringContext | GatherContext) -> Iterat
 
 def _at_positions(hidden: Tensor, positions_N: Tensor | None) -> Tensor:
     if positions_N is not None:
-        return hidden.flatten(0, -2)[positions_N]
+        # Not by `[]`: rollouts share a prompt's last position, and on a CPU the backward of `[]` adds there in whatever
+        # order its threads arrive.
+        return hidden.flatten(0, -2).index_select(0, positions_N)
     if hidden.dim() != 3 or hidden.shape[0] != 1:
         raise ValueError(
             f"hidden states of shape {tuple(hidden.shape)}: without positions_N the batch size must be 1."

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
+import vopd.backbone.head as head_module
 from vopd.backbone.head import (
     Component,
     GatherContext,
@@ -125,6 +126,28 @@ def test_any_positions_and_chunk(chunk: int, positions: list[int]) -> None:
     torch.testing.assert_close(numbers[0], _unchunked(batch.view(60, H)[positions], weight_VH, context))
     with active(head, GatherContext(context.positions_N)):
         assert torch.equal(head(batch), batch.view(1, 60, H)[:, positions])
+
+
+def test_gradients_at_shared_positions_are_the_same_each_time() -> None:
+    """Same seed, same CPU result: also where two threads add to one position, as for a prompt with many rollouts."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 400, 256, generator=generator)
+    positions_N = torch.randint(0, 20, (300,), generator=generator)
+    weights_NH = torch.randn(300, 256, generator=generator)
+
+    def gradient() -> Tensor:
+        leaf = hidden.clone().requires_grad_()
+        head_module._at_positions(leaf, positions_N).backward(weights_NH)
+        assert leaf.grad is not None
+        return leaf.grad
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        gradients = [gradient() for _ in range(100)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradients[0], other) for other in gradients)
 
 
 def test_weight_tied_to_the_embedding_gets_both_gradients() -> None:
