@@ -129,7 +129,7 @@ def _accuracy_notes(c: Comparison, table: Table) -> list[str]:
         if r.against is not None
     ]
     if table.kind != METHODS:
-        notes += [f"{r.name} varies {r.against.name}." for r in table.rows if r.against is not None]
+        notes += _varied(table)
     return [*notes, *mixed_notes(c), *broken_notes(c)]
 
 
@@ -141,6 +141,15 @@ def mixed_notes(c: Comparison) -> list[str]:
 def broken_notes(c: Comparison) -> list[str]:
     """The runs that are missing from the table."""
     return [f"Left out: {broken.why}" for broken in c.broken]
+
+
+def _varied(table: Table) -> list[str]:
+    """One note for each recipe that rows of this table vary."""
+    by: dict[str, list[str]] = {}
+    for row in table.rows:
+        if row.against is not None:
+            by.setdefault(row.against.name, []).append(row.name)
+    return [f"Compared with {recipe}: {', '.join(names)}." for recipe, names in by.items()]
 
 
 def _changes(c: Comparison, table: Table) -> Sheet:

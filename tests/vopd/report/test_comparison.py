@@ -75,6 +75,7 @@ def test_ablations_and_controls_stand_against_the_recipe_they_vary(three: Compar
     for name in ("strong_weakened", "strong_noise"):
         against = three.rows[name].against
         assert against and against.name == "strong" and against.difference.high < 0
+    assert "Compared with strong: strong_weakened." in sheet(three, "accuracy-ablations").notes
     assert "strong_weakened" not in {row.name for row in three.main.rows}
 
 
