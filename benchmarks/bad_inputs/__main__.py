@@ -45,7 +45,9 @@ def main() -> int:
             wrong.append(case.kind)
         line = said.replace("\n", " / ").replace("|", "\\|")
         print(f"| {case.kind} | `{case.module}` | {code} | {seconds:.1f} | {line} |", flush=True)
-    print(f"\n{sum(codes.values())} kinds; by exit code: {dict(codes)}; otherwise than expected: {wrong or 'none'}")
+    print(
+        f"\n{sum(codes.values())} kinds; by exit code: {dict(codes)}; otherwise than expected: {wrong or 'none'}"
+    )
     return int(bool(wrong))
 
 
