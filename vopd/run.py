@@ -7,7 +7,6 @@ last checkpoint is; a finished one is shown again.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -20,11 +19,12 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import provenance, watch
-from vopd.backbone.launch import FAILURE, environment
+from vopd import lock, provenance, verdict, watch
+from vopd.backbone.launch import environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
-from vopd.method import build, final_views
+from vopd.failures import FAILURE, Failure
+from vopd.method import build, checked_record, final_views, place
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
@@ -77,19 +77,31 @@ class Run:
         self.method = build(_plain(self.config.method), Path(self.config.recipe_folder))
 
     def go(self) -> int:
-        """Train and evaluate unless that is done already; print the result."""
+        """Train and evaluate unless that is done already; print the result. The folder is this run's meanwhile."""
+        with lock.held(self.folder, self._say) as self.lock:
+            return self._go()
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, soft_wrap=True)
+
+    def _go(self) -> int:
         self._claim_folder()
         if not (self.folder / "summary.json").exists():
             self._check()
             outcome = self._train()
-            if outcome.code:
-                return self._fail(outcome.code)
+            if outcome.failure:
+                return self._fail(outcome.failure)
+            if not verdict.has_records(self.folder):
+                return self._fail(Failure("the evaluation after training has no record; there is no score"))
             self._summarise(outcome)
         else:
             self.console.print("finished before; remove the folder to run it again")
+        troubles = verdict.troubles(self.folder, place(self.method, "score"))
+        for trouble in troubles:
+            print(f"vopd: {trouble}", file=sys.stderr, flush=True)
         self.console.print((self.folder / "summary.txt").read_text(), markup=False, soft_wrap=True)
         self.console.print(f"records, plots and the trained model: {self.folder}", soft_wrap=True)
-        return 0
+        return 1 if troubles else 0
 
     # ---- before anything starts ---------------------------------------------------------------------------------
 
@@ -113,6 +125,7 @@ class Run:
         from vopd.backbone import recording
 
         config = self.config
+        checked_record(self.method)
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
         preflight.check_attention(config.train.packed, config.model.attention)
@@ -215,7 +228,7 @@ class Run:
         )
         env = {**os.environ, **environment(self.config)}
         command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
-        outcome = watch.run(command, self.folder, env, ROOT, self.console)
+        outcome = watch.run(command, self.folder, env, ROOT, self.console, self.lock)
         if before.exists() and not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(before, cached)
@@ -250,15 +263,11 @@ class Run:
         )
         return ROOT / ".cache" / "evaluations" / f"{key}.jsonl"
 
-    def _fail(self, code: int) -> int:
-        file = self.folder / FAILURE
-        if file.exists():
-            failure = json.loads(file.read_text())
-            sentence, code = failure["sentence"].splitlines()[0], failure["code"]
-        else:
-            sentence = f"the training process died with code {code} (out of memory?)"
-        print(f"vopd: {sentence}\nvopd: the whole story is in {self.folder / 'log.txt'}", file=sys.stderr)
-        return code if code in (1, UserError.exit_code) else 1
+    def _fail(self, failure: Failure) -> int:
+        raised = f"raised in the {failure.process}; " if failure.process else ""
+        print(f"vopd: {failure.line()}", file=sys.stderr)
+        print(f"vopd: {raised}the whole story is in {self.folder / 'log.txt'}", file=sys.stderr)
+        return failure.code
 
     def _summarise(self, outcome: watch.Outcome) -> None:
         from vopd.report.plots import plot_run  # pulls in matplotlib and scipy

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from vopd import processes, vitals
 from vopd.backbone.progress import FILE
+from vopd.failures import LOST, Failure, ended, received
+from vopd.monitor import Monitor
 
 LOOK_SECONDS = 0.5
 MEMORY_SECONDS = 20.0  # a look costs half a second of a slow core
 GRACE_SECONDS = 20.0
 GIB = 1024**3
+KEEPER = Path(__file__).with_name("keeper.py")
+TURNING = ("note", "ending", "done")
 
 
 @dataclass
@@ -43,10 +50,30 @@ class Outcome:
     seconds: float
     start_up_seconds: float
     peak_memory_gib: float
+    failure: Failure | None = None
+    """Why the code is not 0."""
 
 
-def run(command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, console: Console) -> Outcome:
-    """Run `command` to its end; on Ctrl-C stop the whole process tree and raise KeyboardInterrupt."""
+def run(
+    command: list[str],
+    run_dir: Path,
+    env: dict[str, str],
+    cwd: Path,
+    console: Console,
+    lock: int | None = None,
+) -> Outcome:
+    """Run `command` to its end; on Ctrl-C stop the whole process tree and raise KeyboardInterrupt.
+
+    Processes that are gone, stopped or stuck are told of as `monitor` finds them. lock: the descriptor of the run
+    folder's lock, which the run's processes hold too.
+    """
+    with _kept(run_dir, lock):
+        return _run(command, run_dir, env | processes.mark(run_dir), cwd, console, lock)
+
+
+def _run(
+    command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, console: Console, lock: int | None
+) -> Outcome:
     begin = time.monotonic()
     progress_file = run_dir / FILE
     progress_file.unlink(missing_ok=True)
@@ -59,17 +86,25 @@ def run(command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, conso
             env=env,
             cwd=cwd,
             start_new_session=True,
+            pass_fds=() if lock is None else (lock,),
         )
-    drawing = _Drawing(console)
+    drawing, monitor = _Drawing(console), Monitor(run_dir, child.pid)
     peak, looked, first_step = 0.0, 0.0, 0.0
     tree: list[psutil.Process] = []
     try:
         with drawing.progress:
             for event in _events(progress_file, child):
                 if event is not None:
+                    monitor.event(event)
                     drawing.show(event)
                     if event["kind"] == "step" and not first_step:
                         first_step = time.monotonic() - begin
+                    continue
+                for notice in monitor.look():
+                    drawing.progress.console.print(notice, markup=False)
+                if monitor.lost():
+                    os.killpg(child.pid, signal.SIGKILL)
+                    child.wait()
                 elif time.monotonic() - looked > MEMORY_SECONDS:
                     looked = time.monotonic()
                     tree = _tree(child.pid)
@@ -78,7 +113,51 @@ def run(command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, conso
         _stop(child, tree)
         raise
     _stop(child, tree)
-    return Outcome(child.returncode, time.monotonic() - begin, first_step, peak)
+    failure = _failure(child, run_dir, monitor)
+    code = failure.code if failure else 0
+    return Outcome(code, time.monotonic() - begin, first_step, peak, failure)
+
+
+@contextmanager
+def _kept(run_dir: Path, lock: int | None) -> Iterator[None]:
+    """Within the block a keeper waits for this process to die; at the end of either, what is left of the run goes."""
+    shutil.rmtree(run_dir / vitals.FOLDER, ignore_errors=True)
+    shutil.rmtree(run_dir / vitals.STACKS, ignore_errors=True)
+    (run_dir / vitals.FOLDER).mkdir(parents=True)
+    ((name, value),) = processes.mark(run_dir).items()
+    keeper = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(KEEPER), f"{name}={value}"],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        pass_fds=() if lock is None else (lock,),
+    )
+    try:
+        yield
+    finally:
+        keeper.communicate()
+        processes.end(processes.Marked(run_dir).look())  # should somebody have killed the keeper
+        shutil.rmtree(run_dir / vitals.FOLDER, ignore_errors=True)
+        for file in (run_dir / vitals.STACKS).glob("*"):
+            if not file.stat().st_size:
+                file.unlink()
+        if (run_dir / vitals.STACKS).is_dir() and not any((run_dir / vitals.STACKS).iterdir()):
+            (run_dir / vitals.STACKS).rmdir()
+
+
+def _failure(child: subprocess.Popen[bytes], run_dir: Path, monitor: Monitor) -> Failure | None:
+    """Why the training process did not do all that it should; None if it did.
+
+    It tells in failure.json what it knows. Where that is only that a process was gone, or nothing, the process table
+    knows which one was the first.
+    """
+    code, told = child.returncode, received(run_dir)
+    if code == 0 or (monitor.done and told is None):
+        return None
+    if told and told.kind != LOST:
+        return told
+    return (
+        monitor.death() or told or monitor.lost() or ended(code, f"driver (pid {child.pid})", monitor.kills())
+    )
 
 
 def python(*words: str) -> list[str]:
@@ -115,8 +194,9 @@ class _Drawing:
         self.tasks: dict[str, Any] = {}
 
     def show(self, event: dict[str, Any]) -> None:
-        if event["kind"] == "note":
-            self.progress.console.print(f"[dim]{event['text']}[/dim]")
+        if event["kind"] in TURNING:
+            if "text" in event:
+                self.progress.console.print(f"[dim]{event['text']}[/dim]")
             return
         name = event["name"] if event["kind"] != "evaluation" else f"answering ({event['name']})"
         if name not in self.tasks:

@@ -18,13 +18,23 @@ HEALTHY = {"truncated": 0.02, "entropy": 0.44, "divergence": 0.03}
         ({"divergence": 0.29}, set()),
         ({"divergence": 0.31}, {"divergence"}),
         ({"divergence": math.nan}, {"divergence"}),
-        ({"divergence": math.inf, "truncated": 1.0, "entropy": 0.0}, set(FLAGS)),
+        ({"entropy": math.nan}, {"entropy"}),
+        ({"loss": math.inf}, {"loss"}),
+        ({"divergence": math.inf, "truncated": 1.0, "entropy": 0.0, "loss": math.nan}, set(FLAGS)),
     ],
 )
 def test_flags(change: dict[str, float], flags: set[str]) -> None:
     found = collapse_flags(HEALTHY | change, HEALTHY)
     assert tuple(found) == FLAGS
     assert {name for name, on in found.items() if on} == flags
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_a_first_step_that_is_not_finite_is_flagged_itself_and_hides_no_later_one(value: float) -> None:
+    first = HEALTHY | {"divergence": value}
+    assert collapse_flags(first, first)["divergence"]
+    assert collapse_flags(HEALTHY | {"divergence": math.inf}, first)["divergence"]
+    assert not collapse_flags(HEALTHY, first)["divergence"]
 
 
 def test_a_method_without_a_divergence_has_none_to_explode() -> None:

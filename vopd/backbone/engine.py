@@ -29,7 +29,7 @@ from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
 from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
-from vopd.method import Method, UpdateBatch
+from vopd.method import Method, UpdateBatch, calling, checked_loss, checked_scores
 from vopd.teacher import TeacherWeights, components, stores
 
 # Always scored beside a method's own outputs: whether rollout and trainer agree, whether the policy collapses. A
@@ -154,13 +154,15 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             weights_B=self._of_rows(micro_batch, "weights"),
             kept_B=self._of_rows(micro_batch, "kept"),
         )
-        loss = self.method.loss(per_token, mask_BT, batch)
+        with calling(self.method, "loss"):
+            loss = checked_loss(self.method.loss(per_token, mask_BT, batch))
         self._count(loss / batch.ranks, per_token, mask_BT, micro_batch, lengths)
         return loss, {"model_output": {}, "loss": loss.detach().item(), "metrics": {}}
 
     def _score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         assert self.method is not None
-        numbers = dict(self.method.score(chunk))
+        with calling(self.method, "score"):
+            numbers = checked_scores(self.method.score(chunk), self.method.outputs, chunk.tokens_C)
         with torch.no_grad():
             if LOG_PROB not in numbers:
                 numbers |= _sampled_log_prob(chunk)

@@ -10,6 +10,7 @@ costs waiting for the longest response of each refill, and makes a step the same
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from vopd.backbone import seams
@@ -21,11 +22,21 @@ THROWN = tuple(
 
 
 class GroupBuffer(seams.ReplayBuffer):
-    """See the module's docstring."""
+    """See the module's docstring.
+
+    on_poll: called between two looks, with whether a group has failed; may raise what the trainer shall not wait for.
+    """
+
+    on_poll: Callable[[bool], None] | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.thrown: Counter[str] = Counter()
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        if self.on_poll is not None:
+            self.on_poll(bool(self.failure_keys[partition_id]))
+        return super()._wait_for_next_poll(partition_id, last_debug_time)
 
     def take_thrown(self) -> dict[str, int]:
         """Prompts, rollouts and tokens thrown away since the last call: evicted, and surplus of the batch."""

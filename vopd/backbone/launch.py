@@ -6,7 +6,6 @@ runner as one more Ray actor; it runs here instead, which saves a process and it
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -16,11 +15,13 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vopd import processes, vitals
 from vopd.backbone import sockets, warm
 from vopd.backbone.progress import Progress
-from vopd.errors import UserError
+from vopd.failures import FAILURE, ExplainedError, explain, hand_over
 
-FAILURE = "failure.json"
+__all__ = ["FAILURE", "environment", "main", "train"]
+LOG_BYTES = 1 << 22
 
 
 def environment(run: DictConfig) -> dict[str, str]:
@@ -66,6 +67,7 @@ def train(run_dir: Path) -> None:
             address = Path(ray_dir) / "warm"
             warm.start(address)
             executable["py_executable"] = warm.executable(address)
+        vitals.start(processes.DRIVER)
         _train(run, run_dir, progress, {"_temp_dir": ray_dir}, executable)
 
 
@@ -91,25 +93,36 @@ def _train(
     assert isinstance(arguments, dict)
     progress.note("starting Ray")
     ray.init(**{**arguments, **init, "runtime_env": runtime_env})
+    seams.before_queue_closes(progress.ending)
     try:
         seams.TaskRunner().run(config)
+        progress.done()
+    except Exception as error:  # explained here, where the processes' own output still is
+        failure = explain(error, _engine_log(Path(init["_temp_dir"])))
+        hand_over(run_dir, failure)
+        raise ExplainedError(failure) from error
     finally:
         ray.shutdown()
+
+
+def _engine_log(ray_dir: Path) -> str:
+    """What the processes that hold vLLM's engine have printed, the end of it."""
+    files = (ray_dir / "session_latest" / "logs").glob("worker-*")
+    texts = [file.read_bytes()[-LOG_BYTES:].decode(errors="replace") for file in sorted(files)]
+    return "\n".join(text for text in texts if "EngineCore" in text or ": error: " in text)
 
 
 def main() -> int:
     """Exit code 0, 2 for bad input, 1 for anything else; the sentence goes to RUN_DIR/failure.json."""
     run_dir = Path(sys.argv[1])
+    processes.die_with_parent()
     try:
         train(run_dir)
-    except (
-        Exception
-    ) as error:  # the process boundary: the cause is handed to the terminal's process, then re-raised
-        code = UserError.exit_code if isinstance(error, UserError) else 1
-        failure = {"sentence": str(error), "kind": type(error).__name__, "code": code}
-        (run_dir / FAILURE).write_text(json.dumps(failure))
+    except Exception as error:  # the process boundary: the cause is handed to the terminal's process
         traceback.print_exc()
-        return code
+        failure = explain(error)
+        hand_over(run_dir, failure)
+        return failure.code
     return 0
 
 

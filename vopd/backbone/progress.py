@@ -33,6 +33,14 @@ class Progress:
         """Questions answered so far in evaluation `name`."""
         self._write({"kind": "evaluation", "name": name, "done": done, "total": total})
 
+    def ending(self) -> None:
+        """From here on the run's processes end, one after another."""
+        self._write({"kind": "ending"})
+
+    def done(self) -> None:
+        """All that the run should do is done."""
+        self._write({"kind": "done"})
+
     def _write(self, event: dict[str, Any]) -> None:
         with open(self.path, "a") as file:
             file.write(json.dumps(event) + "\n")

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 from uuid import uuid4
@@ -19,11 +21,13 @@ import transfer_queue as tq
 from omegaconf import OmegaConf
 from PIL import Image
 
+from vopd import vitals
 from vopd.backbone import seams
 from vopd.backbone.groups import METRIC
 from vopd.backbone.rendering import Rendered, render
 from vopd.errors import UserError
 from vopd.evaluation.scoring import is_correct, parse_answer
+from vopd.failures import Failure, explain
 from vopd.seeding import request_seed
 from vopd.views import VIEWS
 
@@ -56,10 +60,28 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
 
     def __init__(self) -> None:
         """Only imports; see `start`."""
+        self.found: list[Failure] = []
 
     def start(self, *args: Any) -> None:
         """What verl's constructor does."""
         super().__init__(*args)
+
+    async def look(self) -> None:
+        """Give signs of life, the event loop's too."""
+        vitals.start("rollout worker", asyncio.get_running_loop())
+
+    async def failures(self) -> list[Failure]:
+        """Why rollouts of this worker have failed, the first one first."""
+        return self.found
+
+    async def until_death(self) -> None:
+        """Never returns: the call fails when this process is gone."""
+        await asyncio.Event().wait()
+
+    def _note(self, error: Exception) -> None:
+        failure = explain(error)
+        process = failure.process or f"rollout worker (pid {os.getpid()})"
+        self.found.append(replace(failure, process=process))
 
     async def _run_prompt(
         self,
@@ -74,8 +96,9 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
             prompt["rendered"] = await asyncio.get_running_loop().run_in_executor(
                 None, self._render, prompt["row"], prompt["views"]
             )
-        except Exception:
+        except Exception as error:
             # The trainer waits for every group: tell it, then let the error reach the log.
+            self._note(error)
             partition = "val" if trajectory["validate"] else "train"
             await tq.async_kv_put(key=prompt["uid"], partition_id=partition, tag={"status": "failure"})
             raise
@@ -102,6 +125,15 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
         **kwargs: Any,
     ) -> None:
         """One request to vLLM, or one recorded response. The first view is the one that generates."""
+        try:
+            await self._run_request(sampling_params, trajectory, kwargs)
+        except Exception as error:  # verl marks the group as failed, and forgets why
+            self._note(error)
+            raise
+
+    async def _run_request(
+        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], kwargs: dict[str, Any]
+    ) -> None:
         row, rollout = kwargs["row"], kwargs["session_id"]
         view = kwargs["views"][0]
         if "recorded" in kwargs:
@@ -205,3 +237,4 @@ class ViewRolloutManager(seams.AgentLoopManagerTQ):
         self.agent_loop_workers = [ray.get_actor(worker_name(self.config, i)) for i in range(count)]
         arguments = (self.config, self.llm_client, self.teacher_client, self.reward_loop_worker_handles)
         await asyncio.gather(*(w.start.remote(*arguments) for w in self.agent_loop_workers))
+        await asyncio.gather(*(w.look.remote() for w in self.agent_loop_workers))

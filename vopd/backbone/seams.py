@@ -6,9 +6,11 @@ version, so that an upgrade fails there with the seam's name and not in the midd
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import transfer_queue
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from verl.experimental.agent_loop.agent_loop import AgentLoopMetrics, AgentLoopOutput
@@ -54,6 +56,7 @@ __all__ = [
     "TaskRunner",
     "TrainingWorker",
     "assign_non_tensor",
+    "before_queue_closes",
     "full_tensor",
     "get_device_id",
     "get_device_name",
@@ -87,6 +90,17 @@ def register_engine(engine: type[FSDPEngineWithLMHead]) -> None:
     EngineRegistry._engines.setdefault("language_model", {}).setdefault("fsdp2", {})[get_device_name()] = (
         engine
     )
+
+
+def before_queue_closes(call: Callable[[], None]) -> None:
+    """Have `call` made when verl's task runner is about to end its processes, whether all went well or not."""
+    close = transfer_queue.close
+
+    def closing() -> None:
+        call()
+        close()
+
+    transfer_queue.close = closing
 
 
 def use_server_manager(manager: type[LLMServerManager]) -> None:

@@ -38,11 +38,13 @@ from vopd.backbone.servers import ServerManager
 from vopd.backbone.worker import MethodWorker
 from vopd.errors import UserError
 from vopd.evaluation.records import drop_torn_line, write_records
+from vopd.failures import ExplainedError, Failure
 from vopd.guards import collapse_flags
-from vopd.method import Method, Rollouts, build, checked
+from vopd.method import Method, Rollouts, build, calling, checked, checked_rewards
 
 NAME = "vopd"
 UNWRITTEN = "unwritten_step.json"  # there while an evaluation goes on
+LOOK_SECONDS = 5.0
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
 UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "rendered")
 
@@ -68,6 +70,8 @@ class Trainer(seams.PPOTrainerSync):
         self.thrown: dict[str, int] = {}
         self.unwritten: Callable[[], dict[str, Any]] | None = None
         self.train_dataloader_it: Any = None
+        self.until_death: list[Any] = []
+        self.looked_at_workers = 0.0
         self.recorded = self._recorded()
         seams.use_server_manager(ServerManager)
         seams.use_replay_buffer(GroupBuffer)
@@ -84,12 +88,30 @@ class Trainer(seams.PPOTrainerSync):
         self.trainer_mode = "sync"  # verl takes every other name for an asynchronous trainer
         buffer = super()._build_replay_buffer()
         buffer.poll_interval = POLL_SECONDS
+        buffer.on_poll = self._look_at_workers
         return buffer
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
         self.role_worker_mapping[seams.Role.ActorRollout] = ray.remote(MethodWorker)
         self.rollout_workers = early_workers(self.config)
+
+    def _look_at_workers(self, failed: bool) -> None:
+        """While rollouts are waited for: raise what made one fail, or that a rollout worker is gone."""
+        now = time.monotonic()
+        if not failed and now - self.looked_at_workers < LOOK_SECONDS:
+            return
+        self.looked_at_workers = now
+        if not self.until_death:
+            self.until_death = [worker.until_death.remote() for worker in self.rollout_workers]
+        gone, _ = ray.wait(self.until_death, num_returns=len(self.until_death), timeout=0)
+        ray.get(gone)
+        if failed:
+            found = ray.get(
+                [worker.failures.remote() for worker in self.rollout_workers], timeout=LOOK_SECONDS
+            )
+            unknown = Failure(f"Step {self.global_steps}: a rollout failed, and no worker says why.")
+            raise ExplainedError(next((first for failures in found for first in failures), unknown))
 
     # ---- prompts ------------------------------------------------------------------------------------------------
 
@@ -230,9 +252,8 @@ class Trainer(seams.PPOTrainerSync):
         keys = sorted(batch.keys, key=_sort_key)
         records = self._records(keys, batch.partition_id)
         rollouts = step_rollouts(keys, records, training_limit(self.vopd))
-        rewards_B = self.method.rewards(rollouts).to(torch.float32)
-        if rewards_B.shape != rollouts.rewards_B.shape or not torch.isfinite(rewards_B).all():
-            raise UserError(f"rewards must return {len(keys)} finite numbers, one per rollout.")
+        with calling(self.method, "rewards"):
+            rewards_B = checked_rewards(self.method.rewards(rollouts), len(keys))
         rollouts = dataclasses.replace(rollouts, rewards_B=rewards_B)
         fields = row_fields(self.method, rollouts)
         groups = self.config.actor_rollout_ref.rollout.n
@@ -489,7 +510,8 @@ def step_rollouts(keys: list[str], records: list[dict[str, Any]], limit: int) ->
 def row_fields(method: Method, rollouts: Rollouts) -> dict[str, torch.Tensor]:
     """What travels with the rows beside tokens: weights, kept, and advantages per token (jagged)."""
     lengths = rollouts.lengths_B.tolist()
-    fields = checked(method.prepare(rollouts), len(lengths))
+    with calling(method, "prepare"):
+        fields = checked(method.prepare(rollouts), len(lengths))
     if method.advantage is not None:
         if "advantages" in fields:
             raise UserError(

@@ -16,13 +16,18 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from vopd import vllm_delta_rule
+from vopd import vitals, vllm_delta_rule
 from vopd.backbone.sockets import own
 from vopd.vllm_blocks import clear_used_blocks
 
 
 class WorkerExtension(vLLMColocateWorkerExtension):
     """See the module's docstring."""
+
+    def __new__(cls, **kwargs: Any) -> WorkerExtension:
+        """In the process that computes, before it builds its model."""
+        vitals.start("vLLM engine")
+        return super().__new__(cls, **kwargs)
 
     def _get_zmq_handle(self) -> str:
         return own(super()._get_zmq_handle())

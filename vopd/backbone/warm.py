@@ -28,6 +28,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vopd import processes, vitals
+
 WORKER = Path(__file__).with_name("warm_worker.py")
 CHUNK_BYTES = 1 << 16
 MODULES = (
@@ -75,7 +77,7 @@ def _serve(listener: socket.socket, held: int) -> None:
     """Answer requests until `held` is closed at the other end."""
     gc.collect()
     gc.freeze()  # else a worker's first collection would copy every page
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, lambda *_: _note_ends())
     with selectors.DefaultSelector() as ready:
         ready.register(listener, selectors.EVENT_READ)
         ready.register(held, selectors.EVENT_READ)
@@ -86,6 +88,20 @@ def _serve(listener: socket.socket, held: int) -> None:
                 os.close(held)
                 _end_with(partial(_become, connection))
             connection.close()
+
+
+def _note_ends() -> None:
+    """How workers ended: nobody but their parent can know, and whoever explains a failure wants to."""
+    folder = os.environ.get(processes.MARK)
+    while True:
+        try:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+        except ChildProcessError:
+            return
+        if not pid:
+            return
+        if folder:
+            vitals.note_end(Path(folder), pid, os.waitstatus_to_exitcode(status))
 
 
 def _become(connection: socket.socket) -> None:

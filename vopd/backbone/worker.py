@@ -11,7 +11,8 @@ from huggingface_hub import save_torch_state_dict
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from vopd.backbone import seams
+from vopd import vitals
+from vopd.backbone import seams, weight_sync
 from vopd.backbone.engine import ScoringEngine
 from vopd.backbone.sockets import own
 from vopd.method import build
@@ -54,7 +55,9 @@ class MethodWorker(seams.ActorRolloutRefWorker):
     @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         super().init_model()
+        vitals.start("trainer worker")
         self.rollout.zmq_handle = own(self.rollout.zmq_handle)
+        weight_sync.install(self.rollout)
         self._attach()
 
     def _attach(self) -> None:
