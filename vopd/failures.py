@@ -12,7 +12,7 @@ import re
 import signal
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,13 @@ class ExplainedError(RuntimeError):
         return type(self), (self.failure,)
 
 
-def explain(error: BaseException, engine_log: str = "") -> Failure:
+def explain(error: BaseException, engine_log: str = "", ends: Mapping[int, int] | None = None) -> Failure:
     """The failure that this exception tells of.
 
     Args:
         error: as it was caught; wrappers of Ray, chains and groups are taken off.
         engine_log: what vLLM's engine wrote, for errors that only say that it failed.
+        ends: pid -> exit code, of processes whose end was seen.
     """
     process = ""
     texts: list[str] = []
@@ -104,7 +105,7 @@ def explain(error: BaseException, engine_log: str = "") -> Failure:
         else:
             break
     if _is_ray(error, "RayError"):
-        return _of_ray(error, process)
+        return _of_ray(error, process, ends or {})
     failure = _of_plain(error, process, texts)
     engine = failure.kind in ENGINE_DEAD or ENGINE_FAILED in failure.sentence
     return _of_engine(failure, engine_log) if engine else failure
@@ -237,7 +238,7 @@ def _of_plain(error: BaseException, process: str, texts: list[str]) -> Failure:
     return Failure(f"{name}: {message}{hint}" if message else name, 1, name, where, process)
 
 
-def _of_ray(error: BaseException, process: str) -> Failure:
+def _of_ray(error: BaseException, process: str, ends: Mapping[int, int]) -> Failure:
     """Errors of Ray itself: a process is gone, its constructor failed, or an exception could not travel."""
     text = _COLOUR.sub("", str(error))
     name = type(error).__name__
@@ -245,8 +246,10 @@ def _of_ray(error: BaseException, process: str) -> Failure:
     title, pid = (re.search(rf"\b{key}: (\S+)", text) for key in ("class_name", "pid"))
     if title:
         who = processes.role_of_title(f"ray::{title.group(1)}") or title.group(1)
-        pid_said = f" (pid {pid.group(1)})" if pid else ""
-        return Failure(f"the {who}{pid_said} is gone: it was killed or it crashed", 1, LOST)
+        who += f" (pid {pid.group(1)})" if pid else ""
+        if pid and int(pid.group(1)) in ends:
+            return ended(ends[int(pid.group(1))], who, 0)
+        return Failure(f"the {who} is gone: it was killed or it crashed", 1, LOST)
     if _FRAME.search(text):
         told = last_line(text.split("Original exception:")[-1])
         kind, _, message = told.partition(": ")

@@ -135,6 +135,7 @@ def test_an_actor_that_is_gone_is_told_by_its_role() -> None:
     failure = explain(error)
     assert failure.sentence == "the rollout worker (pid 31) is gone: it was killed or it crashed"
     assert (failure.kind, failure.code) == (failures.LOST, 1)
+    assert explain(error, ends={31: -11}).sentence == "the rollout worker (pid 31) was killed by SIGSEGV"
 
 
 def test_an_actor_whose_constructor_failed_is_told_by_the_error(recipe: Path) -> None:

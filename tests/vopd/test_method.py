@@ -1,6 +1,7 @@
 """The contract: what it refuses, how a method outside the repository is found, and its two aggregations."""
 
 import argparse
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,25 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vopd import method as contract
+from vopd import recipe
 from vopd.errors import UserError
-from vopd.method import Method, Rollout, Scorer, UpdateBatch, build, check, sequence_mean, token_mean
+from vopd.method import (
+    Method,
+    Rollout,
+    Scorer,
+    UpdateBatch,
+    build,
+    calling,
+    check,
+    checked,
+    checked_loss,
+    checked_record,
+    checked_rewards,
+    checked_scores,
+    place,
+    sequence_mean,
+    token_mean,
+)
 
 OUTSIDE = """
 from dataclasses import dataclass, field
@@ -188,3 +206,83 @@ def test_pitfall_04_the_contract_hands_over_old_log_probs() -> None:
 def test_pitfall_04_twin_old_set_to_current_is_seen() -> None:
     with pytest.raises(AssertionError):
         check_loss_reads_old_log_probs(Ratio(outputs=("log_prob",), needs_old_log_probs=True, own=True))
+
+
+class Odd(Method):
+    """A method whose functions a test replaces."""
+
+
+def test_what_score_may_not_return() -> None:
+    tokens_C, good_C = torch.zeros(3).long(), torch.zeros(3)
+    assert checked_scores({"a": good_C, "entropy": good_C}, ("a",), tokens_C).keys() == {"a", "entropy"}
+    for scored, said in [
+        (good_C, "score returned a tensor of shape (3,); give a mapping"),
+        (None, "score returned a NoneType"),
+        ({}, "score did not return 'a'"),
+        ({"a": good_C, "b": good_C}, "score returned 'b', which outputs doesn't declare"),
+        (
+            {"a": good_C.sum()},
+            r"'a' as a tensor of shape (); it must be one number per token, a tensor of shape (3,)",
+        ),
+        ({"a": [0.0, 1.0, 2.0]}, "'a' as a list"),
+        ({"a": tokens_C}, "'a' of type torch.int64; give floats"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(said)):
+            checked_scores(scored, ("a",), tokens_C)
+
+
+def test_what_loss_may_not_return() -> None:
+    student = torch.ones(2, requires_grad=True)
+    checked_loss(student.sum())
+    for loss, said in [
+        (student, "loss returned a tensor of shape (2,); give a scalar"),
+        (1.0, "loss returned a float"),
+        (torch.tensor(1.0), "does not depend on the student"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(said)):
+            checked_loss(loss)
+    with torch.no_grad():
+        checked_loss(student.sum())
+
+
+def test_what_rewards_and_prepare_may_not_return() -> None:
+    assert checked_rewards(torch.tensor([1, 0]), 2).dtype == torch.float32
+    for rewards_B, said in [
+        ([1.0, 0.0], "rewards returned a list"),
+        (torch.zeros(3), "rewards returned a tensor of shape (3,); give a tensor of shape (2,)"),
+        (torch.tensor([1.0, float("nan")]), "not finite"),
+    ]:
+        with pytest.raises(UserError, match=re.escape(said)):
+            checked_rewards(rewards_B, 2)
+    with pytest.raises(UserError, match="prepare returned a NoneType"):
+        checked(None, 2)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="prepare returned weights as a list"):
+        checked({"weights": [1.0, 1.0]}, 2)  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("record", [None, {"a": torch.zeros(1)}, {"a": float("nan")}, ["a"]])
+def test_a_record_that_a_summary_cannot_hold(record: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Odd, "record", lambda self: record)
+    with pytest.raises(UserError, match="record returned"):
+        checked_record(Odd(("a",)))
+
+
+def test_a_method_without_a_record() -> None:
+    with pytest.raises(UserError, match="The method has no record"):
+        checked_record(Odd(("a",)))
+
+
+def test_a_mistake_in_a_methods_function_names_its_place(tmp_path: Path) -> None:
+    recipe.new("mine", tmp_path)
+    method = build({"module": "mine.py"}, tmp_path)
+    line = next(
+        i for i, text in enumerate((tmp_path / "mine.py").read_text().splitlines(), 1) if "def score" in text
+    )
+    assert place(method, "score") == f"{tmp_path / 'mine.py'}, line {line}, in score"
+    with (
+        pytest.raises(UserError, match=re.escape(f"wrong [{place(method, 'score')}]")),
+        calling(method, "score"),
+    ):
+        raise UserError("wrong")
+    with pytest.raises(KeyError), calling(method, "score"):
+        raise KeyError("theirs")

@@ -98,7 +98,7 @@ def _train(
         seams.TaskRunner().run(config)
         progress.done()
     except Exception as error:  # explained here, where the processes' own output still is
-        failure = explain(error, _engine_log(Path(init["_temp_dir"])))
+        failure = explain(error, _engine_log(Path(init["_temp_dir"])), vitals.ended(run_dir))
         hand_over(run_dir, failure)
         raise ExplainedError(failure) from error
     finally:
