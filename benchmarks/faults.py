@@ -315,7 +315,8 @@ def _told(fault: Fault, run: Run) -> tuple[str, str]:
     """Seconds from fault to sentence, and the sentence."""
     at = run.folder.parent / "recipe" / "fault"
     if fault.act:
-        run.wait((run.folder / fault.ready).exists, START_SECONDS)
+        if not run.wait((run.folder / fault.ready).exists, START_SECONDS):
+            return "-", ""
         fault.act(run)
     elif fault.recipe:
         run.wait(at.exists, START_SECONDS)

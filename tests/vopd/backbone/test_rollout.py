@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import os
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -205,6 +206,21 @@ def test_a_failing_prompt_is_reported_to_the_trainer_and_to_the_log(
         played.run(row)
     assert played.statuses[-1] == "failure"
     assert played.stored == []
+    (failure,) = asyncio.run(played.worker.failures())
+    assert failure.code == UserError.exit_code and failure.sentence.startswith(
+        "Row row1, column image: not a"
+    )
+    assert failure.process == f"rollout worker (pid {os.getpid()})"
+
+
+def test_why_a_request_failed_is_kept_for_the_trainer(played: Played, row: dict[str, Any]) -> None:
+    async def refuse(**_: Any) -> None:
+        raise ValueError("too long for vLLM")
+
+    played.worker.llm_client = SimpleNamespace(generate=refuse)
+    played.run(row)
+    assert played.statuses[-1] == "failure"
+    assert {f.sentence for f in asyncio.run(played.worker.failures())} == {"ValueError: too long for vLLM"}
 
 
 def test_the_record_counts_a_missing_end_as_truncated(played: Played, row: dict[str, Any]) -> None:

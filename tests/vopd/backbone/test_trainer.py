@@ -26,6 +26,7 @@ from vopd.backbone.trainer import Trainer, TrainingError, _renamed, _sort_key, r
 from vopd.backbone.verl_config import verl_config
 from vopd.config import load
 from vopd.errors import UserError
+from vopd.failures import ExplainedError, Failure
 from vopd.method import Method
 
 # ---- prompts
@@ -405,3 +406,58 @@ def test_without_evaluations_in_between_the_last_one_is_still_made(every: str, f
     """verl evaluates after the last step only if it evaluates at all."""
     tree = verl_config(load("vision_opd", ["train.steps=33", f"evaluate.every={every}"]))
     assert tree.trainer.test_freq == frequency
+
+
+# ---- rollout workers that fail or are gone -----------------------------------------------------------------------
+
+
+class Workers:
+    """Ray and a rollout worker: its failures, and whether it is gone."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.found: list[Failure] = []
+        self.gone = False
+        calls = {name: SimpleNamespace(remote=lambda name=name: name) for name in ("until_death", "failures")}
+        self.trainer = Trainer.__new__(Trainer)
+        self.trainer.rollout_workers = [SimpleNamespace(**calls)]
+        self.trainer.until_death, self.trainer.looked_at_workers, self.trainer.global_steps = [], 0.0, 3
+        monkeypatch.setattr("vopd.backbone.trainer.ray", SimpleNamespace(wait=self.wait, get=self.get))
+
+    def wait(self, calls: list[str], num_returns: int, timeout: float) -> tuple[list[str], list[str]]:
+        assert (calls, num_returns, timeout) == (["until_death"], 1, 0)
+        return (calls, []) if self.gone else ([], calls)
+
+    def get(self, calls: list[str], timeout: float | None = None) -> list[Any]:
+        if "until_death" in calls:
+            raise ConnectionError("the actor died")
+        return [self.found for _ in calls]
+
+
+def test_a_rollout_worker_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Workers(monkeypatch)
+    workers.trainer._look_at_workers(False)
+    workers.gone = True
+    workers.trainer.looked_at_workers = 0.0
+    with pytest.raises(ConnectionError):
+        workers.trainer._look_at_workers(False)
+
+
+def test_why_a_rollout_failed_is_raised_while_the_others_are_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers = Workers(monkeypatch)
+    workers.found = [
+        Failure("Row 7: not readable.", 2, "UserError", "", "rollout worker (pid 3)"),
+        Failure("later"),
+    ]
+    queue = Queue(monkeypatch, [], lambda under_way: [])
+    buffer = buffer_for(queue, GroupBuffer, 1)
+    buffer.on_poll = workers.trainer._look_at_workers
+    for uid, status in (("0", "failure"), ("1", "running")):
+        queue.items[uid] = {"is_prompt": True, "status": status, "global_steps": 3}
+    with pytest.raises(ExplainedError) as raised:
+        buffer.sample(global_steps=3, partition_id="train", batch_size=2)
+    assert raised.value.failure == workers.found[0]
+    workers.found = []
+    with pytest.raises(ExplainedError, match="no worker says why"):
+        workers.trainer._look_at_workers(True)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from vopd import processes, vitals
 from vopd.backbone import warm
 
 STARTER = """
@@ -90,6 +92,27 @@ def parsed(done: subprocess.CompletedProcess[str]) -> dict[str, object]:
     assert done.returncode == 0 and done.stderr == "to stderr"
     found: dict[str, object] = json.loads(done.stdout)
     return found
+
+
+def test_how_a_worker_ended_is_kept_where_the_run_can_read_it(
+    tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(processes.MARK, str(tmp_path))
+    (tmp_path / vitals.FOLDER).mkdir()
+    script.write_text(
+        "import os, signal, sys; print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    )
+    with server(tmp_path / "address"):
+        pid = int(ask(tmp_path / "address", script).stdout)
+        while pid not in vitals.ended(tmp_path):
+            time.sleep(0.05)
+        assert vitals.ended(tmp_path)[pid] == -signal.SIGSEGV
+        assert parsed(ask(tmp_path / "address", _again(script)))["loaded"]
+
+
+def _again(script: Path) -> Path:
+    script.write_text(SCRIPT)
+    return script
 
 
 def test_a_failing_script_leaves_its_trace(tmp_path: Path, script: Path) -> None:
