@@ -35,7 +35,7 @@ class Trouble:
     """Something that is said, again after ever longer times, and taken back."""
 
     began: float
-    text: str = ""
+    who: str
     said: float = 0.0
     wait: float = 0.0
 
@@ -137,24 +137,26 @@ class Monitor:
             self.gone, self.lost_at = missing, now
         self.present |= roles
 
-    def _see_troubles(self, now: float) -> dict[tuple[int, str], str]:
+    def _see_troubles(self, now: float) -> dict[tuple[int, str], tuple[str, str]]:
+        """(pid, kind of trouble) -> who, and what is to be said of them."""
         signs = vitals.read(self.folder)
-        found: dict[tuple[int, str], str] = {}
+        found: dict[tuple[int, str], tuple[str, str]] = {}
         for process in self.tree:
             role = "driver" if process.pid == self.driver else self.role(process)
             if role is None:
                 continue
             who = f"the {role} (pid {process.pid})"
             if _stopped(process):
-                found[process.pid, "stopped"] = f"{who} is stopped (kill -CONT {process.pid} lets it go on)"
+                what = f"is stopped (kill -CONT {process.pid} lets it go on)"
+                found[process.pid, "stopped"] = who, what
             elif process.pid in signs:
-                found |= {(process.pid, k): f"{who} {v}" for k, v in self._stuck(signs[process.pid], now)}
+                found |= {(process.pid, k): (who, v) for k, v in self._stuck(signs[process.pid], now)}
         if self.places != (places := {s["role"]: s["at"] for s in signs.values() if s["at"]}):
             self.places, self.moved = places, now
         slow = now - self.progress > max(SLOW_SECONDS, SLOW_FACTOR * self.longest)
         if slow and now - self.moved > SLOW_SECONDS / 2 and not found:
             standing = "; ".join(f"{role} at {place}" for role, place in places.items())
-            found[0, "slow"] = f"nothing was finished for {now - self.progress:.0f} s ({standing})"
+            found[0, "slow"] = "the run", f"has finished nothing for {now - self.progress:.0f} s ({standing})"
         return found
 
     def _stuck(self, signs: dict[str, Any], now: float) -> list[tuple[str, str]]:
@@ -178,19 +180,18 @@ class Monitor:
             ]
         return []
 
-    def _tell(self, found: dict[tuple[int, str], str], now: float) -> list[str]:
+    def _tell(self, found: dict[tuple[int, str], tuple[str, str]], now: float) -> list[str]:
         said = []
         for key in [key for key in self.troubles if key not in found]:
             trouble = self.troubles.pop(key)
             if trouble.said and not self.gone:
-                said.append(f"goes on after {now - trouble.began:.0f} s: {trouble.text}")
-        for key, text in found.items():
-            trouble = self.troubles.setdefault(key, Trouble(now))
-            trouble.text = text
+                said.append(f"{trouble.who} goes on after {now - trouble.began:.0f} s")
+        for key, (who, what) in found.items():
+            trouble = self.troubles.setdefault(key, Trouble(now, who))
             settled = key[1] != "stopped" or now - trouble.began >= STOPPED_SECONDS
             if settled and now - trouble.said >= trouble.wait:
                 trouble.said, trouble.wait = now, max(REPEAT_SECONDS, trouble.wait * REPEAT_FACTOR)
-                said.append(f"{text}; waiting (Ctrl-C ends the run)")
+                said.append(f"{who} {what}; waiting (Ctrl-C ends the run)")
         return said
 
 

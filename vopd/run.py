@@ -90,9 +90,12 @@ class Run:
             self._check()
             outcome = self._train()
             if outcome.failure:
-                return self._fail(outcome.failure)
+                return outcome.failure.code
             if not verdict.has_records(self.folder):
-                return self._fail(Failure("the evaluation after training has no record; there is no score"))
+                self._tell(
+                    nothing := Failure("the evaluation after training has no record; there is no score")
+                )
+                return nothing.code
             self._summarise(outcome)
         else:
             self.console.print("finished before; remove the folder to run it again")
@@ -228,7 +231,7 @@ class Run:
         )
         env = {**os.environ, **environment(self.config)}
         command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
-        outcome = watch.run(command, self.folder, env, ROOT, self.console, self.lock)
+        outcome = watch.run(command, self.folder, env, ROOT, self.console, self.lock, self._tell)
         if before.exists() and not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(before, cached)
@@ -263,11 +266,10 @@ class Run:
         )
         return ROOT / ".cache" / "evaluations" / f"{key}.jsonl"
 
-    def _fail(self, failure: Failure) -> int:
+    def _tell(self, failure: Failure) -> None:
         raised = f"raised in the {failure.process}; " if failure.process else ""
         print(f"vopd: {failure.line()}", file=sys.stderr)
-        print(f"vopd: {raised}the whole story is in {self.folder / 'log.txt'}", file=sys.stderr)
-        return failure.code
+        print(f"vopd: {raised}the whole story is in {self.folder / 'log.txt'}", file=sys.stderr, flush=True)
 
     def _summarise(self, outcome: watch.Outcome) -> None:
         from vopd.report.plots import plot_run  # pulls in matplotlib and scipy

@@ -12,7 +12,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,18 +61,42 @@ def run(
     cwd: Path,
     console: Console,
     lock: int | None = None,
+    tell: Callable[[Failure], None] = lambda _: None,
 ) -> Outcome:
     """Run `command` to its end; on Ctrl-C stop the whole process tree and raise KeyboardInterrupt.
 
     Processes that are gone, stopped or stuck are told of as `monitor` finds them. lock: the descriptor of the run
-    folder's lock, which the run's processes hold too.
+    folder's lock, which the run's processes hold too. tell: is called once with the failure of a run that fails, as
+    soon as it is known; what was started is still ended then.
     """
+    teller = _Teller(tell)
     with _kept(run_dir, lock):
-        return _run(command, run_dir, env | processes.mark(run_dir), cwd, console, lock)
+        outcome = _run(command, run_dir, env | processes.mark(run_dir), cwd, console, lock, teller)
+        if outcome.failure:
+            teller(outcome.failure)
+    return outcome
+
+
+class _Teller:
+    """Tells once."""
+
+    def __init__(self, tell: Callable[[Failure], None]) -> None:
+        self.tell, self.told = tell, False
+
+    def __call__(self, failure: Failure) -> None:
+        if not self.told:
+            self.told = True
+            self.tell(failure)
 
 
 def _run(
-    command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, console: Console, lock: int | None
+    command: list[str],
+    run_dir: Path,
+    env: dict[str, str],
+    cwd: Path,
+    console: Console,
+    lock: int | None,
+    tell: _Teller,
 ) -> Outcome:
     begin = time.monotonic()
     progress_file = run_dir / FILE
@@ -102,6 +126,8 @@ def _run(
                     continue
                 for notice in monitor.look():
                     drawing.progress.console.print(notice, markup=False)
+                if known := received(run_dir):
+                    tell(_better(known, monitor))
                 if monitor.lost():
                     os.killpg(child.pid, signal.SIGKILL)
                     child.wait()
@@ -147,17 +173,19 @@ def _kept(run_dir: Path, lock: int | None) -> Iterator[None]:
 def _failure(child: subprocess.Popen[bytes], run_dir: Path, monitor: Monitor) -> Failure | None:
     """Why the training process did not do all that it should; None if it did.
 
-    It tells in failure.json what it knows. Where that is only that a process was gone, or nothing, the process table
-    knows which one was the first.
+    It tells in failure.json what it knows; where it could not, the process table has to do.
     """
     code, told = child.returncode, received(run_dir)
     if code == 0 or (monitor.done and told is None):
         return None
-    if told and told.kind != LOST:
-        return told
-    return (
-        monitor.death() or told or monitor.lost() or ended(code, f"driver (pid {child.pid})", monitor.kills())
-    )
+    if told:
+        return _better(told, monitor)
+    return monitor.death() or monitor.lost() or ended(code, f"driver (pid {child.pid})", monitor.kills())
+
+
+def _better(told: Failure, monitor: Monitor) -> Failure:
+    """Where the driver only says that a process was gone, the process table knows which one was the first."""
+    return (monitor.death() or told) if told.kind == LOST else told
 
 
 def python(*words: str) -> list[str]:

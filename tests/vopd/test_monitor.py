@@ -80,7 +80,9 @@ def test_slow_steps_are_known_from_the_runs_own_longest(machine: Machine) -> Non
     machine.monitor.event({"kind": "step"})
     assert machine.pass_time(500) == []  # five times as long as the longest
     (said,) = machine.pass_time(60)
-    assert "nothing was finished for" in said and "trainer worker at x.py, line 3, in f" in said
+    assert (
+        said.startswith("the run has finished nothing for") and "trainer worker at x.py, line 3, in f" in said
+    )
 
 
 def test_what_moves_is_not_called_stuck(machine: Machine) -> None:
@@ -146,7 +148,7 @@ def test_a_stopped_process_is_told_of_again_and_again_and_taken_back(machine: Ma
     assert all("the trainer worker (pid 3) is stopped (kill -CONT 3 lets it go on)" in text for text in said)
     machine.status.clear()
     (back,) = machine.pass_time(10)
-    assert back.startswith("goes on after 1")
+    assert back.startswith("the trainer worker (pid 3) goes on after 1")
     assert machine.monitor.lost() is None
 
 

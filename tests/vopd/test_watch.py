@@ -64,6 +64,19 @@ def test_what_the_driver_says_is_what_is_told(start: Start) -> None:
     assert (outcome.code, outcome.failure) == (2, failure)
 
 
+def test_it_is_told_once_and_before_the_driver_has_ended(tmp_path: Path) -> None:
+    told: list[bool] = []
+
+    def tell(failure: Failure) -> None:
+        told.append(bool(left(tmp_path)))
+
+    file = tmp_path / "script.py"
+    file.write_text(HEAD + "hand_over(Path(sys.argv[1]), Failure('the cause')); time.sleep(2); sys.exit(1)")
+    environment, console = os.environ | {"PYTHONPATH": str(ROOT)}, Console(file=StringIO())
+    watch.run(watch.python(str(file), str(tmp_path)), tmp_path, environment, tmp_path, console, tell=tell)
+    assert told == [True]
+
+
 def test_a_driver_that_was_killed_is_told_with_its_signal_and_takes_all_along(
     start: Start, tmp_path: Path
 ) -> None:
