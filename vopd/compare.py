@@ -27,7 +27,8 @@ from vopd.errors import UserError
 from vopd.report import __main__ as report
 from vopd.report import keep
 from vopd.report.runs import REPLACED
-from vopd.run import INTERRUPTED, Run, differences
+from vopd.resuming import differences
+from vopd.run import INTERRUPTED, Run
 
 STARTED = "started.json"
 """In a run folder: the code, data and base model that the run was started with, to go on only with the same."""

@@ -59,7 +59,11 @@ class Train:
     max_tokens_per_micro_batch: int = 16384
     packed: bool = True
     gradient_checkpointing: bool = True
+    # A checkpoint every so many updates (0: not by count), every so many minutes, and before an evaluation.
     save_every: int = 50
+    save_minutes: float = 3.0
+    # How many checkpoints stay; each can be exported and evaluated (docs/resuming.md).
+    keep: int = 1
     max_skipped_updates: int = 5
     # Where groups are filtered: most prompts a step may draw in their place, in batches of `prompts`.
     max_refills: int = 10

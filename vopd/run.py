@@ -1,8 +1,8 @@
 """`python -m vopd.run RECIPE [key=value ...]`: check, prepare, train, evaluate, print the result.
 
 RECIPE is a name below recipes/ or the path of a YAML file. The words are Hydra overrides; `profile=NAME` chooses
-hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. An interrupted run goes on where its
-last checkpoint is; a finished one is shown again.
+hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. The same command resumes an interrupted
+run from its last checkpoint (docs/resuming.md); a finished one is shown again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import provenance, watch
+from vopd import checkpoints, provenance, resuming, watch
 from vopd.backbone.launch import FAILURE, environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
@@ -40,6 +40,7 @@ def _interrupt(*_: Any) -> None:
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input, 130 after Ctrl-C, 1 otherwise."""
     console = Console(highlight=False)
+    run: Run | None = None
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(help_text())
@@ -47,12 +48,13 @@ def main(arguments: list[str]) -> int:
         if "--help" in arguments or "-h" in arguments:
             print(OmegaConf.to_yaml(load(arguments[0], [a for a in arguments[1:] if not a.startswith("-")])))
             return 0
-        return Run(arguments[0], arguments[1:], console).go()
+        run = Run(arguments[0], arguments[1:], console)
+        return run.go()
     except UserError as error:
         print(f"vopd: {error}", file=sys.stderr)
         return UserError.exit_code
     except KeyboardInterrupt:
-        print("vopd: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"vopd: interrupted; {run.left() if run else 'nothing was begun'}.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -78,9 +80,12 @@ class Run:
 
     def go(self) -> int:
         """Train and evaluate unless that is done already; print the result."""
-        self._claim_folder()
-        if not (self.folder / "summary.json").exists():
+        longer_than = self._claim_folder()
+        if longer_than or not (self.folder / "summary.json").exists():
             self._check()
+            if longer_than:
+                resuming.reopen(self.folder, longer_than)
+            resuming.write_settings(self.config, self.folder)
             outcome = self._train()
             if outcome.code:
                 return self._fail(outcome.code)
@@ -93,20 +98,43 @@ class Run:
 
     # ---- before anything starts ---------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        """Refuse a folder that holds results of other settings."""
-        file = self.folder / "config.yaml"
-        if file.exists():
-            settings = OmegaConf.to_container(self.config, resolve=True)
-            differs = sorted(differences(settings, OmegaConf.to_container(OmegaConf.load(file))))
-            if differs and (self.folder / "metrics.jsonl").exists():
-                raise UserError(
-                    f"{self.folder} holds a run with another {differs[0]}; remove it or give another run_dir."
-                )
-            if differs:
-                shutil.rmtree(self.folder / "records", ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, file)
+    def _claim_folder(self) -> int:
+        """Refuse a folder that is not a run's, or that holds results of other settings.
+
+        Returns the updates of a finished run that is to be trained further, 0 otherwise.
+        """
+        before = resuming.settings_of(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"run_dir={self.folder}: cannot be made ({error.strerror}); give another."
+            ) from error
+        if not os.access(self.folder, os.W_OK):
+            raise UserError(f"run_dir={self.folder}: cannot be written; give another.")
+        return self._check_same(before) if before is not None else 0
+
+    def _check_same(self, before: dict[str, Any]) -> int:
+        now = _plain(self.config)
+        changed = resuming.that_matter(resuming.differences(now, before))
+        if changed and resuming.has_results(self.folder):
+            then, value = (OmegaConf.select(OmegaConf.create(tree), changed[0]) for tree in (before, now))
+            raise UserError(
+                f"{self.folder} holds a run with another {changed[0]}: {then!r} then, {value!r} now; remove it or give "
+                "another run_dir."
+            )
+        if changed:  # nothing but the base model's answers is there, which may be others now
+            (self.folder / "records" / "before.jsonl").unlink(missing_ok=True)
+        steps, finished = before["train"]["steps"], (self.folder / "summary.json").exists()
+        resuming.check_steps(self.folder, now["train"]["steps"], self.method.rollout.weights == "initial")
+        return int(steps) if finished and now["train"]["steps"] != steps else 0
+
+    def left(self) -> str:
+        """What an interrupted run can do next, in words."""
+        found = checkpoints.found(self.folder / "checkpoints")
+        if not found:
+            return "there is no checkpoint yet: the same command starts it again"
+        return f"the same command resumes it from update {found[0].step}"
 
     def _check(self) -> None:
         from vopd import preflight  # both pull in pyarrow: not for --help and mistyped words
@@ -211,6 +239,7 @@ class Run:
         self.console.print(
             f"{self.config.recipe} on {self.config.profile}, seed {self.config.seed}: {self.config.train.steps} "
             f"updates of {self.config.train.prompts} prompts x {self.config.train.rollouts}\n"
+            f"{self._from_where()}"
             f"starting Ray, the trainer and vLLM (log: {self.folder / 'log.txt'})"
         )
         env = {**os.environ, **environment(self.config)}
@@ -220,6 +249,13 @@ class Run:
             cached.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(before, cached)
         return outcome
+
+    def _from_where(self) -> str:
+        """Look at the checkpoints, so that the trainer finds the newest whole one, and say which that is."""
+        newest, damaged = checkpoints.newest_whole(self.folder / "checkpoints")
+        lines = [f"{sentence}; an older one is taken" for sentence in damaged]
+        lines += [f"resuming from the checkpoint of update {newest.step}"] if newest else []
+        return "".join(f"{line}\n" for line in lines)
 
     def _cached_evaluation(self) -> Path:
         """Where the base model's answers are kept: the same weights, data and sampling give the same records."""
@@ -306,16 +342,6 @@ def _absolute(config: DictConfig) -> DictConfig:
 
 def _plain(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-
-
-def differences(first: Any, second: Any, prefix: str = "") -> set[str]:
-    """Dotted keys whose values differ between two trees of settings."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        keys = set(first) | set(second)
-        return set().union(
-            *(differences(first.get(k), second.get(k), f"{prefix}.{k}".lstrip(".")) for k in keys)
-        )
-    return set() if first == second else {prefix}
 
 
 if __name__ == "__main__":

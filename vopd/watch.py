@@ -46,7 +46,11 @@ class Outcome:
 
 
 def run(command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, console: Console) -> Outcome:
-    """Run `command` to its end; on Ctrl-C stop the whole process tree and raise KeyboardInterrupt."""
+    """Run `command` to its end. Ctrl-C asks it to keep what it has and end; a second one stops the whole process tree.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has ended.
+    """
     begin = time.monotonic()
     progress_file = run_dir / FILE
     progress_file.unlink(missing_ok=True)
@@ -63,21 +67,30 @@ def run(command: list[str], run_dir: Path, env: dict[str, str], cwd: Path, conso
     drawing = _Drawing(console)
     peak, looked, first_step = 0.0, 0.0, 0.0
     tree: list[psutil.Process] = []
-    try:
-        with drawing.progress:
-            for event in _events(progress_file, child):
-                if event is not None:
-                    drawing.show(event)
-                    if event["kind"] == "step" and not first_step:
-                        first_step = time.monotonic() - begin
-                elif time.monotonic() - looked > MEMORY_SECONDS:
-                    looked = time.monotonic()
-                    tree = _tree(child.pid)
-                    peak = max(peak, sum(map(_memory, tree)) / GIB)
-    except KeyboardInterrupt:
-        _stop(child, tree)
-        raise
+    events, asked = _Events(progress_file, child), False
+    while True:
+        try:
+            with drawing.progress:
+                for event in events:
+                    if event is not None:
+                        drawing.show(event)
+                        if event["kind"] == "step" and not first_step:
+                            first_step = time.monotonic() - begin
+                    elif time.monotonic() - looked > MEMORY_SECONDS:
+                        looked = time.monotonic()
+                        tree = _tree(child.pid)
+                        peak = max(peak, sum(map(_memory, tree)) / GIB)
+            break
+        except KeyboardInterrupt:
+            if asked:
+                _stop(child, tree)
+                raise
+            asked = True
+            console.print("stopping after a checkpoint; once more (Ctrl-C) stops at once", soft_wrap=True)
+            child.send_signal(signal.SIGTERM)
     _stop(child, tree)
+    if asked:
+        raise KeyboardInterrupt
     return Outcome(child.returncode, time.monotonic() - begin, first_step, peak)
 
 
@@ -86,21 +99,28 @@ def python(*words: str) -> list[str]:
     return [sys.executable, "-P", *words]
 
 
-def _events(file: Path, child: subprocess.Popen[bytes]) -> Iterator[dict[str, Any] | None]:
-    """Events as they are written; None where there is nothing new. Ends after the process has ended."""
-    position = 0
-    while True:
-        ended = child.poll() is not None
-        if file.exists():
-            with open(file) as stream:
-                stream.seek(position)
-                while (line := stream.readline()).endswith("\n"):
-                    position = stream.tell()
-                    yield json.loads(line)
-        if ended:
-            return
-        yield None
-        time.sleep(LOOK_SECONDS)
+class _Events:
+    """Events as they are written; None where there is nothing new. Ends after the process has ended.
+
+    Iterating anew, after an interruption, goes on behind the last event.
+    """
+
+    def __init__(self, file: Path, child: subprocess.Popen[bytes]) -> None:
+        self.file, self.child, self.position = file, child, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        while True:
+            ended = self.child.poll() is not None
+            if self.file.exists():
+                with open(self.file) as stream:
+                    stream.seek(self.position)
+                    while (line := stream.readline()).endswith("\n"):
+                        self.position = stream.tell()
+                        yield json.loads(line)
+            if ended:
+                return
+            yield None
+            time.sleep(LOOK_SECONDS)
 
 
 class _Drawing:

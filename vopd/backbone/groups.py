@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from vopd.backbone import seams
+from vopd.backbone import seams, stopping
 
 METRIC = "correct"
 THROWN = tuple(
@@ -43,6 +43,11 @@ class GroupBuffer(seams.ReplayBuffer):
                 self.thrown[f"rollouts_{reason}"] += 1
                 self.thrown[f"tokens_{reason}"] += tag["response_len"]
         super()._clear_groups(partition_id, uids)
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        """Most of a step may be spent here, and nothing is changing meanwhile: the place to answer a request to stop."""
+        stopping.check()
+        return super()._wait_for_next_poll(partition_id, last_debug_time)
 
     def _waits(self, partition_id: str) -> bool:
         """Whether rollouts of filtered groups are still under way."""

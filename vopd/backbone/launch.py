@@ -16,11 +16,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vopd.backbone import sockets, warm
+from vopd.backbone import sockets, stopping, warm
 from vopd.backbone.progress import Progress
 from vopd.errors import UserError
 
 FAILURE = "failure.json"
+STOPPED = 130
 
 
 def environment(run: DictConfig) -> dict[str, str]:
@@ -91,6 +92,7 @@ def _train(
     assert isinstance(arguments, dict)
     progress.note("starting Ray")
     ray.init(**{**arguments, **init, "runtime_env": runtime_env})
+    stopping.install()
     try:
         seams.TaskRunner().run(config)
     finally:
@@ -98,10 +100,12 @@ def _train(
 
 
 def main() -> int:
-    """Exit code 0, 2 for bad input, 1 for anything else; the sentence goes to RUN_DIR/failure.json."""
+    """Exit code 0, 2 for bad input, 130 if stopped, 1 for anything else; the sentence goes to RUN_DIR/failure.json."""
     run_dir = Path(sys.argv[1])
     try:
         train(run_dir)
+    except stopping.Stopped:
+        return STOPPED
     except (
         Exception
     ) as error:  # the process boundary: the cause is handed to the terminal's process, then re-raised
