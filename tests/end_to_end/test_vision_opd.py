@@ -23,13 +23,15 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vopd import checkpoints
+from vopd.backbone import shards
 from vopd.config import ROOT
 from vopd.evaluation.records import read_records
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 BASE = ROOT / "data" / "miniature" / "base"
-STORE = "ema:0.05"
+TEACHER = shards.teacher_kind("ema:0.05")
 RUN_SECONDS = 900
 INTERRUPTED = 130
 TRACKERS = ["logging.tensorboard=true", "logging.wandb=true"]
@@ -77,8 +79,10 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its line; of a step that was made again after an interruption, the last one."""
-    return {line["step"]: line for line in lines(folder / "metrics.jsonl")}
+    """Step -> its line; no step stands there twice."""
+    steps = lines(folder / "metrics.jsonl")
+    assert len({line["step"] for line in steps}) == len(steps)
+    return {line["step"]: line for line in steps}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,8 +90,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def teacher(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / "checkpoints" / "global_step_4" / "actor" / "teacher_rank_0.pt"
-    return torch.load(file, weights_only=True)[STORE]
+    return load_file(shards.file_of(folder / "checkpoints" / "global_step_4" / "actor", TEACHER, 0))
 
 
 def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -113,7 +116,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
         config.yaml verl_config.yaml metrics.jsonl evaluations.jsonl summary.json summary.txt log.txt
         records/before.jsonl records/after.jsonl plots/training.png plots/accuracy.png
         model/config.json model/model.safetensors model/tokenizer.json
-        checkpoints/latest_checkpointed_iteration.txt checkpoints/global_step_4/actor/teacher_rank_0.pt
+        checkpoints/global_step_4/manifest.json checkpoints/global_step_4/actor/weights_rank_0.safetensors
     """.split()
     assert [name for name in files if not (finished / name).is_file()] == []
     assert [name for name in files if (finished / name).stat().st_size == 0] == []
@@ -211,32 +214,35 @@ def test_the_same_command_again_shows_the_result_and_trains_nothing(finished: Pa
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, words_for: Words, finished: Path) -> Path:
-    """The folder of a run with the settings of `finished`, interrupted after its second update, started again."""
+    """The folder of a run with the settings of `finished`, interrupted after its first update, started again.
+
+    It would save no checkpoint before its end, so the one that it resumes from is that of the interruption.
+    """
     place = tmp_path_factory.mktemp("resumed")
     folder, log = place / "run", place / "terminal.txt"
-    process = start(words_for(folder), log)
-    tree = interrupt_after_checkpoint(process, folder, 2, log)
+    process = start([*words_for(folder), "train.save_every=0"], log)
+    tree = interrupt_after(process, folder, 1, log)
     assert finish(process, 120) == INTERRUPTED, told(folder, log)
     _, alive = psutil.wait_procs(tree, timeout=20)
     left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert left == [], "processes outlive an interrupted run"
     assert not (folder / "summary.json").exists() and not (folder / "model").exists()
-    latest = (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
-    assert latest == "2", "the run was over before it could be interrupted"
+    (checkpoint,) = checkpoints.found(folder / "checkpoints")
+    assert checkpoint.step == max(metrics(folder)) < 4, "the run was over before it could be interrupted"
+    assert f"the same command resumes it from update {checkpoint.step}" in log.read_text()
     code = finish(start(words_for(folder), log), RUN_SECONDS)
     assert code == 0, told(folder, log)
     return folder
 
 
-def interrupt_after_checkpoint(
+def interrupt_after(
     process: subprocess.Popen[bytes], folder: Path, step: int, log: Path
 ) -> list[psutil.Process]:
-    """Ctrl-C once the checkpoint of `step` is whole and its line is written; returns the processes there were."""
-    latest = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    """Ctrl-C once the line of `step` is written; returns the processes there were."""
     end = time.monotonic() + RUN_SECONDS
     while time.monotonic() < end:
         assert process.poll() is None, told(folder, log)
-        if latest.exists() and latest.read_text() == str(step) and step in metrics(folder):
+        if (folder / "metrics.jsonl").exists() and step in metrics(folder):
             tree = psutil.Process(process.pid).children(recursive=True)
             os.kill(process.pid, signal.SIGINT)
             return tree
@@ -245,28 +251,20 @@ def interrupt_after_checkpoint(
     raise AssertionError(told(folder, log))
 
 
-def test_pitfall_03_a_resumed_run_sees_the_same_rollouts(finished: Path, resumed: Path) -> None:
+def test_pitfall_03_a_resumed_run_makes_the_same_updates(finished: Path, resumed: Path) -> None:
+    """To the bit, but for what a clock decides: seconds, memory, and which requests vLLM computed together."""
     first, second = metrics(finished), metrics(resumed)
-    assert sorted(second) == [1, 2, 3, 4]
+    assert sorted(first) == sorted(second) == [1, 2, 3, 4]
     for step in first:
-        for key in ("tokens_generated", "tokens_prompt", "truncated", "rollout_accuracy"):
-            assert first[step][key] == second[step][key], (
-                f"step {step}, {key}: sampling or data order differs"
-            )
-
-
-@pytest.mark.parametrize("key", ["loss", "divergence", "grad_norm", "student_mass", "teacher_mass"])
-def test_pitfall_03_a_resumed_run_makes_the_same_updates(finished: Path, resumed: Path, key: str) -> None:
-    first, second = metrics(finished), metrics(resumed)
-    for step in (3, 4):
-        assert second[step][key] == pytest.approx(first[step][key], rel=1e-6, abs=1e-6), f"step {step}"
+        keys = [key for key in first[step] if not key.startswith(("seconds/", "perf/", "rollout/"))]
+        assert {k: first[step][k] for k in keys} == {k: second[step][k] for k in keys}, f"step {step}"
 
 
 def test_pitfall_03_a_resumed_run_ends_with_the_same_student_and_teacher(
     finished: Path, resumed: Path
 ) -> None:
-    assert largest_difference(weights(finished / "model"), weights(resumed / "model")) <= 1e-6
-    assert largest_difference(teacher(finished), teacher(resumed)) <= 1e-6
+    assert largest_difference(weights(finished / "model"), weights(resumed / "model")) == 0
+    assert largest_difference(teacher(finished), teacher(resumed)) == 0
 
 
 def test_pitfall_03_twin_a_teacher_that_never_moved_is_seen(finished: Path) -> None:

@@ -347,9 +347,7 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Workers, "save_checkpoint", full)
-    with pytest.raises(
-        TrainingError, match=r"update 2 could not be written.*No space left.*update 1\. Make"
-    ):
+    with pytest.raises(TrainingError, match=r"update 2 could not be written.*No space left.*update 1\. Make"):
         update(made)
     assert [path.name for path in made.checkpoints.iterdir()] == ["global_step_1"]
     monkeypatch.undo()
