@@ -188,6 +188,16 @@ def test_the_exported_folder_loads_and_holds_other_weights_than_the_base(finishe
     assert len(still) < len(after) / 10, f"did not move: {still}"
 
 
+def test_a_checkpoint_is_exported_to_the_model_of_the_run(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    words = [str(finished / "checkpoints" / "global_step_4"), str(out), "--dtype", "float32"]
+    done = subprocess.run([sys.executable, "-P", "-m", "vopd.export", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in (finished / "model").iterdir()
+    }
+
+
 def test_the_teacher_lies_between_the_base_and_the_student(finished: Path) -> None:
     base, student = weights(BASE), weights(finished / "model")
     shards = {name: shard for name, shard in teacher(finished).items() if name in student}
