@@ -96,7 +96,8 @@ def pictures(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
             for row in group.to_pylist():
                 for column in PICTURES:
                     if row.get(column):
-                        yield row["id"], column, _opened(row[column], path.parent, f"{file}: row {row['id']}")
+                        where = f"{file}: row {row['id']}, column {column}"
+                        yield row["id"], column, _opened(row[column], path.parent, where)
 
 
 def _opened(cell: dict[str, Any], folder: Path, where: str) -> Image.Image:

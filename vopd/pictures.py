@@ -2,8 +2,8 @@
 
 Training, evaluation in this process and through a server, validation, synthesis and the report all decode here, so that
 a picture has the same size and the same pixels everywhere: turned upright as its EXIF says, 16-bit grey brought to 8
-bits, transparency on white, palettes and CMYK converted, the first frame of an animation. Colour
-profiles are not applied.
+bits, transparency on white, palettes and CMYK converted, the first frame of an animation. Colour profiles are not
+applied.
 """
 
 from __future__ import annotations
@@ -87,12 +87,23 @@ class Picture:
 
     def _orientation(self) -> tuple[Any, bool]:
         """EXIF (or XMP) orientation, 1 for none; and whether that data, if there is any, could be read."""
-        try:
-            if self.format == "PNG" and not _has_metadata(self._stream):
+        if self.format == "PNG":
+            if not _has_metadata(self._stream):
                 return 1, True
+            if (
+                "exif" not in self._file.info
+            ):  # `getexif` would load as well, and a second try of Pillow's hides errors
+                self._load()
+        try:
             return self._file.getexif().get(ExifTags.Base.Orientation, 1), True
-        except _BROKEN:  # pixels that are broken as well are found when they are decoded
+        except _BROKEN:
             return 1, False
+
+    def _load(self) -> None:
+        try:
+            self._file.load()
+        except _BROKEN as error:
+            raise _not_whole(error) from error
 
     def verify(self) -> None:
         """Check what can be checked without decoding pixels, such as checksums; the pixels cannot be had afterwards.
@@ -104,7 +115,7 @@ class Picture:
             if self._file.tile:  # else decoded already
                 self._file.verify()
         except _BROKEN as error:
-            raise PictureError(f"is not a whole image ({error}); replace it or leave the row out.") from error
+            raise _not_whole(error) from error
 
     def rgb(self, at_least: tuple[int, int] | None = None) -> Image.Image:
         """The pixels, mode RGB, nothing but pixels attached.
@@ -114,15 +125,13 @@ class Picture:
         Raises:
             PictureError: the file is cut short or broken.
         """
+        if at_least:
+            self._file.draft(None, at_least)
+        self._load()
         try:
-            if at_least:
-                self._file.draft(None, at_least)
-            self._file.load()
             shown = _opaque(self._file, self._raw)
-        except UserError:
-            raise
-        except _BROKEN as error:
-            raise PictureError(f"is not a whole image ({error}); replace it or leave the row out.") from error
+        except _BROKEN as error:  # a palette or a transparency of a wrong length
+            raise _not_whole(error) from error
         if self._turn is not None:
             shown = shown.transpose(self._turn)
         shown.info = {}  # an orientation or transparency left here would be applied again
@@ -182,6 +191,10 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG", compress_level=3)
     return buffer.getvalue()
+
+
+def _not_whole(error: Exception) -> PictureError:
+    return PictureError(f"is not a whole image ({error}); replace it or leave the row out.")
 
 
 def _content(content: bytes) -> BinaryIO:

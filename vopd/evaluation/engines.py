@@ -125,9 +125,7 @@ class Endpoint:
         """Ask the server once (with retries)."""
         import openai
 
-        file = await asyncio.to_thread(pictures.portable, picture, PICTURES)
-        size = file.shown.size
-        url = f"data:{file.media};base64,{base64.b64encode(file.content).decode()}"
+        url, size = await asyncio.to_thread(_data_url, picture)
         sampling = self._sampling
         start = time.perf_counter()
         try:
@@ -174,6 +172,12 @@ def client(url: str, timeout: float) -> Any:
 
     key = os.environ.get("OPENAI_API_KEY", "none")
     return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
+
+
+def _data_url(picture: bytes) -> tuple[str, tuple[int, int]]:
+    """A picture as a request holds it, and its size as shown; no pixels are kept while the answer is waited for."""
+    file = pictures.portable(picture, PICTURES)
+    return f"data:{file.media};base64,{base64.b64encode(file.content).decode()}", file.shown.size
 
 
 def _for_server(chat: Messages) -> Any:

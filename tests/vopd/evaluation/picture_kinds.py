@@ -236,13 +236,26 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
 
 
+def described() -> bytes:
+    """A PNG with a text in which an orientation may stand: Pillow decodes it to find out."""
+    text = PngImagePlugin.PngInfo()
+    text.add_itxt("XML:com.adobe.xmp", xmp(6))
+    return saved(RGB, "PNG", pnginfo=text)
+
+
+def flipped(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 255]) + content[place + 1 :]
+
+
 BROKEN = {
     "empty": (b"", "is not a readable image"),
     "a web page": (b"<!DOCTYPE html><html>404</html>", "is not a readable image"),
     "PNG cut short": (saved(RGB, "PNG")[:-300], "is not a whole image"),
     "JPEG cut short": (saved(RGB, "JPEG")[:-300], "is not a whole image"),
     "WebP cut short": (saved(RGB, "WEBP", lossless=True)[:-300], "is not"),
-    "PNG with a changed byte": (saved(RGB, "PNG").replace(b"IDATx", b"IDATy"), "is not a whole image"),
+    "PNG with a changed byte": (flipped(saved(RGB, "PNG"), 700), "is not a whole image"),
+    "PNG with a text, cut short": (described()[:-300], "is not a whole image"),
+    "PNG with a text and a changed byte": (flipped(described(), 700), "is not a whole image"),
     "PNG without pixels": (png(2, 8, [], b"", b""), "is not"),
     "16-bit RGB with a clear colour": (
         png(2, 16, packed(np.repeat(DEEP[..., None], 3, -1), 16), trns(4660, 4660, 4660)),
