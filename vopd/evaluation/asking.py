@@ -19,6 +19,7 @@ from vopd.evaluation.benchmark import Question, Questions
 from vopd.evaluation.engines import Engine, NoAnswerError, Reply
 from vopd.evaluation.records import Appender, Record, read_records
 from vopd.evaluation.scoring import is_correct, parse_answer
+from vopd.pictures import PictureError
 
 Key = tuple[str, str]  # question id, view
 MOST_FAILURES = 20  # in a row: then the server is gone rather than a question odd
@@ -69,6 +70,9 @@ async def ask(
             key = f"{questions.name}/{question.id}/{view}"
             try:
                 reply = await engine.answer(key, view, questions.picture(question, view), question.prompt)
+            except PictureError as error:  # of this question alone; the server may be well
+                failures.append(f"{key}: its picture {error}")
+                continue
             except NoAnswerError as error:
                 failures.append(f"{key}: {error}")
                 in_a_row += 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -20,9 +19,9 @@ from typing import Any
 
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from PIL import Image, UnidentifiedImageError
 from yaml import YAMLError
 
+from vopd import pictures
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
@@ -34,6 +33,8 @@ FOLDER = Path(__file__).parent / "benchmarks"
 LOCK = "lock.json"
 BY_GOLD = "by gold"
 PAIR = "pair"
+PICTURES = (*pictures.FORMATS, "GIF", "BMP")
+"""Formats of published pictures, by Pillow's names."""
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
 _LABEL = re.compile(r"(?:^|(?<=[\s,]))\(?([A-Ha-h])[).:]\s+(?=\S)")
 
@@ -134,15 +135,16 @@ class Questions:
         return hash_json([[q.id, q.prompt, q.answer, q.cluster] for q in self.questions])
 
     def picture(self, question: Question, view: str) -> bytes:
-        """The encoded picture as published."""
+        """The encoded picture as published; PictureError if there is none."""
         columns = self.spec.columns
         if self.spec.pictures and view == "full":
             file = self._folder / self.spec.pictures.format(**self._table[question.row])
-            if not file.is_file():
-                raise UserError(f"{self.name}: question {question.id}: no picture {file}.")
-            return file.read_bytes()
+            return pictures.read(file)
         column = columns.crop if view == "crop" else columns.image
-        return _bytes(self._table[question.row][column], f"{self.name}: question {question.id}, {column}")
+        content = _bytes(self._table[question.row][column])
+        if not content:
+            raise pictures.PictureError(f"is not there: column {column} holds neither bytes nor base64 text.")
+        return content
 
     def _question(self, index: int, row: dict[str, Any]) -> Question:
         spec = self.spec
@@ -180,9 +182,12 @@ class Questions:
             return str(index // 2)
         values = []
         for column in columns:
-            value = self._table[index][column] if column == self.spec.columns.image else row[column]
-            picture = column == self.spec.columns.image
-            values.append(hashlib.sha256(_bytes(value, column)).hexdigest() if picture else str(value))
+            if column != self.spec.columns.image:
+                values.append(str(row[column]))
+            elif content := _bytes(self._table[index][column]):
+                values.append(hashlib.sha256(content).hexdigest())
+            else:  # a cluster of its own; asking says what is wrong
+                values.append(f"row {index}")
         return hash_json(values)[:16]
 
 
@@ -336,22 +341,13 @@ def inline_options(text: str) -> list[str]:
     return [option.split("\n", 1)[0].strip().rstrip(",;") for option in texts]
 
 
-def _bytes(value: Any, where: str) -> bytes:
-    """Encoded picture from what a cell holds: bytes, a file's bytes in a mapping, or base64 text."""
+def _bytes(value: Any) -> bytes | None:
+    """Encoded picture from what a cell holds: bytes, a file's bytes in a mapping, or base64 text; None for neither."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if isinstance(value, bytes):
         return value
     try:
         return base64.b64decode(value, validate=True)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise UserError(f"{where}: holds no picture (bytes or base64 text).") from error
-
-
-def decode(content: bytes, where: str) -> Image.Image:
-    """The picture, RGB; UserError naming the question for a broken one and for one beyond PIL's limit."""
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: not a readable picture.") from error
+    except (TypeError, ValueError, binascii.Error):
+        return None

@@ -1,14 +1,14 @@
 """Who answers: an OpenAI-compatible endpoint, or vLLM's engine in this process. Both take a question at a time.
 
-Pictures go as they are published: the endpoint is sent the file's own bytes, vLLM the decoded pixels. A model's
-processor may resize them; the size that it makes is worked out by its own rule and recorded with the answer.
+Both are shown the pixels that training would see (vopd/pictures.py): vLLM is given them, an endpoint is sent the
+published file where it decodes to them anywhere, else a PNG of them. A model's processor may resize them; the size that
+it makes is worked out by its own rule and recorded with the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import os
 import queue
 import threading
@@ -21,10 +21,10 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import vllm_delta_rule
+from vopd import pictures, vllm_delta_rule
 from vopd.backbone.launch import environment
 from vopd.errors import UserError
-from vopd.evaluation.benchmark import decode
+from vopd.evaluation.benchmark import PICTURES
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
 from vopd.vllm_blocks import clear_used_blocks
@@ -60,7 +60,7 @@ class Sampling:
 @dataclass(frozen=True)
 class Reply:
     """One answer. seconds: from being asked to the last token. image_in, image_out: width and height in pixels as
-    published and as the model's processor makes them; out is None where its rule is not known here."""
+    shown and as the model's processor makes them; out is None where its rule is not known here."""
 
     text: str
     response_tokens: int
@@ -76,7 +76,7 @@ class Engine(Protocol):
     """What the harness needs of an engine."""
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
-        """Answer one question; NoAnswerError if that fails for this question."""
+        """Answer one question; NoAnswerError if that fails for this question, PictureError for a bad picture."""
 
     def close(self) -> None:
         """Give back what the engine holds."""
@@ -125,9 +125,7 @@ class Endpoint:
         """Ask the server once (with retries)."""
         import openai
 
-        with Image.open(io.BytesIO(picture)) as header:
-            size, kind = header.size, Image.MIME[header.format or "PNG"]
-        url = f"data:{kind};base64,{base64.b64encode(picture).decode()}"
+        url, size = await asyncio.to_thread(_data_url, picture)
         sampling = self._sampling
         start = time.perf_counter()
         try:
@@ -174,6 +172,12 @@ def client(url: str, timeout: float) -> Any:
 
     key = os.environ.get("OPENAI_API_KEY", "none")
     return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
+
+
+def _data_url(picture: bytes) -> tuple[str, tuple[int, int]]:
+    """A picture as a request holds it, and its size as shown; no pixels are kept while the answer is waited for."""
+    file = pictures.portable(picture, PICTURES)
+    return f"data:{file.media};base64,{base64.b64encode(file.content).decode()}", file.shown.size
 
 
 def _for_server(chat: Messages) -> Any:
@@ -256,7 +260,7 @@ class LocalEngine:
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Queue one question and wait for its answer."""
-        image = decode(picture, key)
+        image = await asyncio.to_thread(pictures.decode, picture, PICTURES)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         start = time.perf_counter()

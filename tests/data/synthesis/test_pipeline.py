@@ -315,6 +315,8 @@ def test_pictures_are_turned_upright_once(
         coffee.rotate(90, expand=True).save(folder / "turned.jpg", exif=exif, quality=95)
         coffee.convert("RGBA").save(folder / "layered.png")
         coffee.convert("L").save(folder / "grey.png")
+        grey = np.asarray(coffee.convert("L"))
+        Image.fromarray(grey.astype(np.uint16) * 256).save(folder / "sixteen_bits.png")
         expected = np.asarray(coffee).astype(int)
     with stub_server.StubServer() as stub:
         assert synthesize.main(words_for(stub.url, f"images={folder}")) == 0
@@ -322,7 +324,9 @@ def test_pictures_are_turned_upright_once(
     for name, record in scanned.items():
         with Image.open(tmp_path / "out" / record["original"]) as kept:
             assert list(kept.size) == record["size"] == [600, 400], name
-            assert kept.getexif().get(0x0112, 1) == 1
+            assert kept.getexif().get(0x0112, 1) == 1 and kept.mode in ("RGB", "L")
+            if name == "sixteen_bits.png":
+                assert np.array_equal(np.asarray(kept.convert("L")), grey)
             if name == "turned.jpg":
                 assert abs(np.asarray(kept).astype(int) - expected).mean() < 5
 

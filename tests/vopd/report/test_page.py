@@ -172,9 +172,17 @@ def test_the_gallery_is_bounded_and_its_choice_seeded(runs: Path, monkeypatch: p
 def test_large_pictures_are_shrunk() -> None:
     noise = Image.effect_noise((1600, 900), 90).convert("RGB")
     kind, content = gallery._small(schema.encode(noise), Path())
-    assert kind == "jpeg" and len(content) <= gallery.PICTURE_BYTES
+    assert kind == "image/jpeg" and len(content) <= gallery.PICTURE_BYTES
     width, height = Image.open(io.BytesIO(content)).size
     assert width <= gallery.SIDE and width / height == pytest.approx(16 / 9, rel=0.02)
+
+
+def test_small_pictures_are_shown_as_the_models_saw_them() -> None:
+    small = Image.effect_noise((60, 40), 90)
+    assert gallery._small(schema.encode(small), Path()) == ("image/png", schema.encode(small)["bytes"])
+    media, content = gallery._small(schema.encode(Image.new("RGBA", (60, 40), (255, 0, 0, 0))), Path())
+    shown = Image.open(io.BytesIO(content))
+    assert (media, shown.mode, shown.getpixel((3, 3))) == ("image/png", "RGB", (255, 255, 255))
 
 
 def test_without_the_runs_data_there_are_texts_and_a_reason(
