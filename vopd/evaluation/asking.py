@@ -2,21 +2,21 @@
 
 A record file is only ever appended to. Killed at any point and started again, a run asks what has no record yet;
 with all records there, nothing is asked. Questions that got no answer (server errors after retries) leave no
-record either.
+record either, and neither do those whose picture is none.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vopd.chat import together
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import Question, Questions
-from vopd.evaluation.engines import Engine, NoAnswerError, Reply
+from vopd.evaluation.engines import Engine, EngineStoppedError, NoAnswerError, Reply
 from vopd.evaluation.records import Appender, Record, read_records
 from vopd.evaluation.scoring import is_correct, parse_answer
 
@@ -77,18 +77,17 @@ async def ask(
                         f"{in_a_row} questions in a row got no answer; the last was {failures[-1]}"
                     ) from error
                 continue
+            except EngineStoppedError:
+                raise
+            except UserError as error:  # a picture that is none says nothing of the engine
+                failures.append(str(error))
+                continue
             in_a_row = 0
             appender.append(record(questions.name, question, view, reply, concurrency))
             advance()
 
     with Appender(records) as appender:
-        workers = [asyncio.create_task(worker(appender)) for _ in range(min(concurrency, len(todo)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:  # the first error ends all
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await together(worker(appender) for _ in range(min(concurrency, len(todo))))
     return failures
 
 

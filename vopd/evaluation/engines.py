@@ -21,15 +21,15 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import vllm_delta_rule
+from vopd import chat, vllm_delta_rule
 from vopd.backbone.launch import environment
+from vopd.chat import NoAnswerError
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import decode
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
 from vopd.vllm_blocks import clear_used_blocks
 
-RETRIES = 4  # the client waits longer each time; then the question stays unanswered and the next run asks it
 GIB = 2**30
 
 
@@ -38,8 +38,8 @@ GIB = 2**30
 THINK = "<think>\n"
 
 
-class NoAnswerError(Exception):
-    """A question could not be answered; it is left out of the records and asked again by the next run."""
+class EngineStoppedError(UserError):
+    """The engine answers no question any more, rather than one of them."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. seconds: from being asked to the last token. image_in, image_out: width and height in pixels as
-    published and as the model's processor makes them; out is None where its rule is not known here."""
+    """One answer. Token counts are None where a server gives none. seconds: from being asked to the last token.
+    image_in, image_out: width and height in pixels as published and as the model's processor makes them; out is None
+    where its rule is not known here."""
 
     text: str
-    response_tokens: int
-    prompt_tokens: int
+    response_tokens: int | None
+    prompt_tokens: int | None
     truncated: bool
     seconds: float
     image_in: tuple[int, int]
@@ -76,7 +77,12 @@ class Engine(Protocol):
     """What the harness needs of an engine."""
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
-        """Answer one question; NoAnswerError if that fails for this question."""
+        """Answer one question.
+
+        Raises:
+            NoAnswerError: none can be had for this question now.
+            UserError: its picture is none; `EngineStoppedError` when no question can be answered any more.
+        """
 
     def close(self) -> None:
         """Give back what the engine holds."""
@@ -108,72 +114,58 @@ class Resizing:
             return None
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        out_height, out_width = smart_resize(height, width, **self._limits)
+        try:
+            out_height, out_width = smart_resize(height, width, **self._limits)
+        except ValueError:  # a strip that the rule has no size for; a server may have answered all the same
+            return None
         return out_width, out_height
 
 
 class Endpoint:
-    """Any OpenAI-compatible server. `api_key` is the environment's OPENAI_API_KEY, if there is one."""
+    """Any OpenAI-compatible server (`vopd.chat`)."""
 
     def __init__(self, url: str, model: str, sampling: Sampling, timeout: float) -> None:
-        self._client = client(url, timeout)
+        self._server = chat.Server(url, timeout)
         self._model, self._sampling = model, sampling
         # A name is the server's own, and says nothing of a processor here.
         self._resizing = Resizing(model) if Path(model).is_dir() else None
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Ask the server once (with retries)."""
-        import openai
-
         with Image.open(io.BytesIO(picture)) as header:
             size, kind = header.size, Image.MIME[header.format or "PNG"]
         url = f"data:{kind};base64,{base64.b64encode(picture).decode()}"
         sampling = self._sampling
+        body = {
+            "model": self._model,
+            "messages": _for_server(messages(key, view, url, prompt)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "chat_template_kwargs": {"enable_thinking": sampling.thinking},
+        }
+        if (seed := sampling.seed_for(key)) is not None:
+            body["seed"] = seed
         start = time.perf_counter()
-        try:
-            completion = await self._client.chat.completions.create(
-                model=self._model,
-                messages=_for_server(messages(key, view, url, prompt)),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=sampling.seed_for(key),
-                extra_body={"chat_template_kwargs": {"enable_thinking": sampling.thinking}},
-            )
-        except openai.OpenAIError as error:
-            raise NoAnswerError(f"{type(error).__name__}: {error}") from error
+        completion = await self._server.complete(body)
         seconds = time.perf_counter() - start
-        if not completion.choices or completion.usage is None:
-            raise NoAnswerError("the server's answer has no choices or no token counts")
-        choice, usage = completion.choices[0], completion.usage
-        # A server with a reasoning parser hands the reasoning block over apart from the answer.
-        extra = choice.message.model_extra or {}
-        reasoning = extra.get("reasoning_content") or extra.get("reasoning")
-        text, cut = choice.message.content or "", choice.finish_reason == "length"
+        text, cut = completion.text, completion.finish_reason == "length"
         # A server does not show its prompt: only a cut response is suspected of being still inside the block.
-        if sampling.thinking and cut and not reasoning and "</think>" not in text:
+        if sampling.thinking and cut and not completion.reasoning and "</think>" not in text:
             text = THINK + text
         return Reply(
             text=text,
-            response_tokens=usage.completion_tokens,
-            prompt_tokens=usage.prompt_tokens,
+            response_tokens=completion.response_tokens,
+            prompt_tokens=completion.prompt_tokens,
             truncated=cut,
             seconds=seconds,
             image_in=size,
             image_out=self._resizing(*size) if self._resizing else None,
-            reasoning=reasoning,
+            reasoning=completion.reasoning,
         )
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def client(url: str, timeout: float) -> Any:
-    """An OpenAI client for a server."""
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
 
 
 def _for_server(chat: Messages) -> Any:
@@ -232,7 +224,7 @@ class LocalEngine:
         self.llm = LLM(**engine_settings(model, device, concurrency, sampling.seed), **extra)
         if device == "cpu":
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
-        self._failure: UserError | None = None
+        self._failure: EngineStoppedError | None = None
         self._inbox: queue.Queue[_Request | None] = queue.Queue()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -290,7 +282,7 @@ class LocalEngine:
                     if output.finished:
                         waiting.pop(output.request_id).settle(output)
         except Exception as error:  # the thread's boundary: whoever waits must hear of it
-            self._failure = UserError(f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}")
+            self._failure = EngineStoppedError(f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}")
             while not self._inbox.empty():
                 if late := self._inbox.get():
                     waiting[str(id(late))] = late

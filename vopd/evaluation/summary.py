@@ -141,9 +141,13 @@ def _cells(result: Mapping[str, Any], view: str, part: Mapping[str, Any]) -> lis
         f"{100 * part['unparsed']:.1f}%",
         f"{100 * part['truncated']:.1f}%",
         str(result["judge_failed"]),
-        f"{part['response_tokens']:.1f}",
+        _tokens(part),
         resized,
     ]
+
+
+def _tokens(part: Mapping[str, Any]) -> str:
+    return "?" if part["response_tokens"] is None else f"{part['response_tokens']:.1f}"
 
 
 def speed(result: Mapping[str, Any]) -> str:
@@ -154,5 +158,5 @@ def speed(result: Mapping[str, Any]) -> str:
     at_once = ", ".join(map(str, result["concurrency"]))
     return (
         f"{result['title']}: {1 / part['seconds']:.3f} questions/s = 1 / mean seconds per question "
-        f"({part['seconds']:.3f} s, {part['response_tokens']:.1f} tokens), {at_once} at once"
+        f"({part['seconds']:.3f} s, {_tokens(part)} tokens), {at_once} at once"
     )
