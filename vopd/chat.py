@@ -95,7 +95,9 @@ class _Usage(BaseModel):
 
 class _Body(BaseModel):
     choices: Annotated[list[_Choice], BeforeValidator(_first), Field(min_length=1)]
-    usage: Annotated[_Usage, BeforeValidator(lambda value: value if isinstance(value, dict) else {})] = _Usage()
+    usage: Annotated[_Usage, BeforeValidator(lambda value: value if isinstance(value, dict) else {})] = (
+        _Usage()
+    )
 
 
 class Completion(BaseModel):
@@ -139,7 +141,7 @@ def read_completion(content: bytes) -> Completion:
 
 
 def one_line(text: str, limit: int = 200) -> str:
-    """Text from outside as a part of a sentence: one line, nothing that steers a terminal, at most `limit` characters."""
+    """Text from outside as a part of a sentence: one line without control signs, at most `limit` characters."""
     plain = "".join(c if c.isprintable() else " " for c in text[: 4 * limit])
     return " ".join(plain.split())[:limit]
 
@@ -173,7 +175,12 @@ class Server:
     """
 
     def __init__(
-        self, url: str, timeout_s: float, tries: int = 5, first_wait_s: float = 0.5, longest_wait_s: float = 8.0
+        self,
+        url: str,
+        timeout_s: float,
+        tries: int = 5,
+        first_wait_s: float = 0.5,
+        longest_wait_s: float = 8.0,
     ) -> None:
         address = _address(url)
         self.name = str(address.copy_with(userinfo=b""))
@@ -216,7 +223,9 @@ class Server:
         except TimeoutError as error:
             raise OutageError(f"no whole reply within {self._timeout_s:g} s") from error
         except (httpx.HTTPError, OSError) as error:
-            raise OutageError(f"the connection failed ({type(error).__name__}: {one_line(str(error))})") from error
+            raise OutageError(
+                f"the connection failed ({type(error).__name__}: {one_line(str(error))})"
+            ) from error
         if not response.is_success:
             raise _status_error(response, content)
         return read_completion(content)

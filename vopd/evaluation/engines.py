@@ -282,7 +282,9 @@ class LocalEngine:
                     if output.finished:
                         waiting.pop(output.request_id).settle(output)
         except Exception as error:  # the thread's boundary: whoever waits must hear of it
-            self._failure = EngineStoppedError(f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}")
+            self._failure = EngineStoppedError(
+                f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}"
+            )
             while not self._inbox.empty():
                 if late := self._inbox.get():
                     waiting[str(id(late))] = late
