@@ -34,8 +34,8 @@ def merge(layers: Sequence[DictConfig], words: Sequence[str]) -> DictConfig:
         merged = OmegaConf.merge(*layers, OmegaConf.from_dotlist(list(words)))
         OmegaConf.resolve(merged.copy())
     except (OmegaConfBaseException, YAMLError, RecursionError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{key}: " if key else ""
+        at_fault = getattr(error, "full_key", None)
+        where = f"{at_fault}: " if at_fault else ""
         said = str(error).strip().splitlines()[0]
         hint = f"; {_QUOTES}" if isinstance(error, YAMLError) or "ListConfig" in said else ""
         raise UserError(f"Setting not understood: {where}{said}{hint}.") from error

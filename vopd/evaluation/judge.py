@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from vopd import chat, jsonl
 from vopd.chat import NoAnswerError, together
@@ -44,12 +44,11 @@ def read_verdicts(path: Path, model: str | None = None) -> dict[tuple[str, str],
     """
     verdicts: dict[tuple[str, str], State] = {}
     for number, fields in jsonl.objects(path.read_bytes() if path.is_file() else b"", path):
-        key = fields.get("id"), fields.get("view")
-        verdict = fields.get("verdict")
-        if not all(isinstance(part, str) for part in key) or verdict not in get_args(State):
+        name, view, verdict = (fields.get(key) for key in ("id", "view", "verdict"))
+        if not (isinstance(name, str) and isinstance(view, str) and verdict in get_args(State)):
             raise UserError(f"Line {number} of {path} holds no verdict; remove the line or the file.")
         if model is None or fields.get("judge") == model:
-            verdicts[key] = verdict
+            verdicts[name, view] = cast(State, verdict)
     return verdicts
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from vopd.errors import UserError
 from vopd.evaluation import statistics
-from vopd.evaluation.benchmark import Benchmark, Mean
+from vopd.evaluation.description import Benchmark, Mean
 from vopd.evaluation.judge import State, wants_judge
 from vopd.evaluation.records import Record, answers, mean_tokens
 from vopd.evaluation.scoring import is_correct, parse_answer
