@@ -17,7 +17,7 @@ from vopd.chat import together
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import Question, Questions
 from vopd.evaluation.engines import Engine, EngineStoppedError, NoAnswerError, Reply
-from vopd.evaluation.records import Appender, Record, read_records
+from vopd.evaluation.records import Appender, Record, read_answers
 from vopd.evaluation.scoring import is_correct, parse_answer
 
 Key = tuple[str, str]  # question id, view
@@ -28,7 +28,7 @@ def missing(questions: Questions, views: list[str], rows: int, records: Path) ->
     """Questions and views without a record, in order; rows > 0 keeps the first so many questions."""
     done: set[Key] = set()
     if records.is_file():
-        done = {(r.id, r.view) for r in read_records(records).records}
+        done = {(r.id, r.view) for r in read_answers(records).records}
     asked = questions.questions[: rows or None]
     return [(q, view) for view in views if view in questions.views for q in asked if (q.id, view) not in done]
 

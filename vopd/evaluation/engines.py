@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -126,9 +127,11 @@ class Endpoint:
 
     def __init__(self, url: str, model: str, sampling: Sampling, timeout: float) -> None:
         self._server = chat.Server(url, timeout)
+        self._resizing: Resizing | None = None
         self._model, self._sampling = model, sampling
-        # A name is the server's own, and says nothing of a processor here.
-        self._resizing = Resizing(model) if Path(model).is_dir() else None
+        # A name is the server's own, and says nothing of a processor here; so does a folder without one.
+        with suppress(OSError, ValueError):
+            self._resizing = Resizing(model) if Path(model).is_dir() else None
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Ask the server once (with retries)."""
@@ -217,11 +220,17 @@ class LocalEngine:
         logging.set_verbosity_error()
 
         self._params, self._sampling = SamplingParams, sampling
-        self._processor = AutoProcessor.from_pretrained(model)
-        self._resizing = Resizing(model)
-        if device == "cpu":
-            vllm_delta_rule.install()
-        self.llm = LLM(**engine_settings(model, device, concurrency, sampling.seed), **extra)
+        try:
+            self._processor = AutoProcessor.from_pretrained(model)
+            self._resizing = Resizing(model)
+            if device == "cpu":
+                vllm_delta_rule.install()
+            self.llm = LLM(**{**engine_settings(model, device, concurrency, sampling.seed), **extra})
+        except (OSError, ValueError, TypeError, RuntimeError) as error:  # of three libraries, each its own
+            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise UserError(
+                f"vLLM did not start with model={model} ({type(error).__name__}: {said[:300]}); see the lines above."
+            ) from error
         if device == "cpu":
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
         self._failure: EngineStoppedError | None = None
