@@ -280,7 +280,8 @@ def _address(url: str) -> httpx.URL:
         address = httpx.URL(url)
     except httpx.InvalidURL as error:
         raise UserError(f"'{url}' is no address of a server ({error}); write http://HOST:PORT/v1.") from error
-    if address.scheme not in ("http", "https") or not address.host or address.query or address.fragment:
+    strange = " " in url or address.query or address.fragment
+    if address.scheme not in ("http", "https") or not address.host or strange:
         raise UserError(f"'{url}' is no address of a server; write http://HOST:PORT/v1.")
     return address
 
