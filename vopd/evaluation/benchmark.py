@@ -61,7 +61,8 @@ class Questions:
         # What is not named is not looked at: reading a cell can mean to open a file that it names.
         self._table = table.select_columns(_check_columns(name, spec, table.features))
         columns = [c for c in (spec.columns.image, spec.columns.crop) if c]
-        self.questions = [self._question(i, row) for i, row in enumerate(self._table.remove_columns(columns))]
+        plain = self._table.remove_columns(columns)
+        self.questions = [self._question(i, self._row(i, plain)) for i in range(len(plain))]
         if not self.questions:
             raise UserError(f"{name}: its files hold no question; get them again.")
         _check_ids(name, self.questions)
@@ -78,10 +79,19 @@ class Questions:
     def picture(self, question: Question, view: str) -> bytes:
         """The encoded picture as published; UserError naming a question that has none."""
         columns, where = self.spec.columns, f"{self.name}: question {question.id}"
+        row = self._row(question.row, self._table)
         if self.spec.pictures and view == "full":
-            return _file(self._picture_file(question.row, self._table[question.row]), where)
+            return _file(self._picture_file(question.row, row), where)
         column = columns.crop if view == "crop" else columns.image
-        return _bytes(self._table[question.row][column], f"{where}, {column}")
+        return _bytes(row[str(column)], f"{where}, {column}")
+
+    def _row(self, index: int, table: Any) -> dict[str, Any]:
+        try:
+            return dict(table[index])
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.name}: row {index}: holds text that is not UTF-8; correct the file."
+            ) from error
 
     def _picture_file(self, index: int, row: Mapping[str, Any]) -> Path:
         """The file that holds a question's picture; UserError when its name leads out of the folder."""
@@ -132,11 +142,11 @@ class Questions:
             if column != self.spec.columns.image:
                 values.append(_cell(row, column, f"{self.name}: row {index}"))
                 continue
-            cell = self._table[index][column]
+            cell = self._row(index, self._table)[column]
             try:
                 picture = _bytes(cell, column)
             except UserError:  # its question will say so when it is asked
-                picture = repr(cell).encode()
+                picture = repr(cell).encode(errors="replace")
             values.append(hashlib.sha256(picture).hexdigest())
         return hash_json(values)[:16]
 

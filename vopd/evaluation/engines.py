@@ -27,6 +27,7 @@ from vopd.backbone.launch import environment
 from vopd.chat import NoAnswerError
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import decode
+from vopd.preflight import check_model_folder
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
 from vopd.vllm_blocks import clear_used_blocks
@@ -214,22 +215,33 @@ class LocalEngine:
         os.environ.setdefault(
             "VLLM_LOGGING_LEVEL", "ERROR"
         )  # a line for every step would bury the progress bar
+        _check_model(model)
         from transformers import AutoProcessor, logging
-        from vllm import LLM, SamplingParams
 
         logging.set_verbosity_error()
-
-        self._params, self._sampling = SamplingParams, sampling
         try:
             self._processor = AutoProcessor.from_pretrained(model)
             self._resizing = Resizing(model)
-            if device == "cpu":
-                vllm_delta_rule.install()
-            self.llm = LLM(**{**engine_settings(model, device, concurrency, sampling.seed), **extra})
-        except (OSError, ValueError, TypeError, RuntimeError) as error:  # of three libraries, each its own
-            said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        except (OSError, ValueError) as error:
             raise UserError(
-                f"vLLM did not start with model={model} ({type(error).__name__}: {said[:300]}); see the lines above."
+                f"model={model}: has no processor that can be loaded ({_first_line(error)})."
+            ) from error
+        from vllm import LLM, SamplingParams
+
+        self._params, self._sampling = SamplingParams, sampling
+        if device == "cpu":
+            vllm_delta_rule.install()
+        try:
+            self.llm = LLM(**{**engine_settings(model, device, concurrency, sampling.seed), **extra})
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # vLLM has no error of its own for this
+            said = f"{type(error).__name__}: {_first_line(error)}"
+            raise UserError(
+                f"vLLM did not start with model={model} ({said}); see the lines above."
             ) from error
         if device == "cpu":
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
@@ -314,6 +326,26 @@ class LocalEngine:
             except ValueError as error:  # vLLM's word for a prompt that cannot be served, e.g. too long
                 request.settle(NoAnswerError(str(error)))
         return True
+
+
+def _check_model(model: str) -> None:
+    """Refuse a folder that is no whole model, and an id that the hub (or its cache here) does not have."""
+    if Path(model).is_dir():
+        check_model_folder(Path(model))
+        return
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise UserError(
+            f"model={model}: neither a folder here nor a model that could be fetched ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dict[str, Any]:
