@@ -101,19 +101,16 @@ def pictures(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
 
 def _opened(cell: dict[str, Any], folder: Path, where: str) -> Image.Image:
     try:
-        picture = schema.open_image(cell, folder)
-        picture.draft("RGB", (2 * SIDE, 2 * SIDE))  # a large JPEG is decoded at a fraction of its size
-        return picture.convert("RGB")
+        with schema.open_image(cell, folder) as picture:
+            return picture.rgb(at_least=(2 * SIDE, 2 * SIDE))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: not a whole image ({error}); replace it or leave the row out.") from error
 
 
 def hashes(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     """(row id, column) of every image, and their 64-bit perceptual hashes as (n,) uint64."""
     keys, values = [], []
-    for row, column, picture in tqdm(pictures(path), desc=f"audit: hashes of {path.name}"):
+    for row, column, picture in tqdm(pictures(path), desc=f"audit: hashes of {path.name}", disable=None):
         keys.append((row, column))
         values.append(perceptual_hash(picture))
     if not keys:
@@ -183,7 +180,9 @@ def audit(
     small: dict[Key, np.ndarray] = {}
     for name, path in (("test", test), ("train", train)):
         if wanted:
-            for row, column, picture in tqdm(pictures(path), desc=f"audit: candidates in {path.name}"):
+            for row, column, picture in tqdm(
+                pictures(path), desc=f"audit: candidates in {path.name}", disable=None
+            ):
                 if (name, row, column) in wanted:
                     small[name, row, column] = thumbnail(picture)
     best: dict[tuple[str, str], Pair] = {}

@@ -7,7 +7,6 @@ either way the folder can be moved.
 """
 
 import hashlib
-import io
 import os
 import re
 import shutil
@@ -21,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
+from vopd import pictures
 from vopd.errors import UserError
 
 FEATURES = Features(
@@ -47,15 +46,12 @@ FEATURES = Features(
 COLUMNS = tuple(FEATURES)
 IMAGES = ("image", "crop")
 ALL_IMAGES = ("image", "original", "crop")
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 80_000_000
-MAX_BYTES = 128 * 2**20
+FORMATS = pictures.FORMATS
+MAX_PIXELS = pictures.MAX_PIXELS
+MAX_BYTES = pictures.MAX_BYTES
+ImageTooLargeError = pictures.ImageTooLargeError
 BATCH_BYTES = 32 * 2**20
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
-
-
-class ImageTooLargeError(UserError):
-    """An image with more pixels or bytes than are allowed: a decompression bomb, or a mistake."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,7 @@ class Outline:
 
 class Triplet(TypedDict):
     """One row. Image cells are `{"bytes": ..., "path": None}` or `{"bytes": None, "path": "images/1.jpg"}` in a file
-    and PIL images when read.
+    and RGB PIL images when read.
 
     image: what the student sees, the red box drawn. original: the same without the box, None if it is not known.
     box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive. question: the whole text shown to
@@ -103,9 +99,7 @@ class Triplet(TypedDict):
 
 def encode(picture: PILImage.Image) -> dict[str, Any]:
     """A PIL image as the PNG bytes a row carries."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=3)
-    return {"bytes": buffer.getvalue(), "path": None}
+    return {"bytes": pictures.png(picture), "path": None}
 
 
 def image_file(path: str, folder: Path) -> Path:
@@ -138,25 +132,14 @@ def image_bytes(cell: Mapping[str, Any], folder: Path) -> bytes:
     return bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder).read_bytes()
 
 
-def open_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
-    """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.load()` decodes.
+def open_image(cell: Mapping[str, Any], folder: Path) -> pictures.Picture:
+    """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.rgb()` decodes.
 
     Raises:
         UserError: no image, or a format outside `FORMATS`.
         ImageTooLargeError: more than `MAX_PIXELS` pixels.
     """
-    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder)
-    try:
-        picture = PILImage.open(source, formats=FORMATS)
-    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(f"has more than {MAX_PIXELS} pixels; shrink the image.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"is not a readable image ({', '.join(FORMATS)}).") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        size = f"{picture.width} x {picture.height}"
-        picture.close()
-        raise ImageTooLargeError(f"has {size} pixels, more than {MAX_PIXELS}; shrink the image.")
-    return picture
+    return pictures.open_picture(bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder))
 
 
 def outline(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -180,14 +163,9 @@ def link_or_copy(file: Path, target: Path) -> None:
 
 
 def decode_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
-    """The image of a cell, decoded. `UserError` as `open_image`, or for a file that is cut short or broken."""
-    picture = open_image(cell, folder)
-    try:
-        picture.load()
-    # Pillow reports some broken PNG files as SyntaxError.
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"is not a whole image ({error}); replace it or leave the row out.") from error
-    return picture
+    """The image of a cell as shown, RGB. `UserError` as `open_image`, or for a file that is cut short or broken."""
+    with open_image(cell, folder) as picture:
+        return picture.rgb()
 
 
 # ---- one row --------------------------------------------------------------------------------------------------------
@@ -212,8 +190,6 @@ def check(row: Mapping[str, Any], file: Path, number: int) -> None:
                 sizes[column] = picture.size
         except UserError as error:
             raise wrong(column, str(error).rstrip(".")) from error
-        except (OSError, SyntaxError, ValueError) as error:
-            raise wrong(column, "is not a readable image; store a whole PNG, JPEG or WebP file") from error
     width, height = sizes["image"]
     box = row["box"]
     if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):

@@ -13,7 +13,7 @@ from data import schema
 from vopd.errors import UserError
 
 NAME = "validated.json"
-CHECKS = 1
+CHECKS = 2
 """Version of the checks: raised when data that passed must be looked at again."""
 
 

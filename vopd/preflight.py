@@ -117,7 +117,7 @@ def check_parquet(
     """Refuse a split that is unreadable, empty, lacks a column, or holds something that is no image.
 
     `path` names a parquet file, or shards of it (`data/schema.py`). Images are decoded in `sample` rows spread evenly
-    over the split, none above `schema.MAX_PIXELS`.
+    over the split, none above `pictures.MAX_PIXELS`.
     """
     try:
         table = pads.dataset([str(file) for file in schema.shards(path)], format="parquet")

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from data import schema, transforms
@@ -31,13 +31,13 @@ from data.synthesis import config as settings
 from data.synthesis import prompts, proposers
 from data.synthesis.client import Client, RejectedError, Request, ask_all, read_json
 from data.synthesis.journal import Journal, Record
+from vopd import pictures
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.clean import comparable
 from vopd.seeding import request_seed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ORIENTATION_TAG = 0x0112
 OBJECTS_SIDE = 1024  # pixels: names of things need no more
 FAMILY = "synthesised"
 RED = (255, 0, 0)
@@ -155,26 +155,20 @@ class Pipeline:
         return self.local("crop", _each(regions, "regions"), self._crop)
 
     def _scan(self, item: Record) -> Record:
-        """Copy an image that can be used; turn it upright and recode it only where it has to be."""
+        """Copy an image that can be used; recode it only where a model's server may decode it otherwise than we do."""
         folder, limits = Path(self.config.images), self.config.filter
         try:
             content = schema.image_bytes({"path": item["id"]}, folder)
-            picture = schema.open_image({"bytes": content}, folder)
-            if picture.width < limits.min_width or picture.height < limits.min_height:
-                raise RejectedError("image too small")
-            picture = schema.decode_image({"bytes": content}, folder)
+            with pictures.open_picture(content) as picture:
+                if picture.size[0] < limits.min_width or picture.size[1] < limits.min_height:
+                    raise RejectedError("image too small")
+            file = pictures.portable(content)
         except UserError as error:
             raise RejectedError("not a usable image", str(error)) from error
         name = hashlib.sha256(content).hexdigest()[:16]
-        upright = picture.getexif().get(ORIENTATION_TAG, 1) == 1
-        if upright and picture.mode in ("RGB", "L"):
-            target = self.out / "originals" / f"{name}.{str(picture.format).lower()}"
-            _save(target, content)
-        else:
-            target = self.out / "originals" / f"{name}.png"
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-            _save(target, schema.encode(picture)["bytes"])
-        return {"image": name, "original": self._relative(target), "size": list(picture.size)}
+        target = self.out / "originals" / f"{name}.{file.media.removeprefix('image/')}"
+        _save(target, file.content)
+        return {"image": name, "original": self._relative(target), "size": list(file.shown.size)}
 
     def _propose(self, images: list[Record]) -> list[Record]:
         """One item an image, whatever the number of files that hold it; asks for object names where needed."""
@@ -187,8 +181,8 @@ class Pipeline:
             items = self._objects(items)
 
         def propose(item: Record) -> Record:
-            with Image.open(self.out / item["original"]) as picture:
-                found = proposer.propose(picture.convert("RGB"), item.get("labels", []))
+            picture = pictures.decode(self.out / item["original"])
+            found = proposer.propose(picture, item.get("labels", []))
             if not found:
                 raise RejectedError("no region found")
             return {"regions": [{"box": list(r.box), "score": r.score, "label": r.label} for r in found]}
@@ -199,9 +193,9 @@ class Pipeline:
         def small(item: Record) -> Path:
             target = self.out / "thumbnails" / f"{item['id']}.jpg"
             if not target.exists():
-                with Image.open(self.out / item["original"]) as picture:
-                    picture.thumbnail((OBJECTS_SIDE, OBJECTS_SIDE))
-                    _save(target, _jpeg(picture.convert("RGB"), self.config.crop.jpeg_quality))
+                picture = pictures.decode(self.out / item["original"])
+                picture.thumbnail((OBJECTS_SIDE, OBJECTS_SIDE))
+                _save(target, _jpeg(picture, self.config.crop.jpeg_quality))
             return target
 
         journal = self.remote(
@@ -242,8 +236,7 @@ class Pipeline:
     def _crop(self, item: Record) -> Record:
         box = item["box"]
         factor = self.config.crop.enlarge
-        with Image.open(self.out / item["original"]) as picture:
-            part = picture.convert("RGB").crop(box)
+        part = pictures.decode(self.out / item["original"]).crop(box)
         part = part.resize((part.width * factor, part.height * factor), Image.Resampling.LANCZOS)
         target = self.out / "crops" / f"{item['id']}.jpg"
         _save(target, _jpeg(part, self.config.crop.jpeg_quality))
@@ -343,10 +336,8 @@ class Pipeline:
         """Draw the frame; questions of one region share the file. The text becomes the whole text shown."""
         target = self.out / "images" / f"{Path(item['crop']).stem}.jpg"
         if not target.exists():
-            with Image.open(self.out / item["original"]) as picture:
-                boxed = draw_box(
-                    picture.convert("RGB"), item["box"], self.config.box.expand, self.config.box.width
-                )
+            picture = pictures.decode(self.out / item["original"])
+            boxed = draw_box(picture, item["box"], self.config.box.expand, self.config.box.width)
             # Chroma is not subsampled: the thin red frame would bleed.
             _save(target, _jpeg(boxed, self.config.crop.jpeg_quality))
         text = transforms.multiple_choice(item["question"], item["options"], self.config.box.hint)

@@ -29,6 +29,7 @@ from data import crop_match, near_duplicates, schema, stamp, validate
 from data.vision_opd_6k import boxes, source
 from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
+from vopd import pictures
 from vopd.errors import UserError
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
@@ -87,7 +88,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     files = [
         *Path(__file__).parent.glob("*.py"),
-        *(Path(m.__file__) for m in (schema, near_duplicates, crop_match) if m.__file__),
+        *(Path(m.__file__) for m in (schema, pictures, near_duplicates, crop_match) if m.__file__),
     ]
     for file in sorted(files):
         digest.update(file.read_bytes())

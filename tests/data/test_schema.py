@@ -15,6 +15,7 @@ from PIL import Image
 
 from data import schema
 from data.miniature import prepare, world
+from vopd import pictures
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.rollout import decode
 from vopd.errors import UserError
@@ -202,7 +203,7 @@ def test_large_rows_are_written_in_small_groups(good: list[dict], monkeypatch: p
 def test_bombs_and_other_formats_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = schema.encode(Image.new("RGB", (50, 40)))
     assert schema.open_image(cell, tmp_path).size == (50, 40)
-    monkeypatch.setattr(schema, "MAX_PIXELS", 1999)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1999)
     with pytest.raises(UserError, match="50 x 40 pixels"):
         schema.open_image(cell, tmp_path)
     buffer = io.BytesIO()

@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from data import schema
-from vopd import preflight
+from vopd import pictures, preflight
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
@@ -179,7 +179,7 @@ def test_image_is_no_image(tmp_path, column, row, content):
 
 
 @pytest.mark.parametrize(
-    "bound", [(schema, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")], ids=["ours", "pillows"]
+    "bound", [(pictures, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")], ids=["ours", "pillows"]
 )
 def test_image_too_large(tmp_path, monkeypatch, bound):
     monkeypatch.setattr(*bound, 100)

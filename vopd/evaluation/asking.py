@@ -16,9 +16,10 @@ from pathlib import Path
 from vopd.chat import together
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import Question, Questions
-from vopd.evaluation.engines import Engine, EngineStoppedError, NoAnswerError, Reply
+from vopd.evaluation.engines import Engine, NoAnswerError, Reply
 from vopd.evaluation.records import Appender, Record, read_answers
 from vopd.evaluation.scoring import is_correct, parse_answer
+from vopd.pictures import PictureError
 
 Key = tuple[str, str]  # question id, view
 MOST_FAILURES = 20  # in a row: then the server is gone rather than a question odd
@@ -69,6 +70,9 @@ async def ask(
             key = f"{questions.name}/{question.id}/{view}"
             try:
                 reply = await engine.answer(key, view, questions.picture(question, view), question.prompt)
+            except PictureError as error:  # of this question alone; the server may be well
+                failures.append(f"{key}: its picture {error}")
+                continue
             except NoAnswerError as error:
                 failures.append(f"{key}: {error}")
                 in_a_row += 1
@@ -76,11 +80,6 @@ async def ask(
                     raise UserError(
                         f"{in_a_row} questions in a row got no answer; the last was {failures[-1]}"
                     ) from error
-                continue
-            except EngineStoppedError:
-                raise
-            except UserError as error:  # a picture that is none says nothing of the engine
-                failures.append(str(error))
                 continue
             in_a_row = 0
             appender.append(record(questions.name, question, view, reply, concurrency))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -18,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from vopd import pictures
 from vopd.errors import UserError
 from vopd.evaluation import description
 from vopd.evaluation.description import BY_GOLD, PAIR, Benchmark, leads_out
@@ -32,8 +30,9 @@ ROOT = Path(__file__).resolve().parents[2]  # not from vopd.config, which pulls 
 FOLDER = Path(__file__).parent / "benchmarks"
 LOCK = "lock.json"
 MOST_ROWS = 1_000_000
-MOST_PICTURE_BYTES = 256 * 2**20
 MOST_OPTIONS = 26
+PICTURES = (*pictures.FORMATS, "GIF", "BMP")
+"""Formats of published pictures, by Pillow's names."""
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
 _LABEL = re.compile(r"(?:^|(?<=[\s,]))\(?([A-Ha-h])[).:]\s+(?=\S)")
 
@@ -61,8 +60,8 @@ class Questions:
         # What is not named is not looked at: reading a cell can mean to open a file that it names.
         self._table = table.select_columns(_check_columns(name, spec, table.features))
         columns = [c for c in (spec.columns.image, spec.columns.crop) if c]
-        plain = self._table.remove_columns(columns)
-        self.questions = [self._question(i, self._row(i, plain)) for i in range(len(plain))]
+        self._plain = self._table.remove_columns(columns)
+        self.questions = [self._question(i, self._row(i)) for i in range(len(self._plain))]
         if not self.questions:
             raise UserError(f"{name}: its files hold no question; get them again.")
         _check_ids(name, self.questions)
@@ -77,17 +76,25 @@ class Questions:
         return hash_json([[q.id, q.prompt, q.answer, q.cluster] for q in self.questions])
 
     def picture(self, question: Question, view: str) -> bytes:
-        """The encoded picture as published; UserError naming a question that has none."""
-        columns, where = self.spec.columns, f"{self.name}: question {question.id}"
-        row = self._row(question.row, self._table)
+        """The encoded picture as published; PictureError if there is none."""
+        columns = self.spec.columns
         if self.spec.pictures and view == "full":
-            return _file(self._picture_file(question.row, row), where)
-        column = columns.crop if view == "crop" else columns.image
-        return _bytes(row[str(column)], f"{where}, {column}")
+            return pictures.read(self._picture_file(question.row, self._row(question.row)))
+        column = str(columns.crop if view == "crop" else columns.image)
+        content = self._cell_bytes(question.row, column)
+        if not content:
+            raise pictures.PictureError(f"is not there: column {column} holds neither bytes nor base64 text.")
+        return content
 
-    def _row(self, index: int, table: Any) -> dict[str, Any]:
+    def _cell_bytes(self, index: int, column: str) -> bytes | None:
         try:
-            return dict(table[index])
+            return _bytes(self._table[index][column])
+        except UnicodeDecodeError:  # text it is not
+            return None
+
+    def _row(self, index: int) -> dict[str, Any]:
+        try:
+            return dict(self._plain[index])
         except UnicodeDecodeError as error:
             raise UserError(
                 f"{self.name}: row {index}: holds text that is not UTF-8; correct the file."
@@ -141,13 +148,10 @@ class Questions:
         for column in columns:
             if column != self.spec.columns.image:
                 values.append(_cell(row, column, f"{self.name}: row {index}"))
-                continue
-            cell = self._row(index, self._table)[column]
-            try:
-                picture = _bytes(cell, column)
-            except UserError:  # its question will say so when it is asked
-                picture = repr(cell).encode(errors="replace")
-            values.append(hashlib.sha256(picture).hexdigest())
+            elif content := self._cell_bytes(index, column):
+                values.append(hashlib.sha256(content).hexdigest())
+            else:  # a cluster of its own; asking says what is wrong
+                values.append(f"row {index}")
         return hash_json(values)[:16]
 
 
@@ -447,34 +451,13 @@ def inline_options(text: str) -> list[str]:
     return [option.split("\n", 1)[0].strip().rstrip(",;") for option in texts]
 
 
-def _bytes(value: Any, where: str) -> bytes:
-    """Encoded picture from what a cell holds: bytes, a file's bytes in a mapping, or base64 text."""
+def _bytes(value: Any) -> bytes | None:
+    """Encoded picture from what a cell holds: bytes, a file's bytes in a mapping, or base64 text; None for neither."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if isinstance(value, bytes):
         return value
     try:
         return base64.b64decode(value, validate=True)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise UserError(f"{where}: holds no picture (bytes or base64 text).") from error
-
-
-def _file(file: Path, where: str) -> bytes:
-    """A picture's file, whole; UserError when there is none, or one beyond MOST_PICTURE_BYTES."""
-    try:
-        if not file.is_file():
-            raise UserError(f"{where}: no picture {file}.")
-        if file.stat().st_size > MOST_PICTURE_BYTES:
-            raise UserError(f"{where}: {file} is larger than {MOST_PICTURE_BYTES} bytes.")
-        return file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{where}: {file} cannot be read ({error.strerror}).") from error
-
-
-def decode(content: bytes, where: str) -> Image.Image:
-    """The picture, RGB; UserError naming the question for a broken one and for one beyond PIL's limit."""
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: not a readable picture.") from error
+    except (TypeError, ValueError, binascii.Error):
+        return None

@@ -1,14 +1,14 @@
 """Who answers: an OpenAI-compatible endpoint, or vLLM's engine in this process. Both take a question at a time.
 
-Pictures go as they are published: the endpoint is sent the file's own bytes, vLLM the decoded pixels. A model's
-processor may resize them; the size that it makes is worked out by its own rule and recorded with the answer.
+Both are shown the pixels that training would see (vopd/pictures.py): vLLM is given them, an endpoint is sent the
+published file where it decodes to them anywhere, else a PNG of them. A model's processor may resize them; the size that
+it makes is worked out by its own rule and recorded with the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import os
 import queue
 import threading
@@ -22,11 +22,11 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import chat, vllm_delta_rule
+from vopd import chat, pictures, vllm_delta_rule
 from vopd.backbone.launch import environment
 from vopd.chat import NoAnswerError
 from vopd.errors import UserError
-from vopd.evaluation.benchmark import decode
+from vopd.evaluation.benchmark import PICTURES
 from vopd.preflight import check_model_folder
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
@@ -38,10 +38,6 @@ GIB = 2**30
 # A template that opens the reasoning block itself leaves the response without the opening tag. It is put back, so
 # that reasoning which was never closed is not read as an answer.
 THINK = "<think>\n"
-
-
-class EngineStoppedError(UserError):
-    """The engine answers no question any more, rather than one of them."""
 
 
 @dataclass(frozen=True)
@@ -62,8 +58,8 @@ class Sampling:
 @dataclass(frozen=True)
 class Reply:
     """One answer. Token counts are None where a server gives none. seconds: from being asked to the last token.
-    image_in, image_out: width and height in pixels as published and as the model's processor makes them; out is None
-    where its rule is not known here."""
+    image_in, image_out: width and height in pixels as shown and as the model's processor makes them; out is None where
+    its rule is not known here."""
 
     text: str
     response_tokens: int | None
@@ -79,12 +75,7 @@ class Engine(Protocol):
     """What the harness needs of an engine."""
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
-        """Answer one question.
-
-        Raises:
-            NoAnswerError: none can be had for this question now.
-            UserError: its picture is none; `EngineStoppedError` when no question can be answered any more.
-        """
+        """Answer one question; NoAnswerError if that fails for this question, PictureError for a bad picture."""
 
     def close(self) -> None:
         """Give back what the engine holds."""
@@ -136,9 +127,9 @@ class Endpoint:
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Ask the server once (with retries)."""
-        with Image.open(io.BytesIO(picture)) as header:
-            size, kind = header.size, Image.MIME[header.format or "PNG"]
-        url = f"data:{kind};base64,{base64.b64encode(picture).decode()}"
+        file = await asyncio.to_thread(pictures.portable, picture, PICTURES)
+        size = file.shown.size
+        url = f"data:{file.media};base64,{base64.b64encode(file.content).decode()}"
         sampling = self._sampling
         body = {
             "model": self._model,
@@ -245,7 +236,7 @@ class LocalEngine:
             ) from error
         if device == "cpu":
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
-        self._failure: EngineStoppedError | None = None
+        self._failure: UserError | None = None
         self._inbox: queue.Queue[_Request | None] = queue.Queue()
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()
@@ -269,7 +260,7 @@ class LocalEngine:
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Queue one question and wait for its answer."""
-        image = decode(picture, key)
+        image = await asyncio.to_thread(pictures.decode, picture, PICTURES)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         start = time.perf_counter()
@@ -303,9 +294,7 @@ class LocalEngine:
                     if output.finished:
                         waiting.pop(output.request_id).settle(output)
         except Exception as error:  # the thread's boundary: whoever waits must hear of it
-            self._failure = EngineStoppedError(
-                f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}"
-            )
+            self._failure = UserError(f"vLLM's engine stopped: {type(error).__name__}: {str(error)[:300]}")
             while not self._inbox.empty():
                 if late := self._inbox.get():
                     waiting[str(id(late))] = late

@@ -172,7 +172,7 @@ def test_the_gallery_is_bounded_and_its_choice_seeded(runs: Path, monkeypatch: p
 def test_large_pictures_are_shrunk() -> None:
     noise = Image.effect_noise((1600, 900), 90).convert("RGB")
     kind, content = gallery._small(schema.encode(noise), Path())
-    assert kind == "jpeg" and len(content) <= gallery.PICTURE_BYTES
+    assert kind == "image/jpeg" and len(content) <= gallery.PICTURE_BYTES
     width, height = Image.open(io.BytesIO(content)).size
     assert width <= gallery.SIDE and width / height == pytest.approx(16 / 9, rel=0.02)
 
