@@ -23,6 +23,12 @@ def main(words: list[str]) -> int:
     except UserError as error:
         print(f"data.synthesize: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(
+            f"data.synthesize: {error.filename or 'out'}: {error.strerror or error}; what is done is kept.",
+            file=sys.stderr,
+        )
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("data.synthesize: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130

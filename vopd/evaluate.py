@@ -17,21 +17,33 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from yaml import YAMLError
 
 from vopd import provenance
+from vopd.chat import one_line
 from vopd.errors import UserError
 from vopd.evaluation import asking, benchmark, judge, metrics, summary
 from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
-from vopd.evaluation.records import read_records
+from vopd.evaluation.records import read_answers
+from vopd.words import MOST_SEED, TINY, check_bounds, merge
 
 INTERRUPTED = 130
+BOUNDS = {
+    "temperature": (0, 2),
+    "top_p": (TINY, 1),
+    "max_tokens": (1, 2**20),
+    "seed": (0, MOST_SEED),
+    "concurrency": (1, 4096),
+    "timeout": (TINY, 86_400),
+    "rows": (0, 2**31),
+}
+# Files of a benchmark's folder of records; settings.json says that they are ours.
+WRITTEN = ("records.jsonl", "judge.jsonl", "summary.json")
 ANSWERING = (
     "model",
+    "name",
     "model_hash",
     "engine",
     "thinking",
@@ -103,28 +115,25 @@ def help_text() -> str:
 
 
 def settings_of(words: list[str]) -> Settings:
-    """Settings from `key=value` words; UserError for an unknown key, a wrong type or a missing value."""
+    """Settings from `key=value` words; UserError for an unknown key, a wrong type or value, or a missing one."""
     words = ["speed=true" if word == "--speed" else word for word in words]
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"'{word}' is not a setting; write key=value (--help lists the keys).")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(words))
-        OmegaConf.resolve(merged)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        settings: Settings = OmegaConf.to_object(merged) if not missing else Settings()  # type: ignore[assignment]
-    except (OmegaConfBaseException, YAMLError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{key}: " if key else ""
-        raise UserError(f"Setting not understood: {where}{str(error).strip().splitlines()[0]}") from error
-    if missing:
-        raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=... (--help shows how).")
+    merged = merge([OmegaConf.structured(Settings)], words)
+    check_bounds(merged, BOUNDS)
+    settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    for key in ("benchmarks", "views", "exclude"):
+        if not all(isinstance(item, str) and item for item in getattr(settings, key)):
+            raise UserError(f"{key} holds something else than names; write '{key}=[NAME,NAME]' in quotes.")
+    if not settings.benchmarks:
+        raise UserError("benchmarks is empty; name one (--help lists them).")
+    if not model_name(settings.model).strip(". ") or not settings.model.isprintable():
+        raise UserError(f"model={settings.model!r} names no model; give a folder, or the model's id.")
+    for key in ("endpoint", "data", "out"):
+        if getattr(settings, key) == "":
+            raise UserError(f"{key} is empty; give {key}=..., or leave it out.")
     if settings.scorer not in metrics.SCORERS:
         raise UserError(f"scorer={settings.scorer} is unknown; use {' or '.join(metrics.SCORERS)}.")
     if unknown := sorted(set(settings.views) - {"full", "crop"}) or ([] if settings.views else ["(none)"]):
         raise UserError(f"views: {unknown[0]} is unknown; use full, crop or both.")
-    if settings.concurrency < 1:
-        raise UserError("concurrency must be at least 1.")
     if settings.judge.endpoint and not settings.judge.model:
         raise UserError("judge.endpoint needs judge.model, the name its server knows the judge by.")
     return settings
@@ -147,25 +156,29 @@ class Evaluation:
         self.exclusions = summary.read_exclusions([_from_root(p) for p in settings.exclude], self.sets)
 
     def go(self) -> int:
-        """Ask, judge, score and print; 1 if questions are left without an answer."""
+        """Ask, judge, score and print; 1 if questions are left without an answer, or responses without a verdict."""
         failures = self._ask_all()
-        summaries = []
+        summaries, unjudged = [], list[str]()
         for questions in self.sets:
             folder = self.folder / questions.name
             if not (folder / "records.jsonl").is_file():
                 continue
             if self.settings.judge.endpoint:
-                self._judge(folder)
+                unjudged += self._judge(questions, folder)
             summaries.append(self._summarise(questions, folder))
         self.console.print(summary.table(summaries, self.folder.name))
         if self.settings.speed:
             for result in summaries:
                 self.console.print(summary.speed(result))
-        for sentence in failures[:3]:
-            self.console.print(f"no answer: {sentence}", markup=False)
+        for sentence in [*failures[:3], *unjudged[:3]]:
+            self.console.print(f"no answer: {one_line(sentence, 500)}", markup=False)
         if failures:
             self.console.print(f"{len(failures)} questions got no answer; the same command asks them again.")
-        return int(bool(failures))
+        if unjudged:
+            self.console.print(
+                f"{len(unjudged)} responses got no verdict; the same command asks for them again."
+            )
+        return int(bool(failures or unjudged))
 
     def _ask_all(self) -> list[str]:
         todo = {}
@@ -194,7 +207,7 @@ class Evaluation:
             if not left:
                 continue
             with asking.only_writer(folder), _progress(self.console) as bar:
-                line = bar.add_task(questions.spec.title, total=len(left))
+                line = bar.add_task(summary.plain(questions.spec.title), total=len(left))
                 advance = partial(bar.advance, line)
                 records, at_once = folder / "records.jsonl", self.settings.concurrency
                 failures += await asking.ask(engine, questions, left, records, at_once, advance)
@@ -213,6 +226,8 @@ class Evaluation:
         s = self.settings
         now = {
             "model": model_name(s.model),
+            # Two names may share a folder ("a/b" and "a_b"); two folders of weights differ by their hash.
+            "name": None if Path(s.model).is_dir() else s.model,
             "model_hash": model_hash(s.model),
             "engine": "endpoint" if s.endpoint else f"vllm {provenance.library_versions()['vllm']}",
             "prompt": questions.spec.prompt + questions.spec.suffix,
@@ -220,9 +235,18 @@ class Evaluation:
             **{key: getattr(s, key) for key in ("thinking", "temperature", "top_p", "max_tokens", "seed")},
         }
         file = folder / "settings.json"
-        if (folder / "records.jsonl").is_file():
-            before = json.loads(file.read_text()) if file.is_file() else {}
-            differs = [key for key in ANSWERING if before.get(key) != now[key]]
+        before = _read_settings(file)
+        if before is None:
+            if foreign := [name for name in WRITTEN if (folder / name).exists()]:
+                raise UserError(
+                    f"{folder}: holds a {foreign[0]} that no evaluation wrote, for there is no settings.json; give "
+                    "another out=..."
+                )
+        elif (folder / "records.jsonl").is_file():
+            # Records made before names were written down have none to compare.
+            differs = [
+                key for key in ANSWERING if before.get(key, now[key] if key == "name" else None) != now[key]
+            ]
             if differs:
                 key = differs[0]
                 raise UserError(
@@ -233,15 +257,15 @@ class Evaluation:
         folder.mkdir(parents=True, exist_ok=True)
         more = {"revision": questions.revision, "libraries": provenance.library_versions()}
         more["code"] = provenance.code_version(ROOT)
-        file.write_text(json.dumps(now | more, indent=1) + "\n")
+        _write(file, now | more)
 
-    def _judge(self, folder: Path) -> None:
+    def _judge(self, questions: benchmark.Questions, folder: Path) -> list[str]:
         s = self.settings
-        records = read_records(folder / "records.jsonl").records
+        records = metrics.parsed(read_answers(folder / "records.jsonl").records, questions.spec, "strict")
         wanting = [r for r in records if judge.wants_judge(r)]
         with asking.only_writer(folder), _progress(self.console) as bar:
-            line = bar.add_task(f"judge, {folder.name}", total=len(wanting))
-            asyncio.run(
+            line = bar.add_task(f"judge, {summary.plain(folder.name)}", total=len(wanting))
+            return asyncio.run(
                 judge.judge(
                     str(s.judge.endpoint), str(s.judge.model), records, folder / "judge.jsonl", s.concurrency,
                     s.timeout, lambda: bar.advance(line),
@@ -250,17 +274,39 @@ class Evaluation:
 
     def _summarise(self, questions: benchmark.Questions, folder: Path) -> dict[str, Any]:
         s = self.settings
-        verdicts = judge.read_verdicts(folder / "judge.jsonl") if s.judge.endpoint else {}
+        verdicts = judge.read_verdicts(folder / "judge.jsonl", s.judge.model) if s.judge.endpoint else {}
         result = summary.summarise(
             questions,
-            read_records(folder / "records.jsonl"),
+            read_answers(folder / "records.jsonl"),
             s.scorer,
             f"{s.scorer}, judge {s.judge.model}" if s.judge.endpoint else s.scorer,
             verdicts,
             self.exclusions.get(questions.name),
         )
-        (folder / "summary.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        _write(folder / "summary.json", result)
         return result
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    """What an evaluation wrote down, None where there is nothing; UserError for a file that is not of an evaluation."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or {"model", "prompt", "data"} - set(found):
+        raise UserError(
+            f"{file}: not the settings of an evaluation; give another out=..., or remove it with the records."
+        )
+    return found
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is whole or stays as it was."""
+    partial = file.with_name(f"{file.name}.unfinished")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def model_name(model: str) -> str:
@@ -311,6 +357,13 @@ def main(words: list[str]) -> int:
         return Evaluation(settings_of(words), console).go()
     except UserError as error:
         print(f"vopd: {error}", file=sys.stderr)
+        return UserError.exit_code
+    except OSError as error:  # a full disk, a folder that cannot be written or read
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"vopd: {where}{error.strerror or one_line(str(error))}; what was answered is kept.",
+            file=sys.stderr,
+        )
         return UserError.exit_code
     except KeyboardInterrupt:
         print("vopd: interrupted; the same command asks what is missing.", file=sys.stderr)

@@ -74,5 +74,13 @@ def _line(stage: Stage, config: DictConfig) -> str:
         if priced
         else 0.0
     )
-    cells = [stage.name, stage.taken, accepted, _counts(reasons), stage.unanswered, *tokens, f"{cost:.4f}"]
+    cells = [
+        stage.name,
+        stage.taken,
+        accepted,
+        _counts(reasons),
+        len(stage.unanswered),
+        *tokens,
+        f"{cost:.4f}",
+    ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"

@@ -13,10 +13,11 @@ import asyncio
 import fcntl
 import hashlib
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,22 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OBJECTS_SIDE = 1024  # pixels: names of things need no more
 FAMILY = "synthesised"
 RED = (255, 0, 0)
+WRITTEN = ("train.parquet", "datasheet.md", "stages")
+# What later stages take from the accepted records of a stage.
+FIELDS: dict[str, dict[str, type]] = {
+    "scan": {"image": str, "original": str, "size": list},
+    "objects": {"labels": list},
+    "propose": {"regions": list},
+    "filter": {"regions": list, "against": dict},
+    "crop": {"crop": str},
+    "ask": {"questions": list},
+    "answer": {"answer": str},
+    "consensus": {"right": str, "votes": int},
+    "options": {"options": list, "answer": str},
+    "box": {"boxed": str, "text": str},
+    "difficulty": {"right": bool},
+    "row": {"row": dict},
+}
 
 
 @dataclass
@@ -49,7 +66,7 @@ class Stage:
     name: str
     taken: int
     journal: Journal
-    unanswered: int = 0
+    unanswered: list[str] = field(default_factory=list)
 
 
 class Pipeline:
@@ -80,7 +97,7 @@ class Pipeline:
     # ---- running a stage --------------------------------------------------------------------------------------------
 
     def _journal(self, name: str) -> Journal:
-        return self._open.enter_context(Journal(self.out / "stages" / f"{name}.jsonl"))
+        return self._open.enter_context(Journal(self.out / "stages" / f"{name}.jsonl", FIELDS.get(name, {})))
 
     def local(self, name: str, items: list[Record], work: Callable[[Record], Record]) -> list[Record]:
         """Do `work` for every item that the stage's journal lacks; the accepted items with their new fields."""
@@ -110,7 +127,7 @@ class Pipeline:
             self.stages.append(Stage(name, 0, journal))
             return journal
 
-        async def ask() -> int:
+        async def ask() -> list[str]:
             async with Client(self.config.server, self.config.seed, base_url, model) as client:
                 return await ask_all(client, requests, read, journal, name)
 
@@ -413,13 +430,18 @@ class Pipeline:
 
 
 def _claim(file: Path, config: DictConfig) -> None:
-    """Bind the folder to these settings; `UserError` when it holds results of others."""
+    """Bind the folder to these settings; `UserError` when it holds results of others, or files that are not ours."""
+    folder = file.parent
     if file.exists():
-        differing = settings.differences(OmegaConf.load(file), config)
+        differing = settings.differences(settings.read(file), config)
         if differing:
             raise UserError(
-                f"{file.parent}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
+                f"{folder}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
             )
+    elif foreign := [name for name in WRITTEN if (folder / name).exists()]:
+        raise UserError(
+            f"{folder}: holds a {foreign[0]} that no synthesis wrote, for there is no config.yaml; give another out=."
+        )
     _save(file, OmegaConf.to_yaml(config).encode())
 
 
@@ -515,5 +537,7 @@ def synthesize(config: DictConfig) -> dict[str, Any]:
     """Run or go on; rows written and requests left unanswered."""
     with Pipeline(config) as pipeline:
         rows = pipeline.run()
-        unanswered = sum(stage.unanswered for stage in pipeline.stages)
-    return {"rows": rows, "unanswered": unanswered, "out": config.out}
+        unanswered = [sentence for stage in pipeline.stages for sentence in stage.unanswered]
+    for sentence in unanswered[:3]:
+        print(f"no answer: {sentence}", file=sys.stderr)
+    return {"rows": rows, "unanswered": len(unanswered), "out": config.out}

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, judge, metrics, statistics
-from vopd.evaluation.records import Record, answers, read_records, select
+from vopd.evaluation.records import Record, answers, read_answers, select
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _scored(folder: Path, scorer: str, judged: bool) -> dict[tuple[str, str], li
     for file in sorted(folder.glob("*/records.jsonl")):
         name, spec = benchmark.find(file.parent.name)
         verdicts = judge.read_verdicts(file.with_name("judge.jsonl")) if judged else {}
-        records = metrics.score(read_records(file).records, spec, scorer, verdicts).records
+        records = metrics.score(read_answers(file).records, spec, scorer, verdicts).records
         for view in ("full", "crop"):
             if part := select(records, view=view):
                 found[name, view] = part

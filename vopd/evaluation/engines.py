@@ -14,6 +14,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,25 +22,22 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import pictures, vllm_delta_rule
+from vopd import chat, pictures, vllm_delta_rule
 from vopd.backbone.launch import environment
+from vopd.chat import NoAnswerError
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import PICTURES
+from vopd.preflight import check_model_folder
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
 from vopd.vllm_blocks import clear_used_blocks
 
-RETRIES = 4  # the client waits longer each time; then the question stays unanswered and the next run asks it
 GIB = 2**30
 
 
 # A template that opens the reasoning block itself leaves the response without the opening tag. It is put back, so
 # that reasoning which was never closed is not read as an answer.
 THINK = "<think>\n"
-
-
-class NoAnswerError(Exception):
-    """A question could not be answered; it is left out of the records and asked again by the next run."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. seconds: from being asked to the last token. image_in, image_out: width and height in pixels as
-    shown and as the model's processor makes them; out is None where its rule is not known here."""
+    """One answer. Token counts are None where a server gives none. seconds: from being asked to the last token.
+    image_in, image_out: width and height in pixels as shown and as the model's processor makes them; out is None where
+    its rule is not known here."""
 
     text: str
-    response_tokens: int
-    prompt_tokens: int
+    response_tokens: int | None
+    prompt_tokens: int | None
     truncated: bool
     seconds: float
     image_in: tuple[int, int]
@@ -108,70 +107,58 @@ class Resizing:
             return None
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        out_height, out_width = smart_resize(height, width, **self._limits)
+        try:
+            out_height, out_width = smart_resize(height, width, **self._limits)
+        except ValueError:  # a strip that the rule has no size for; a server may have answered all the same
+            return None
         return out_width, out_height
 
 
 class Endpoint:
-    """Any OpenAI-compatible server. `api_key` is the environment's OPENAI_API_KEY, if there is one."""
+    """Any OpenAI-compatible server (`vopd.chat`)."""
 
     def __init__(self, url: str, model: str, sampling: Sampling, timeout: float) -> None:
-        self._client = client(url, timeout)
+        self._server = chat.Server(url, timeout)
+        self._resizing: Resizing | None = None
         self._model, self._sampling = model, sampling
-        # A name is the server's own, and says nothing of a processor here.
-        self._resizing = Resizing(model) if Path(model).is_dir() else None
+        # A name is the server's own, and says nothing of a processor here; so does a folder without one.
+        with suppress(OSError, ValueError):
+            self._resizing = Resizing(model) if Path(model).is_dir() else None
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Ask the server once (with retries)."""
-        import openai
-
         url, size = await asyncio.to_thread(_data_url, picture)
         sampling = self._sampling
+        body = {
+            "model": self._model,
+            "messages": _for_server(messages(key, view, url, prompt)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "chat_template_kwargs": {"enable_thinking": sampling.thinking},
+        }
+        if (seed := sampling.seed_for(key)) is not None:
+            body["seed"] = seed
         start = time.perf_counter()
-        try:
-            completion = await self._client.chat.completions.create(
-                model=self._model,
-                messages=_for_server(messages(key, view, url, prompt)),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=sampling.seed_for(key),
-                extra_body={"chat_template_kwargs": {"enable_thinking": sampling.thinking}},
-            )
-        except openai.OpenAIError as error:
-            raise NoAnswerError(f"{type(error).__name__}: {error}") from error
+        completion = await self._server.complete(body)
         seconds = time.perf_counter() - start
-        if not completion.choices or completion.usage is None:
-            raise NoAnswerError("the server's answer has no choices or no token counts")
-        choice, usage = completion.choices[0], completion.usage
-        # A server with a reasoning parser hands the reasoning block over apart from the answer.
-        extra = choice.message.model_extra or {}
-        reasoning = extra.get("reasoning_content") or extra.get("reasoning")
-        text, cut = choice.message.content or "", choice.finish_reason == "length"
+        text, cut = completion.text, completion.finish_reason == "length"
         # A server does not show its prompt: only a cut response is suspected of being still inside the block.
-        if sampling.thinking and cut and not reasoning and "</think>" not in text:
+        if sampling.thinking and cut and not completion.reasoning and "</think>" not in text:
             text = THINK + text
         return Reply(
             text=text,
-            response_tokens=usage.completion_tokens,
-            prompt_tokens=usage.prompt_tokens,
+            response_tokens=completion.response_tokens,
+            prompt_tokens=completion.prompt_tokens,
             truncated=cut,
             seconds=seconds,
             image_in=size,
             image_out=self._resizing(*size) if self._resizing else None,
-            reasoning=reasoning,
+            reasoning=completion.reasoning,
         )
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-def client(url: str, timeout: float) -> Any:
-    """An OpenAI client for a server."""
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
 
 
 def _data_url(picture: bytes) -> tuple[str, tuple[int, int]]:
@@ -223,17 +210,34 @@ class LocalEngine:
         os.environ.setdefault(
             "VLLM_LOGGING_LEVEL", "ERROR"
         )  # a line for every step would bury the progress bar
+        _check_model(model)
         from transformers import AutoProcessor, logging
-        from vllm import LLM, SamplingParams
 
         logging.set_verbosity_error()
+        try:
+            self._processor = AutoProcessor.from_pretrained(model)
+            self._resizing = Resizing(model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model={model}: has no processor that can be loaded ({_first_line(error)})."
+            ) from error
+        from vllm import LLM, SamplingParams
 
         self._params, self._sampling = SamplingParams, sampling
-        self._processor = AutoProcessor.from_pretrained(model)
-        self._resizing = Resizing(model)
         if device == "cpu":
             vllm_delta_rule.install()
-        self.llm = LLM(**engine_settings(model, device, concurrency, sampling.seed), **extra)
+        try:
+            self.llm = LLM(**{**engine_settings(model, device, concurrency, sampling.seed), **extra})
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # vLLM has no error of its own for this
+            said = f"{type(error).__name__}: {_first_line(error)}"
+            raise UserError(
+                f"vLLM did not start with model={model} ({said}); see the lines above."
+            ) from error
         if device == "cpu":
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
         self._failure: UserError | None = None
@@ -315,6 +319,26 @@ class LocalEngine:
             except ValueError as error:  # vLLM's word for a prompt that cannot be served, e.g. too long
                 request.settle(NoAnswerError(str(error)))
         return True
+
+
+def _check_model(model: str) -> None:
+    """Refuse a folder that is no whole model, and an id that the hub (or its cache here) does not have."""
+    if Path(model).is_dir():
+        check_model_folder(Path(model))
+        return
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise UserError(
+            f"model={model}: neither a folder here nor a model that could be fetched ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dict[str, Any]:
