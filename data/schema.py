@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -23,6 +24,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
+from vopd import ownership
 from vopd.errors import UserError
 
 FEATURES = Features(
@@ -333,35 +335,48 @@ def split_hash(path: Path) -> str:
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path, batch: int = 256) -> int:
+def write(
+    rows: Iterable[dict[str, Any]], path: Path, batch: int = 256, owned: ownership.Owned | None = None
+) -> int:
     """Streams encoded rows to one parquet file; returns their number.
 
     At most `batch` rows or about `BATCH_BYTES` of images are in memory. Every row is checked. The file appears under
-    its name only when it is complete.
+    its name only when it is complete. owned: the claim on the folder of a command that writes into it.
     """
-    partial_file = path.with_suffix(".partial")
-    count = _write(rows, partial_file, path, 0, batch)
-    partial_file.replace(path)
-    return count
+    with _filling(path, owned) as partial_file:
+        return _write(rows, partial_file, path, 0, batch)
 
 
-def write_shards(rows: Iterable[dict[str, Any]], path: Path, rows_per_shard: int, batch: int = 256) -> int:
+def write_shards(
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    rows_per_shard: int,
+    batch: int = 256,
+    owned: ownership.Owned | None = None,
+) -> int:
     """As `write`, in shards `<split>-00000-of-00003.parquet`. They get their names when all of them are complete."""
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}; at least one row a shard is needed")
     source, count = iter(rows), 0
     parts: list[Path] = []
     following = next(source, None)
-    while following is not None or not parts:
-        parts.append(path.with_name(f"{path.stem}-{len(parts):05d}.partial"))
-        count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
-        following = next(source, None)
-    for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
-        old.unlink()
-    path.unlink(missing_ok=True)
-    for index, part in enumerate(parts):
-        part.replace(path.with_name(f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"))
+    with ownership.scratch(path.parent) as place:
+        while following is not None or not parts:
+            parts.append(place / f"{len(parts):05d}")
+            count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
+            following = next(source, None)
+        for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
+            old.unlink()
+        path.unlink(missing_ok=True)
+        for index, part in enumerate(parts):
+            name = f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"
+            with _filling(path.with_name(name), owned) as partial_file:
+                part.replace(partial_file)
     return count
+
+
+def _filling(file: Path, owned: ownership.Owned | None) -> AbstractContextManager[Path]:
+    return owned.writing(file.name) if owned else ownership.atomic(file)
 
 
 def _write(rows: Iterable[dict[str, Any]], file: Path, split: Path, first: int, batch: int) -> int:

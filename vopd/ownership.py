@@ -12,14 +12,16 @@ writes any but the ledger, its locks and temporary files.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,6 +32,7 @@ import psutil
 from vopd.errors import UserError
 
 LEDGER = ".vopd-files.jsonl"
+LOCK = ".vopd-lock"
 _PARTIAL = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
 _HOST = re.sub(r"\W", "_", socket.gethostname())[:40]
 
@@ -94,15 +97,7 @@ def claim(
         UserError: something there is not the maker's, was changed since, or is a link that leads out of the folder; or
             the folder cannot be written to.
     """
-    owned = Owned(folder, maker)
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: a file, not a folder; give another place.")
-    ledger = _read(folder)
-    new = not ledger.files(maker) if names else ledger.owner != maker
-    old = _old_files(folder, names, recognise) if new else []
-    if not names and ledger.owner not in (None, maker) and not is_empty(folder):
-        raise UserError(f"{folder}: made by {ledger.owner}, not by {maker}; give another folder.")
-    _check(owned, ledger, names, () if new and not old else working, old)
+    new, old = _examined(folder, maker, names, working, recognise)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _sweep(folder)
@@ -113,7 +108,47 @@ def claim(
     for name in old:
         if not _matches(name, working):
             _note(folder, {"maker": maker, "name": name, **_fingerprint(folder / name)})
-    return owned
+    return Owned(folder, maker)
+
+
+def check(
+    folder: Path,
+    maker: str,
+    names: Sequence[str] = (),
+    working: Sequence[str] = (),
+    recognise: Recognise | None = None,
+) -> None:
+    """Raises what `claim` would, and changes nothing: for before a long computation."""
+    _examined(folder, maker, names, working, recognise)
+
+
+@contextmanager
+def held(
+    folder: Path,
+    maker: str,
+    working: Sequence[str] = (),
+    recognise: Recognise | None = None,
+    wait: bool = False,
+) -> Iterator[Owned]:
+    """`claim` of a whole folder which one process at a time may hold. A folder that is refused is not touched.
+
+    Raises:
+        UserError: as `claim`; or another process holds the folder, unless this one shall wait for it.
+    """
+    if not is_empty(folder) and not belongs(folder, maker, recognise):
+        check(folder, maker, (), working, recognise)
+    with ExitStack() as opened:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = opened.enter_context(open(folder / LOCK, "ab", opener=_no_link))
+            fcntl.flock(lock, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"{folder}: another process is writing here; wait for it or stop it.") from error
+        except OSError as error:
+            raise UserError(
+                f"{folder}: cannot be written to ({error.strerror}); give another folder."
+            ) from error
+        yield claim(folder, maker, (), working, recognise)
 
 
 def belongs(folder: Path, maker: str, recognise: Recognise | None = None) -> bool:
@@ -137,7 +172,33 @@ def atomic(file: Path) -> Iterator[Path]:
         yield partial
 
 
+@contextmanager
+def scratch(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder`, for files that get their names later. It is removed at the end."""
+    place = _temporary(folder / "scratch")
+    try:
+        place.mkdir(parents=True)
+        yield place
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
 # ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _examined(
+    folder: Path, maker: str, names: Sequence[str], working: Sequence[str], recognise: Recognise | None
+) -> tuple[bool, list[str]]:
+    """Whether the maker is new here, and which files an earlier version of it wrote; or the refusal."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file, not a folder; give another place.")
+    ledger = _read(folder)
+    new = not ledger.files(maker) if names else ledger.owner != maker
+    old = _old_files(folder, names, recognise) if new else []
+    if not names and ledger.owner not in (None, maker) and not is_empty(folder):
+        raise UserError(f"{folder}: made by {ledger.owner}, not by {maker}; give another folder.")
+    _check(Owned(folder, maker), ledger, names, () if new and not old else working, old)
+    return new, old
 
 
 def _check(
@@ -273,9 +334,13 @@ def _is_one_of(file: Path, known: Sequence[dict[str, Any]]) -> bool:
 # ---- temporary files ------------------------------------------------------------------------------------------------
 
 
+def _temporary(file: Path) -> Path:
+    return file.with_name(f".{file.name[:60]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+
+
 @contextmanager
 def _filled(file: Path) -> Iterator[Path]:
-    partial = file.with_name(f".{file.name[:120]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
+    partial = _temporary(file)
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -296,8 +361,11 @@ def _filled(file: Path) -> Iterator[Path]:
 
 
 def _sweep(folder: Path) -> None:
-    """Removes temporary files of processes of this machine that are no more."""
-    for file in folder.glob(".*.partial"):
+    """Removes temporary files and folders of processes of this machine that are no more."""
+    for file in list(folder.rglob(".*.partial")):
         match = _PARTIAL.fullmatch(file.name)
         if match and match["host"] == _HOST and not psutil.pid_exists(int(match["pid"])):
-            file.unlink(missing_ok=True)
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            else:
+                file.unlink(missing_ok=True)

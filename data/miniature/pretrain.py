@@ -34,6 +34,7 @@ from data.miniature.fast import FastMiniature
 from data.miniature.model import HINTED, build_config, build_model, build_processor, build_tokenizer, save
 from data.miniature.responses import response
 from data.miniature.world import Facts, Scene
+from vopd import ownership
 from vopd.errors import UserError
 
 FAMILIES = (*world.FAMILIES, world.HOLDOUT_FAMILY)
@@ -52,6 +53,8 @@ HINTED_SHARE_OF_TALK = 0.5
 LOOKUPS = 300
 CROWDED = (20, 30)
 PACKED = (40, 60)
+MAKER = "data.miniature.pretrain"
+CHECKPOINT = "pretrain.pt"
 SAVE_EVERY = 100
 
 
@@ -253,17 +256,25 @@ def _write(
 ) -> None:
     state = {"learner": learner.modules.state_dict(), "optimiser": optimiser.state_dict()}
     state |= {"seed": learner.seed, "stage": stage, "step": step, "seconds": spent}
-    torch.save(state, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    with ownership.atomic(path) as partial:
+        torch.save(state, partial)
 
 
 def pretrain(out: Path, seed: int, threads: int) -> None:
-    """Runs what is left of the four stages and saves the model's folder to `out`."""
+    """Runs what is left of the four stages and saves the model's folder to `out`.
+
+    Raises:
+        UserError: `out` holds something that this command did not write there, or a checkpoint of another seed.
+    """
+    with ownership.held(out, MAKER, (CHECKPOINT,)) as owned:
+        _pretrain(owned, seed, threads)
+
+
+def _pretrain(owned: ownership.Owned, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     learner = Learner(seed)
     optimiser = _optimiser(learner)
-    checkpoint = out / "pretrain.pt"
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = owned.folder / CHECKPOINT
     first_stage, first_step, spent = 0, 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -300,7 +311,11 @@ def pretrain(out: Path, seed: int, threads: int) -> None:
                     {"stage": stage.name, "minutes": (time.monotonic() - began) / 60} | quick_check(learner)
                 )
             )
-    save(learner.model, build_processor(learner.tokenizer), out)
+    with ownership.scratch(owned.folder) as place:
+        save(learner.model, build_processor(learner.tokenizer), place)
+        for file in sorted(place.iterdir()):
+            with owned.writing(file.name) as partial:
+                file.replace(partial)
     checkpoint.unlink()
 
 

@@ -146,7 +146,7 @@ def load(words: list[str]) -> DictConfig:
     """Settings from an optional YAML file (the first word) and key=value words; raises `UserError`."""
     layers = [OmegaConf.structured(Synthesis)]
     if words and words[0].endswith((".yaml", ".yml")):
-        layers.append(_read(Path(words[0])))
+        layers.append(read(Path(words[0])))
         words = words[1:]
     wrong = [word for word in words if "=" not in word]
     if wrong:
@@ -165,10 +165,11 @@ def load(words: list[str]) -> DictConfig:
     return config
 
 
-def _read(path: Path) -> DictConfig:
+def read(path: Path) -> DictConfig:
+    """A YAML file that holds a mapping; raises `UserError`."""
     try:
         content = OmegaConf.load(path)
-    except (YAMLError, OSError) as error:
+    except (YAMLError, OSError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from error
     if not isinstance(content, DictConfig):
         raise UserError(f"{path}: a mapping of keys is expected.")

@@ -319,9 +319,18 @@ def test_no_stamp_and_no_real_stamp(stamped: Path, content: str) -> None:
     (stamped / stamp.NAME).write_text(content)
     with pytest.raises(UserError, match="not a stamp"):
         stamp.check(stamped, ["train"])
-    stamp.remove(stamped)
+    (stamped / stamp.NAME).unlink()
     with pytest.raises(UserError, match=f"never validated; run `python -m data.validate {stamped}`"):
         stamp.check(stamped, ["train"])
+
+
+@pytest.mark.parametrize("content", ["mine", "[1]", '{"checks": 1}'])
+def test_what_is_no_stamp_is_not_written_over(stamped: Path, content: str) -> None:
+    (stamped / stamp.NAME).write_text(content)
+    for act in (validate.stamped, stamp.remove):
+        with pytest.raises(UserError, match="move it away, its name is needed"):
+            act(stamped)
+    assert (stamped / stamp.NAME).read_text() == content
 
 
 def test_new_checks_ask_for_a_new_validation(stamped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
