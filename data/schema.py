@@ -11,6 +11,7 @@ import io
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 from PIL import UnidentifiedImageError
 
+from data import tables
 from vopd import ownership
 from vopd.errors import UserError
 
@@ -52,7 +54,7 @@ ALL_IMAGES = ("image", "original", "crop")
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_PIXELS = 80_000_000
 MAX_BYTES = 128 * 2**20
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = tables.BATCH_BYTES
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -116,7 +118,11 @@ def image_file(path: str, folder: Path) -> Path:
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise UserError(f"{path!r} is not a path inside the data folder; write it relative, without '..'.")
     file = folder / path
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # too long a name, links that lead in a circle
+        inside = False
+    if not inside:
         raise UserError(f"{path!r} leads out of the data folder {folder}; copy the image into it.")
     return file
 
@@ -127,10 +133,12 @@ def _file_of(cell: Mapping[str, Any], folder: Path) -> Path:
         raise UserError("holds no image: neither bytes nor the path of a file.")
     file = image_file(cell["path"], folder)
     try:
-        size = file.stat().st_size
+        found = file.stat()
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror}).") from error
-    if size > MAX_BYTES:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{file}: not a file; name the image.")
+    if found.st_size > MAX_BYTES:
         raise ImageTooLargeError(f"{file}: has more than {MAX_BYTES} bytes; shrink the image.")
     return file
 
@@ -270,47 +278,35 @@ def splits(folder: Path) -> list[Path]:
     return [folder / f"{name}.parquet" for name in sorted(names)]
 
 
-def _parquet(file: Path) -> pq.ParquetFile:
-    try:
-        source = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a parquet file; prepare the data set again.") from error
-    missing = [c for c in COLUMNS if c not in source.schema_arrow.names]
-    if missing:
-        raise UserError(f"{file}: no column {missing[0]!r}; the columns of data/schema.py are all needed.")
-    return source
+def _wanted(columns: Sequence[str]) -> pa.Schema:
+    return pa.schema([FEATURES.arrow_schema.field(name) for name in columns])
+
+
+def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tables.Row]:
+    """Encoded rows of a split, few in memory at a time, with what could not be read of them in their `problems`.
+
+    Raises:
+        UserError: a file that cannot be read, or a column that is missing or of another type.
+    """
+    wanted = _wanted(columns)
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            yield from tables.rows(source, file, wanted)
 
 
 def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
-    """Encoded rows of a split as they are, few in memory at a time; no row is checked, but the columns' types are.
-
-    columns: names of columns, or of their fields (`image.path`).
-    """
-    names = list(dict.fromkeys(column.split(".")[0] for column in columns))
-    whole = pa.schema([FEATURES.arrow_schema.field(n) for n in names]) if names == list(columns) else None
-    for file in shards(path):
-        with _parquet(file) as source:
-            for group in source.iter_batches(batch_size=16, columns=list(columns)):
-                if whole is not None and group.schema != whole:
-                    group = _cast(group.select(names), whole, file)
-                yield from group.to_pylist()
-
-
-def _cast(group: pa.RecordBatch, wanted: pa.Schema, file: Path) -> pa.RecordBatch:
-    arrays = []
-    for column in wanted:
-        try:
-            arrays.append(group[column.name].cast(column.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{file}: column {column.name!r} is not {column.type} ({error}).") from error
-    return pa.RecordBatch.from_arrays(arrays, schema=wanted)
+    """As `examined`, and a `UserError` for the first value that does not have its column's type."""
+    for number, row in enumerate(examined(path, columns)):
+        for column, reason in row.problems:
+            raise UserError(f"{path}: row {row.get('id') or number}, column {column!r} {reason}.")
+        yield dict(row)
 
 
 def count_rows(path: Path) -> int:
     """Number of rows of a split, from the files' footers."""
     total = 0
     for file in shards(path):
-        with _parquet(file) as source:
+        with tables.opened(file, _wanted(())) as source:
             total += source.metadata.num_rows
     return total
 
@@ -321,7 +317,7 @@ def split_hash(path: Path) -> str:
     for file in shards(path):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    for row in rows(path, [f"{column}.path" for column in ALL_IMAGES]):
+    for row in _paths(path):
         for cell in row.values():
             if cell and cell["path"]:
                 try:
@@ -330,6 +326,15 @@ def split_hash(path: Path) -> str:
                     size = -1  # validation says what is wrong with it
                 digest.update(f"{cell['path']}\0{size}\n".encode())
     return digest.hexdigest()
+
+
+def _paths(path: Path) -> Iterator[tables.Row]:
+    """Image cells of a split without their bytes."""
+    cell = pa.struct([("path", pa.string())])
+    wanted = pa.schema([(column, cell) for column in ALL_IMAGES])
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            yield from tables.rows(source, file, wanted)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -435,12 +440,17 @@ def check_split(path: Path) -> int:
 
 
 def encoded(files: Sequence[Path]) -> Dataset:
-    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`."""
-    data = Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
-    for column in ALL_IMAGES:
-        if column in data.column_names:
-            data = data.cast_column(column, Image(decode=False))
-    return data
+    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`, columns have their own types."""
+    features = Features(
+        {name: Image(decode=False) if name in ALL_IMAGES else kind for name, kind in FEATURES.items()}
+    )
+    return Dataset.from_parquet(
+        [str(file) for file in files],
+        features=features,
+        columns=list(COLUMNS),
+        batch_size=tables.MOST_ROWS,
+        keep_in_memory=False,
+    )
 
 
 def read(path: Path) -> Dataset:

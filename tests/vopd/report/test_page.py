@@ -66,7 +66,8 @@ def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_prints_the_main_table_and_writes_three_files(
     made: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {file.name for file in made.iterdir()} == {"table.md", "report.html", "report.json"}
+    shown = {file.name for file in made.glob("[!.]*")}
+    assert shown == {"table.md", "report.html", "report.json"}
     assert report.main([str(runs / "good"), f"out={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "Methods: accuracy" in printed and "good is highest" in printed
