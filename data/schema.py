@@ -12,10 +12,11 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -297,16 +298,37 @@ def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tables.Ro
 def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
     """As `examined`, and a `UserError` for the first value that does not have its column's type."""
     for number, row in enumerate(examined(path, columns)):
-        for column, reason in row.problems:
-            raise UserError(f"{path}: row {row.get('id') or number}, column {column!r} {reason}.")
-        yield dict(row)
+        yield _whole(row, path, number)
 
 
-def count_rows(path: Path) -> int:
-    """Number of rows of a split, from the files' footers."""
+def rows_at(
+    path: Path, numbers: Collection[int], columns: Sequence[str] = COLUMNS
+) -> Iterator[dict[str, Any]]:
+    """Some rows of a split by their numbers (from 0), in order; row groups without one of them are not read."""
+    wanted, first = _wanted(columns), 0
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            for group in range(source.metadata.num_row_groups):
+                size = source.metadata.row_group(group).num_rows
+                here = [n - first for n in numbers if first <= n < first + size]
+                if here:
+                    found = islice(tables.rows(source, file, wanted, [group]), max(here) + 1)
+                    yield from (_whole(row, path, first + i) for i, row in enumerate(found) if i in here)
+                first += size
+
+
+def _whole(row: tables.Row, path: Path, number: int) -> dict[str, Any]:
+    """The row; `UserError` if something of it could not be read."""
+    for column, reason in row.problems:
+        raise UserError(f"{path}: row {row.get('id') or number}, column {column!r} {reason}.")
+    return dict(row)
+
+
+def count_rows(path: Path, columns: Sequence[str] = ()) -> int:
+    """Number of rows of a split, from the files' footers; `UserError` if one lacks any of `columns`."""
     total = 0
     for file in shards(path):
-        with tables.opened(file, _wanted(())) as source:
+        with tables.opened(file, _wanted(columns)) as source:
             total += source.metadata.num_rows
     return total
 

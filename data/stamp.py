@@ -15,7 +15,7 @@ from vopd import ownership
 from vopd.errors import UserError
 
 NAME = "validated.json"
-CHECKS = 1
+CHECKS = 2
 """Version of the checks: raised when data that passed must be looked at again."""
 
 

@@ -96,7 +96,38 @@ DEFECTS: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "no answer": ("answer", lambda r: r | {"answer_type": "short", "answer": " ", "options": []}),
     "no hint": ("hint", lambda r: r | {"hint": ""}),
     "hint not said": ("hint", lambda r: r | {"hint": "Look there."}),
-    "marker left": ("schema", lambda r: r | {"question": "<image>" + r["question"]}),
+    "marker left": ("marker", lambda r: r | {"question": "<image>" + r["question"]}),
+    "image pad": ("marker", lambda r: r | {"question": r["question"] + "<|image_pad|>"}),
+    "turn in an option": ("marker", lambda r: r | {"options": [*r["options"][:3], "x<|im_start|>"]}),
+    "reasoning in an answer": (
+        "marker",
+        lambda r: r | {"answer_type": "short", "answer": "<think>", "options": []},
+    ),
+    "end in a hint": (
+        "marker",
+        lambda r: r | {"hint": "See <|endoftext|>", "question": r["question"] + "See <|endoftext|>"},
+    ),
+    "other split": ("split", lambda r: r | {"split": "test"}),
+    "empty id": ("schema", lambda r: r | {"id": ""}),
+    "blank id": ("schema", lambda r: r | {"id": " \t"}),
+    "null id": ("schema", lambda r: r | {"id": None}),
+    "control characters in an id": ("schema", lambda r: r | {"id": "a\x1b[2Jb"}),
+    "question without end": ("schema", lambda r: r | {"question": "a" * 1_000_001 + r["question"]}),
+    "box with a null": ("box", lambda r: r | {"box": [1, None, 3, 4]}),
+    "null option": ("options", lambda r: r | {"options": ["1", None, "2", "3"]}),
+    "null option of a number": (
+        "options",
+        lambda r: r | {"options": [None], "answer_type": "number", "answer": "3"},
+    ),
+    "more options than letters": (
+        "options",
+        lambda r: r | {"options": [str(n) for n in range(27)], "answer": "A"},
+    ),
+    "not yes or no": ("answer", lambda r: r | {"answer_type": "yes/no", "answer": "maybe", "options": []}),
+    "no number": ("answer", lambda r: r | {"answer_type": "number", "answer": "a few", "options": []}),
+    "folder for an image": ("unreadable", lambda r: r | {"image": {"bytes": None, "path": "."}}),
+    "endless name": ("unreadable", lambda r: r | {"image": {"bytes": None, "path": "a" * 5000}}),
+    "neither bytes nor path": ("unreadable", lambda r: r | {"crop": {"bytes": None, "path": None}}),
     "no question": ("schema", lambda r: r | {"question": None}),
     "no type": ("schema", lambda r: r | {"answer_type": "essay"}),
 }
@@ -108,13 +139,15 @@ def test_each_defect_gets_its_kind_and_no_other(name: str, tmp_path: Path) -> No
     data = rows()
     data[7] = spoil(data[7])
     report = validate.validate([raw_write(data, tmp_path / "train.parquet")])
-    assert kinds(report) == {kind: ["train-0-000007"]}
+    assert kinds(report) == {kind: [data[7]["id"] or ""]}
     assert [f.number for f in report.blocking] == [7]
-    assert f"BAD: {kind}: 1" in report.text() and "train-0-000007" in report.text()
+    shown = validate._shown(data[7]["id"]) if (data[7]["id"] or "").strip() else "row 7"
+    assert f"BAD: {kind}: 1" in report.text() and f"train {shown}: " in report.text()
+    assert "\x1b" not in report.text() and len(report.text()) < 2000
 
 
 def test_every_blocking_kind_of_a_row_has_a_defect_here() -> None:
-    of_sets = {"duplicate", "leak", "length"}  # below
+    of_sets = {"duplicate", "leak", "prompt", "length"}  # below
     assert {kind for kind, _ in DEFECTS.values()} == set(validate.BLOCKING) - of_sets
 
 
@@ -153,7 +186,7 @@ def re_encoded(row: dict, id_: str) -> dict:
 def test_near_duplicates_warn_within_a_split_and_block_across(tmp_path: Path) -> None:
     train, test = rows(), rows("test")
     train.append(re_encoded(train[6], "copy"))
-    test.append(re_encoded(train[9], "seen in training"))
+    test.append(re_encoded(train[9], "seen in training") | {"split": "test"})
     paths = [raw_write(train, tmp_path / "train.parquet"), raw_write(test, tmp_path / "test.parquet")]
     report = validate.validate(paths)
     assert kinds(report) == {"near-duplicate": ["copy"], "leak": ["train-0-000009"]}
@@ -276,8 +309,8 @@ def test_a_row_is_in_memory_only_while_it_is_looked_at(
         def __del__(self) -> None:
             alive.now -= 1
 
-    exact = schema.rows
-    monkeypatch.setattr(schema, "rows", lambda p, *c: (row if c else Counted(row) for row in exact(p, *c)))
+    exact = schema.examined
+    monkeypatch.setattr(schema, "examined", lambda path: map(Counted, exact(path)))
     validate.validate([tmp_path / "train.parquet"])
     assert 0 < alive.most <= 130
 
