@@ -103,6 +103,13 @@ class Report:
     def warnings(self) -> dict[str, int]:
         return dict(Counter(f.kind for f in self.findings if f.kind in WARNING))
 
+    def sentence(self) -> str:
+        """The first blocking finding, and how many there are."""
+        first, more = self.blocking[0], len(self.blocking) - 1
+        others = f", and {more} more" if more else ""
+        where = f"{_shown(first.split)} {_where(first)}"
+        return f"not fit for training: {where}: {first.kind}: {_shown(first.reason).rstrip('.')}{others}."
+
     def text(self) -> str:
         """Findings by kind, the first few ids of each, and the right letters of each split."""
         lines = []
@@ -343,7 +350,10 @@ def _validate_split(
     report.hashes[split] = schema.split_hash(path)
     report.letters[split] = letters = Counter()
     texts = markers.pattern(prompts.processor.tokenizer if prompts else None)
-    number, progress = 0, tqdm(desc=f"validate {split}", total=schema.count_rows(path), unit="row")
+    number, progress = (
+        0,
+        tqdm(desc=f"validate {split}", total=schema.count_rows(path), unit="row", disable=None),
+    )
     for group in schema.batched_rows(schema.examined(path), 64):
         results = pool.map(lambda row: row_problems(row, folder, split, texts), group)
         for offset, (row, (found, hash_)) in enumerate(zip(group, results, strict=True)):
@@ -511,7 +521,9 @@ def _run(args: argparse.Namespace) -> int:
         rest = stamped(args.quarantine, prompts)
         print(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}")
         report = rest
-    return UserError.exit_code if report.blocking else 0
+    if report.blocking:
+        raise UserError(f"{args.quarantine or args.path}: {report.sentence()}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ numbers; a run that was killed goes on from its last checkpoint.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -319,19 +320,22 @@ def _pretrain(owned: ownership.Owned, seed: int, threads: int) -> None:
     checkpoint.unlink()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         pretrain(args.out, args.seed, args.threads)
     except UserError as error:
-        parser.error(str(error))
+        print(f"data.miniature.pretrain: {error}", file=sys.stderr)
+        return UserError.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jinja2 import TemplateError
 from PIL import Image, PngImagePlugin
 from transformers import AutoProcessor
 
@@ -265,6 +266,107 @@ def test_quarantine_parts_good_from_bad(tmp_path: Path, paths: bool, shard: int,
     assert kept["id"] == [row["id"] for i, row in enumerate(data) if i not in (2, 5)]
     assert kept[0]["image"].size == (128, 128)
     assert len(schema.shards(out / "train.parquet")) == (3 if shard else 1)
+
+
+def bad_set(folder: Path) -> Path:
+    data = rows(count=6)
+    data[0]["answer"] = "Q"
+    raw_write(data, folder / "train.parquet")
+    return folder
+
+
+def test_a_quarantine_replaces_an_earlier_one_and_nothing_else(tmp_path: Path, capsys: Any) -> None:
+    bad, out = bad_set(tmp_path / "bad"), tmp_path / "good"
+    words = [str(bad), "--quarantine", str(out)]
+    assert validate.main(words) == 0 and (out / "quarantined.jsonl").is_file()
+    schema.write(rows("test", 6), bad / "test.parquet")
+    assert validate.main(words) == 0 and (out / "test.parquet").is_file()
+    (bad / "test.parquet").unlink()
+    assert validate.main(words) == 0 and not (out / "test.parquet").exists()  # nothing of another set is left
+    (out / "train.parquet").write_bytes(b"edited")
+    assert validate.main(words) == 2 and "train.parquet: changed since" in capsys.readouterr().err
+    assert (out / "train.parquet").read_bytes() == b"edited"
+
+
+def test_a_quarantine_is_not_written_into_the_set_nor_over_it(tmp_path: Path, capsys: Any) -> None:
+    bad = bad_set(tmp_path / "all" / "bad")
+    before = (bad / "train.parquet").read_bytes()
+    for out in (bad, bad / "good", tmp_path / "all", tmp_path):
+        assert validate.main([str(bad), "--quarantine", str(out)]) == 2
+        assert "another folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(bad)
+    assert validate.main([str(bad), "--quarantine", str(tmp_path / "link")]) == 2
+    assert (bad / "train.parquet").read_bytes() == before and [f.name for f in bad.iterdir()] == [
+        "train.parquet"
+    ]
+
+
+def test_an_image_file_of_the_set_is_not_written_through_its_link(tmp_path: Path) -> None:
+    bad, out = tmp_path / "bad", tmp_path / "good"
+    data = rows(count=6)
+    (bad / "images").mkdir(parents=True)
+    (bad / "images" / "0.png").write_bytes(data[0]["image"]["bytes"])
+    data[0]["image"] = {"bytes": None, "path": "images/0.png"}
+    data[3]["answer"] = "Q"
+    raw_write(data, bad / "train.parquet")
+    for _ in range(2):
+        assert validate.main([str(bad), "--quarantine", str(out)]) == 0
+        assert (out / "images" / "0.png").samefile(bad / "images" / "0.png")
+    assert (bad / "images" / "0.png").read_bytes() == rows(count=1)[0]["image"]["bytes"]
+
+
+def test_the_first_finding_is_on_standard_error(tmp_path: Path, capsys: Any) -> None:
+    assert validate.main([str(bad_set(tmp_path))]) == 2
+    said = capsys.readouterr()
+    assert f"{tmp_path}: not fit for training: train train-0-000000: answer: 'Q' is not" in said.err
+    assert "BAD: answer: 1" in said.out
+
+
+def test_prompts_that_cannot_be_rendered(tmp_path: Path, processor: Any) -> None:
+    class Picky:
+        """A processor whose template refuses some texts, as the model's own program may."""
+
+        def __init__(self) -> None:
+            self.tokenizer, self._get_num_multimodal_tokens = (
+                processor.tokenizer,
+                processor._get_num_multimodal_tokens,
+            )
+
+        def apply_chat_template(self, messages: Any, **more: Any) -> Any:
+            if "forbidden" in messages[0]["content"][1]["text"]:
+                raise TemplateError("no such word")
+            return processor.apply_chat_template(messages, **more)
+
+    data = rows(count=6)
+    data[2]["question"] = "forbidden " + data[2]["question"]
+    path = raw_write(data, tmp_path / "train.parquet")
+    report = validate.validate([path], validate.Prompts(Picky(), 5000))
+    assert [(f.kind, f.id, f.reason) for f in report.findings] == [
+        ("prompt", "train-0-000002", f"in the {view} view: TemplateError: no such word")
+        for view in ("full", "crop")
+    ]
+
+
+def test_special_tokens_of_the_model_are_looked_for(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={
+            0: SimpleNamespace(content="[INST]", special=True),
+            1: SimpleNamespace(content="<b>", special=False),
+        }
+    )
+    found = validate.markers.pattern(tokenizer)
+    assert found.search("a [INST] b") and not found.search("<b> a < b | c > d <|> INST")
+    assert not validate.markers.pattern().search("a [INST] b")
+    for token in ("<|im_start|>", "<|vision_end|>", "<|endoftext|>", "</think>", "<video>", "<tool_call>"):
+        assert validate.markers.pattern().search(f"x{token}y")
+
+
+def test_an_inline_image_of_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = rows(count=6)
+    monkeypatch.setattr(schema, "MAX_BYTES", max(len(r["image"]["bytes"]) for r in data))
+    data[3]["image"] = encoded(picture_of(data[3]["image"]), compress_level=0)
+    path = raw_write(data, tmp_path / "train.parquet")
+    assert kinds(validate.validate([path])) == {"size": ["train-0-000003"]}
 
 
 def test_exit_codes_and_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
