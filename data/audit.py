@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from data import schema
 from data.near_duplicates import perceptual_hash
+from vopd import ownership
 from vopd.errors import UserError
 
 # Measured on photographs and generated scenes: copies are up to 16 bits of 64 apart (a frame on a page of text),
@@ -42,6 +43,8 @@ BLUR = 0.02
 ASPECT_TOLERANCE = 0.05
 FLAT = 1.0
 PICTURES = ("image", "original")
+MAKER = "data.audit"
+NAMES = ("audit.html", "excluded.json")
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Contamination audit</title>
@@ -196,8 +199,8 @@ def audit(
 
 
 def write(folder: Path, record: dict[str, Any], small: dict[Key, np.ndarray], tested: int) -> None:
-    """audit.html and excluded.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """audit.html and excluded.json; `UserError` where files by these names are someone's, or were edited."""
+    owned = ownership.claim(folder, MAKER, NAMES, recognise=_made_before)
     rows = [
         {
             **pair,
@@ -208,10 +211,15 @@ def write(folder: Path, record: dict[str, Any], small: dict[Key, np.ndarray], te
     ]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     html = page.render(**{**record, "pairs": rows}, tested=tested)
-    for name, text in (("audit.html", html), ("excluded.json", json.dumps(record, indent=1) + "\n")):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / name)
+    owned.write_text("audit.html", html)
+    owned.write_text("excluded.json", json.dumps(record, indent=1) + "\n")
+
+
+def _made_before(file: Path) -> bool:
+    """Whether an earlier version of the audit wrote this."""
+    with file.open("rb") as stream:
+        start = stream.read(4096)
+    return b"<title>Contamination audit</title>" in start or start.startswith(b'{\n "benchmark": ')
 
 
 def _data_url(picture: np.ndarray) -> str:
@@ -238,6 +246,7 @@ def main(words: list[str]) -> int:
     """Exit code 0 whether copies were found or not, 2 for bad input."""
     args = arguments().parse_args(words)
     try:
+        ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
         pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
     except UserError as error:
         print(f"data.audit: {error}", file=sys.stderr)

@@ -10,9 +10,12 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -21,7 +24,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from vopd import pictures
+from data import tables
+from vopd import ownership, pictures
 from vopd.errors import UserError
 
 FEATURES = Features(
@@ -50,7 +54,7 @@ FORMATS = pictures.FORMATS
 MAX_PIXELS = pictures.MAX_PIXELS
 MAX_BYTES = pictures.MAX_BYTES
 ImageTooLargeError = pictures.ImageTooLargeError
-BATCH_BYTES = 32 * 2**20
+BATCH_BYTES = tables.BATCH_BYTES
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -108,7 +112,11 @@ def image_file(path: str, folder: Path) -> Path:
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise UserError(f"{path!r} is not a path inside the data folder; write it relative, without '..'.")
     file = folder / path
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # too long a name, links that lead in a circle
+        inside = False
+    if not inside:
         raise UserError(f"{path!r} leads out of the data folder {folder}; copy the image into it.")
     return file
 
@@ -119,10 +127,12 @@ def _file_of(cell: Mapping[str, Any], folder: Path) -> Path:
         raise UserError("holds no image: neither bytes nor the path of a file.")
     file = image_file(cell["path"], folder)
     try:
-        size = file.stat().st_size
+        found = file.stat()
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror}).") from error
-    if size > MAX_BYTES:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{file}: not a file; name the image.")
+    if found.st_size > MAX_BYTES:
         raise ImageTooLargeError(f"{file}: has more than {MAX_BYTES} bytes; shrink the image.")
     return file
 
@@ -244,47 +254,56 @@ def splits(folder: Path) -> list[Path]:
     return [folder / f"{name}.parquet" for name in sorted(names)]
 
 
-def _parquet(file: Path) -> pq.ParquetFile:
-    try:
-        source = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a parquet file; prepare the data set again.") from error
-    missing = [c for c in COLUMNS if c not in source.schema_arrow.names]
-    if missing:
-        raise UserError(f"{file}: no column {missing[0]!r}; the columns of data/schema.py are all needed.")
-    return source
+def _wanted(columns: Sequence[str]) -> pa.Schema:
+    return pa.schema([FEATURES.arrow_schema.field(name) for name in columns])
+
+
+def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tables.Row]:
+    """Encoded rows of a split, few in memory at a time, with what could not be read of them in their `problems`.
+
+    Raises:
+        UserError: a file that cannot be read, or a column that is missing or of another type.
+    """
+    wanted = _wanted(columns)
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            yield from tables.rows(source, file, wanted)
 
 
 def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
-    """Encoded rows of a split as they are, few in memory at a time; no row is checked, but the columns' types are.
+    """As `examined`, and a `UserError` for the first value that does not have its column's type."""
+    for number, row in enumerate(examined(path, columns)):
+        yield _whole(row, path, number)
 
-    columns: names of columns, or of their fields (`image.path`).
-    """
-    names = list(dict.fromkeys(column.split(".")[0] for column in columns))
-    whole = pa.schema([FEATURES.arrow_schema.field(n) for n in names]) if names == list(columns) else None
+
+def rows_at(
+    path: Path, numbers: Collection[int], columns: Sequence[str] = COLUMNS
+) -> Iterator[dict[str, Any]]:
+    """Some rows of a split by their numbers (from 0), in order; row groups without one of them are not read."""
+    wanted, first = _wanted(columns), 0
     for file in shards(path):
-        with _parquet(file) as source:
-            for group in source.iter_batches(batch_size=16, columns=list(columns)):
-                if whole is not None and group.schema != whole:
-                    group = _cast(group.select(names), whole, file)
-                yield from group.to_pylist()
+        with tables.opened(file, wanted) as source:
+            for group in range(source.metadata.num_row_groups):
+                size = source.metadata.row_group(group).num_rows
+                here = [n - first for n in numbers if first <= n < first + size]
+                if here:
+                    found = islice(tables.rows(source, file, wanted, [group]), max(here) + 1)
+                    yield from (_whole(row, path, first + i) for i, row in enumerate(found) if i in here)
+                first += size
 
 
-def _cast(group: pa.RecordBatch, wanted: pa.Schema, file: Path) -> pa.RecordBatch:
-    arrays = []
-    for column in wanted:
-        try:
-            arrays.append(group[column.name].cast(column.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{file}: column {column.name!r} is not {column.type} ({error}).") from error
-    return pa.RecordBatch.from_arrays(arrays, schema=wanted)
+def _whole(row: tables.Row, path: Path, number: int) -> dict[str, Any]:
+    """The row; `UserError` if something of it could not be read."""
+    for column, reason in row.problems:
+        raise UserError(f"{path}: row {row.get('id') or number}, column {column!r} {reason}.")
+    return dict(row)
 
 
-def count_rows(path: Path) -> int:
-    """Number of rows of a split, from the files' footers."""
+def count_rows(path: Path, columns: Sequence[str] = ()) -> int:
+    """Number of rows of a split, from the files' footers; `UserError` if one lacks any of `columns`."""
     total = 0
     for file in shards(path):
-        with _parquet(file) as source:
+        with tables.opened(file, _wanted(columns)) as source:
             total += source.metadata.num_rows
     return total
 
@@ -295,7 +314,7 @@ def split_hash(path: Path) -> str:
     for file in shards(path):
         with file.open("rb") as stream:
             digest.update(hashlib.file_digest(stream, "sha256").digest())
-    for row in rows(path, [f"{column}.path" for column in ALL_IMAGES]):
+    for row in _paths(path):
         for cell in row.values():
             if cell and cell["path"]:
                 try:
@@ -306,38 +325,60 @@ def split_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _paths(path: Path) -> Iterator[tables.Row]:
+    """Image cells of a split without their bytes."""
+    cell = pa.struct([("path", pa.string())])
+    wanted = pa.schema([(column, cell) for column in ALL_IMAGES])
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            yield from tables.rows(source, file, wanted)
+
+
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path, batch: int = 256) -> int:
+def write(
+    rows: Iterable[dict[str, Any]], path: Path, batch: int = 256, owned: ownership.Owned | None = None
+) -> int:
     """Streams encoded rows to one parquet file; returns their number.
 
     At most `batch` rows or about `BATCH_BYTES` of images are in memory. Every row is checked. The file appears under
-    its name only when it is complete.
+    its name only when it is complete. owned: the claim on the folder of a command that writes into it.
     """
-    partial_file = path.with_suffix(".partial")
-    count = _write(rows, partial_file, path, 0, batch)
-    partial_file.replace(path)
-    return count
+    with _filling(path, owned) as partial_file:
+        return _write(rows, partial_file, path, 0, batch)
 
 
-def write_shards(rows: Iterable[dict[str, Any]], path: Path, rows_per_shard: int, batch: int = 256) -> int:
+def write_shards(
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    rows_per_shard: int,
+    batch: int = 256,
+    owned: ownership.Owned | None = None,
+) -> int:
     """As `write`, in shards `<split>-00000-of-00003.parquet`. They get their names when all of them are complete."""
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}; at least one row a shard is needed")
     source, count = iter(rows), 0
     parts: list[Path] = []
     following = next(source, None)
-    while following is not None or not parts:
-        parts.append(path.with_name(f"{path.stem}-{len(parts):05d}.partial"))
-        count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
-        following = next(source, None)
-    for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
-        old.unlink()
-    path.unlink(missing_ok=True)
-    for index, part in enumerate(parts):
-        part.replace(path.with_name(f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"))
+    with ownership.scratch(path.parent) as place:
+        while following is not None or not parts:
+            parts.append(place / f"{len(parts):05d}")
+            count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
+            following = next(source, None)
+        for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
+            old.unlink()
+        path.unlink(missing_ok=True)
+        for index, part in enumerate(parts):
+            name = f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"
+            with _filling(path.with_name(name), owned) as partial_file:
+                part.replace(partial_file)
     return count
+
+
+def _filling(file: Path, owned: ownership.Owned | None) -> AbstractContextManager[Path]:
+    return owned.writing(file.name) if owned else ownership.atomic(file)
 
 
 def _write(rows: Iterable[dict[str, Any]], file: Path, split: Path, first: int, batch: int) -> int:
@@ -396,12 +437,17 @@ def check_split(path: Path) -> int:
 
 
 def encoded(files: Sequence[Path]) -> Dataset:
-    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`."""
-    data = Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
-    for column in ALL_IMAGES:
-        if column in data.column_names:
-            data = data.cast_column(column, Image(decode=False))
-    return data
+    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`, columns have their own types."""
+    features = Features(
+        {name: Image(decode=False) if name in ALL_IMAGES else kind for name, kind in FEATURES.items()}
+    )
+    return Dataset.from_parquet(
+        [str(file) for file in files],
+        features=features,
+        columns=list(COLUMNS),
+        batch_size=tables.MOST_ROWS,
+        keep_in_memory=False,
+    )
 
 
 def read(path: Path) -> Dataset:

@@ -9,12 +9,12 @@ it, and the run is made again. A run that fails does not stop the others. After 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -221,11 +221,21 @@ def _have(p: Plan, start: Start, console: Console, place: str) -> bool:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a run folder to `replaced/<name>-<n>` beside it; returns where it is."""
+    """Move a run folder to `replaced/<name>-<n>` beside it; returns where it is. Nothing is copied or merged.
+
+    Raises:
+        UserError: it cannot be moved; it is where it was.
+    """
     place = folder.parent / REPLACED
-    place.mkdir(exist_ok=True)
-    number = next(n for n in range(1, 10_000) if not (place / f"{folder.name}-{n}").exists())
-    return Path(shutil.move(folder, place / f"{folder.name}-{number}"))
+    try:
+        place.mkdir(exist_ok=True)
+        taken = {path.name for path in place.iterdir()}
+        number = next(n for n in count(1) if f"{folder.name}-{n}" not in taken)
+        return folder.rename(place / f"{folder.name}-{number}")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be moved to {place} ({error.strerror}); move it yourself."
+        ) from error
 
 
 class Terminated(KeyboardInterrupt):

@@ -49,7 +49,9 @@ def export(checkpoint: Path, out: Path, dtype: str) -> None:
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m vopd.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m vopd.export",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
@@ -60,7 +62,9 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         print(f"vopd: {error}", file=sys.stderr)
         return UserError.exit_code
-    print(f"wrote {given.out}; evaluate it: python -m vopd.evaluate model={given.out} benchmarks=[miniature_test]")
+    print(
+        f"wrote {given.out}; evaluate it: python -m vopd.evaluate model={given.out} benchmarks=[miniature_test]"
+    )
     return 0
 
 

@@ -159,8 +159,11 @@ class Run:
         self._check_prompts()
 
     def prepare_data(self) -> None:
-        """Run the module that makes the data, if the profile names one; it keeps what is there already."""
-        if self.config.data.prepare is None:
+        """Run the module that makes the data, if the profile names one and the data is not someone else's."""
+        from data import sets  # pulls in pyarrow
+
+        prepare, place = self.config.data.prepare, Path(self.config.data.folder)
+        if prepare is None or not sets.needs_preparing(place, prepare):
             return
         command = watch.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
         # Its progress bars are for a person; the file is read for what went wrong, which stands last.

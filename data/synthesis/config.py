@@ -193,7 +193,7 @@ def load(words: list[str]) -> DictConfig:
 
 
 def read(path: Path) -> DictConfig:
-    """A YAML file of settings; UserError when it is none."""
+    """A YAML file that holds a mapping; raises `UserError`."""
     try:
         content = OmegaConf.load(path)
     except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:

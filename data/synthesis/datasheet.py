@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from vopd.ownership import Owned
 
 if TYPE_CHECKING:
     from data.synthesis.pipeline import Stage
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 MILLION = 1e6
 
 
-def write(path: Path, config: DictConfig, stages: list[Stage], rows: list[dict[str, Any]]) -> None:
-    """Write the sheet as markdown."""
+def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict[str, Any]]) -> None:
+    """Write datasheet.md into the synthesis's folder."""
     answers = Counter(row["answer"] for row in rows)
     families = Counter(row["family"] for row in rows)
     text = f"""# {config.source}, synthesised
@@ -46,9 +47,7 @@ An item is an image up to `filter`, whose reasons count regions, then a region, 
 {OmegaConf.to_yaml(config).rstrip()}
 ```
 """
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    owned.write_text("datasheet.md", text)
 
 
 def _proposer(config: DictConfig) -> str:

@@ -10,7 +10,6 @@ are files beside. What a file holds already is not done again, so running the sa
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import io
 import sys
@@ -26,12 +25,12 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import schema, transforms
+from data import schema, stamp, transforms
 from data.synthesis import config as settings
 from data.synthesis import prompts, proposers
 from data.synthesis.client import Client, RejectedError, Request, ask_all, read_json
 from data.synthesis.journal import Journal, Record
-from vopd import pictures
+from vopd import ownership, pictures
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.clean import comparable
@@ -40,8 +39,10 @@ from vopd.seeding import request_seed
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OBJECTS_SIDE = 1024  # pixels: names of things need no more
 FAMILY = "synthesised"
+MAKER = "data.synthesize"
+IMAGE_FOLDERS = ("originals", "thumbnails", "crops", "images", "transformed")
+WORKING = ("stages/*", *(f"{name}/*" for name in IMAGE_FOLDERS), "config.yaml", "lock", stamp.NAME)
 RED = (255, 0, 0)
-WRITTEN = ("train.parquet", "datasheet.md", "stages")
 # What later stages take from the accepted records of a stage.
 FIELDS: dict[str, dict[str, type]] = {
     "scan": {"image": str, "original": str, "size": list},
@@ -79,16 +80,10 @@ class Pipeline:
         self._open = ExitStack()
 
     def __enter__(self) -> Pipeline:
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock = self._open.enter_context((self.out / "lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._open.close()
-            raise UserError(
-                f"{self.out}: another synthesis is writing here; wait for it or stop it."
-            ) from error
-        _claim(self.out / "config.yaml", self.config)
+        with ExitStack() as opened:
+            self.owned = opened.enter_context(ownership.held(self.out, MAKER, WORKING, _made_before))
+            _bind(self.out / "config.yaml", self.config)
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -421,27 +416,29 @@ class Pipeline:
             cells = {c: {"bytes": None, "path": item["row"][c]} for c in schema.ALL_IMAGES}
             rows.append({**item["row"], **cells, **common, "id": item["id"]})
         if rows:
-            schema.write(rows, self.out / "train.parquet")
-        write_datasheet(self.out / "datasheet.md", self.config, self.stages, rows)
+            schema.write(rows, self.out / "train.parquet", owned=self.owned)
+        write_datasheet(self.owned, self.config, self.stages, rows)
         return len(rows)
 
     def _relative(self, file: Path) -> str:
         return file.relative_to(self.out).as_posix()
 
 
-def _claim(file: Path, config: DictConfig) -> None:
-    """Bind the folder to these settings; `UserError` when it holds results of others, or files that are not ours."""
-    folder = file.parent
+def _made_before(file: Path) -> bool:
+    """Whether an earlier version wrote this file: it lies in the folder of a synthesis, by one of its names."""
+    if not ((file.parent / "config.yaml").is_file() and (file.parent / "stages").is_dir()):
+        return False
+    return file.name in ("config.yaml", "lock", "train.parquet", "datasheet.md", stamp.NAME)
+
+
+def _bind(file: Path, config: DictConfig) -> None:
+    """Bind the folder to these settings; `UserError` when it holds results of others."""
     if file.exists():
         differing = settings.differences(settings.read(file), config)
         if differing:
             raise UserError(
-                f"{folder}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
+                f"{file.parent}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
             )
-    elif foreign := [name for name in WRITTEN if (folder / name).exists()]:
-        raise UserError(
-            f"{folder}: holds a {foreign[0]} that no synthesis wrote, for there is no config.yaml; give another out=."
-        )
     _save(file, OmegaConf.to_yaml(config).encode())
 
 
@@ -527,10 +524,8 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 def _save(file: Path, content: bytes) -> None:
     """A file that is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(file)
+    with ownership.atomic(file) as partial:
+        partial.write_bytes(content)
 
 
 def synthesize(config: DictConfig) -> dict[str, Any]:

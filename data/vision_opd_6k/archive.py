@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from vopd import ownership
 from vopd.errors import UserError
 
 BLOCK = 1 << 20
@@ -161,20 +162,16 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, label: s
     # No link comes from the archive, but one may lie in the folder already.
     if not file.parent.resolve().is_relative_to(target.resolve()) or file.is_symlink():
         raise refused("leads through a link out of the folder")
-    if file.is_file() and file.stat().st_size == member.size:
-        return name
+    if file.exists():
+        if file.is_file() and file.stat().st_size == member.size:
+            return name
+        raise refused(f"{file} is there already and is not this file; move it away")
     content = tar.extractfile(member)
     assert content is not None  # a regular file has content
-    part = file.with_name(file.name + ".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
+    with ownership.atomic(file) as part:
         with part.open("xb") as out:
             while block := content.read(BLOCK):
                 out.write(block)
         if part.stat().st_size != member.size:
             raise refused("is cut short")
-        part.replace(file)
-    except OSError as error:
-        raise refused(f"cannot be written ({error.strerror})") from error
     return name

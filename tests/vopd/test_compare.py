@@ -289,3 +289,20 @@ def test_started_json_holds_what_must_be_equal(series: Series, tmp_path: Path) -
     series("grpo", "seeds=0")
     content = json.loads((tmp_path / "miniature" / "grpo" / "seed0" / compare.STARTED).read_text())
     assert content["data"] == "da7a" and content["base model"] == "ba5e" and len(content["code"]) == 64
+
+
+def test_what_is_moved_aside_is_never_merged_or_lost(tmp_path: Path) -> None:
+    for n in (1, 2, 3):
+        (tmp_path / "seed0").mkdir()
+        (tmp_path / "seed0" / "notes").write_text(str(n))
+        if n == 2:
+            (tmp_path / "replaced" / "seed0-2").symlink_to(tmp_path / "nowhere")
+        compare.move_aside(tmp_path / "seed0")
+    found = {f.name: (f / "notes").read_text() for f in (tmp_path / "replaced").iterdir() if f.is_dir()}
+    assert found == {"seed0-1": "1", "seed0-3": "2", "seed0-4": "3"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "replaced").write_text("mine")
+    (tmp_path / "other" / "seed0").mkdir()
+    with pytest.raises(UserError, match="cannot be moved"):
+        compare.move_aside(tmp_path / "other" / "seed0")
+    assert (tmp_path / "other" / "replaced").read_text() == "mine"

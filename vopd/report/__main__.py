@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vopd import ownership
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.report import comparison, curves, gallery, page, published, tables
@@ -30,6 +31,14 @@ from vopd.report.comparison import Comparison
 from vopd.report.keep import keep
 from vopd.report.sheet import to_markdown, to_terminal
 from vopd.report.summary import as_json
+
+MAKER = "vopd.report"
+NAMES = {
+    "table.md": b"# Comparison\n",
+    "report.html": b"<title>Comparison of ",
+    "report.json": b'"verdict": ',
+}
+"""Files that are written, each with what stands at its beginning."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +76,20 @@ def words(arguments: Sequence[str]) -> Words:
 
 
 def write(c: Comparison, out: Path) -> None:
-    """table.md, report.html and report.json."""
+    """table.md, report.html and report.json; `UserError` where files by these names are someone's, or were edited."""
+    owned = ownership.claim(out, MAKER, tuple(NAMES), recognise=_made_before)
     sheets = tables.sheets(c)
-    out.mkdir(parents=True, exist_ok=True)
     text = f"# Comparison\n\n{tables.verdict(c)}\n\n" + "\n".join(to_markdown(sheet) for sheet in sheets)
     made = page.html(c, sheets, curves.pictures(c), gallery.make(c.groups))
     content = json.dumps(_numbers(c), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, written in (("table.md", text), ("report.html", made), ("report.json", content)):
-        (out / name).write_text(written, encoding="utf-8")
+        owned.write_text(name, written)
+
+
+def _made_before(file: Path) -> bool:
+    """Whether an earlier version of this command wrote the file."""
+    with file.open("rb") as stream:
+        return NAMES[file.name] in stream.read(4096)
 
 
 def _numbers(c: Comparison) -> dict[str, Any]:
@@ -110,6 +125,7 @@ def main(arguments: Sequence[str]) -> int:
     console = Console(highlight=False)
     try:
         given = words(arguments)
+        ownership.check(given.out, MAKER, tuple(NAMES), recognise=_made_before)
         c = comparison.make(given.runs, given.mixed)
         kept = keep(c.runs, given.keep) if given.keep else []
         write(c, given.out)

@@ -60,11 +60,19 @@ def test_parts_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_a_second_extraction_writes_only_what_is_missing(good: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     list(extract([good], out))
-    (out / "images/a.jpg").write_bytes(b"half")
+    (out / "images/a.jpg").unlink()
     kept = (out / "images/sub/b.jpg").stat().st_mtime_ns
     list(extract([good], out))
     assert everything_below(out) == FILES
     assert (out / "images/sub/b.jpg").stat().st_mtime_ns == kept
+
+
+def test_a_file_of_someone_is_not_replaced(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    (tmp_path / "out" / "images" / "a.jpg").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"images/a\.jpg is there already"):
+        list(extract([good], tmp_path / "out"))
+    assert (tmp_path / "out" / "images" / "a.jpg").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 from data import schema, stamp, validate
 from data.miniature import prepare
-from vopd import provenance
+from vopd import ownership, provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
@@ -66,7 +68,8 @@ def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_prints_the_main_table_and_writes_three_files(
     made: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {file.name for file in made.iterdir()} == {"table.md", "report.html", "report.json"}
+    shown = {file.name for file in made.glob("[!.]*")}
+    assert shown == {"table.md", "report.html", "report.json"}
     assert report.main([str(runs / "good"), f"out={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "Methods: accuracy" in printed and "good is highest" in printed
@@ -259,6 +262,37 @@ def test_kept_records_give_the_same_tables(runs: Path, tmp_path: Path) -> None:
     assert report.main([str(runs), f"out={tmp_path / 'out'}", f"keep={kept}"]) == 0
     assert {file: file.read_bytes() for file in kept.rglob("*") if file.is_file()} == before
     assert report.main([str(kept), f"out={tmp_path / 'out'}", f"keep={kept}"]) == 2  # onto themselves
+
+
+def test_another_record_is_not_replaced(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(runs / "good" / "seed0"), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'kept'}"]
+    assert report.main(words) == 0
+    run = tmp_path / "kept" / "miniature" / "good" / "seed0"
+    (run / "notes.md").write_text("mine")
+    capsys.readouterr()
+    assert report.main(words) == 2
+    assert f"{run}: holds something else than the record of" in capsys.readouterr().err
+    assert (run / "notes.md").read_text() == "mine"
+    (run / "notes.md").unlink()
+    assert report.main(words) == 0
+    assert [f.name for f in run.parent.iterdir()] == ["seed0"]  # no temporary folder is left
+
+
+def test_a_report_is_written_over_a_report_and_nothing_else(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    (out / ownership.LEDGER).unlink()  # as an earlier version left it
+    check = partial(ownership.check, out, report.MAKER, tuple(report.NAMES), recognise=report._made_before)
+    check()
+    ownership.claim(out, report.MAKER, tuple(report.NAMES), recognise=report._made_before)
+    (out / "notes.md").write_text("mine")
+    check()
+    (out / "table.md").write_text("# Comparison\n\nwith my remarks\n")
+    assert report.main(["nowhere", f"out={out}"]) == 2
+    assert "table.md: changed since vopd.report made it" in capsys.readouterr().err
 
 
 def test_broken_packed_records_are_named(runs: Path, tmp_path: Path) -> None:
