@@ -105,7 +105,7 @@ def check(kind: type, values: Any, prefix: str = "") -> None:
         if bound is not None and value is not None and not bound.holds(value):
             raise UserError(f"{prefix}{f.name}={_shown(value)} cannot be; give {bound}.")
         if f.default_factory is not MISSING and is_dataclass(f.default_factory):
-            check(f.default_factory, value, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            check(f.default_factory, value, f"{prefix}{f.name}.")
 
 
 def bounds(kind: type, prefix: str = "") -> Mapping[str, Bound | None]:
@@ -113,7 +113,7 @@ def bounds(kind: type, prefix: str = "") -> Mapping[str, Bound | None]:
     found: dict[str, Bound | None] = {}
     for f in fields(kind):
         if f.default_factory is not MISSING and is_dataclass(f.default_factory):
-            found |= bounds(f.default_factory, f"{prefix}{f.name}.")  # type: ignore[arg-type]
+            found |= bounds(f.default_factory, f"{prefix}{f.name}.")
         else:
             found[f"{prefix}{f.name}"] = f.metadata.get(KEY)
     return found

@@ -274,8 +274,10 @@ def _faults(config: DictConfig) -> Iterator[str]:
         yield "run_dir is empty; give a folder, or leave it out."
     if hardware.device != "cpu":
         return
+    if hardware.nodes > 1:
+        yield f"hardware.nodes={hardware.nodes} needs hardware.device=cuda; a run on CPUs has one machine."
     if ranks > MOST_CPU_RANKS:
-        yield f"hardware.devices_per_node x hardware.nodes={ranks}: on a CPU at most {MOST_CPU_RANKS} ranks fit."
+        yield f"hardware.devices_per_node={ranks}: on CPUs at most {MOST_CPU_RANKS} ranks fit."
     if config.model.attention not in CPU_ATTENTION:
         yield (
             f"model.attention={config.model.attention} needs hardware.device=cuda; on a CPU take "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -22,12 +23,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from yaml import YAMLError
 
-from vopd import provenance
+from vopd import bounds, host, provenance
+from vopd.bounds import above, within
 from vopd.errors import UserError
 from vopd.evaluation import asking, benchmark, judge, metrics, summary
 from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
 from vopd.evaluation.records import read_records
+from vopd.words import check_interpolations
 
 INTERRUPTED = 130
 ANSWERING = (
@@ -61,13 +64,13 @@ class Settings:
     views: list[str] = field(default_factory=lambda: ["full", "crop"])
     endpoint: str | None = None
     thinking: bool = False
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 32768
-    seed: int = 42
+    temperature: float = within(0.0, 0, 10)
+    top_p: float = above(1.0, 0, 1)
+    max_tokens: int = within(32768, 1, 10_000_000)
+    seed: int = within(42, 0, 2**31 - 1)
     concurrency: int = 64
-    timeout: float = 600.0
-    rows: int = 0
+    timeout: float = above(600.0, 0, 1_000_000)
+    rows: int = within(0, 0, 100_000_000)
     data: str = ".cache/benchmarks"
     out: str = "${oc.env:VOPD_RUNS,runs}/evaluation"
     scorer: str = "strict"
@@ -108,6 +111,10 @@ def settings_of(words: list[str]) -> Settings:
     for word in words:
         if "=" not in word:
             raise UserError(f"'{word}' is not a setting; write key=value (--help lists the keys).")
+        check_interpolations(f"'{word}'", word)
+    keys = [word.partition("=")[0] for word in words]
+    if twice := [key for key in keys if keys.count(key) > 1]:
+        raise UserError(f"{twice[0]}= is given twice; give it once.")
     try:
         merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(words))
         OmegaConf.resolve(merged)
@@ -119,6 +126,7 @@ def settings_of(words: list[str]) -> Settings:
         raise UserError(f"Setting not understood: {where}{str(error).strip().splitlines()[0]}") from error
     if missing:
         raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=... (--help shows how).")
+    bounds.check(Settings, settings)
     if settings.scorer not in metrics.SCORERS:
         raise UserError(f"scorer={settings.scorer} is unknown; use {' or '.join(metrics.SCORERS)}.")
     if unknown := sorted(set(settings.views) - {"full", "crop"}) or ([] if settings.views else ["(none)"]):
@@ -205,6 +213,8 @@ class Evaluation:
         sampling = Sampling(s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         if s.endpoint:
             return Endpoint(s.endpoint, s.model, sampling, s.timeout)
+        for note in host.prepare_engine(os.environ, ROOT / ".cache", host.machine("cpu")):
+            self.console.print(note, markup=False, soft_wrap=True)
         self.console.print("starting vLLM")
         return LocalEngine(s.model, sampling, s.concurrency, s.vllm)
 

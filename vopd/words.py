@@ -188,10 +188,14 @@ def _fault(key: str, value: Any, settings: DictConfig) -> str | None:
     *path, last = key.split(".")
     for name in path:
         node = node._get_node(name) if isinstance(node, DictConfig) and name in node.keys() else None
-    if not isinstance(node, DictConfig) or last not in node.keys():  # `in node` would not see a key without a value
+    if (
+        not isinstance(node, DictConfig) or last not in node.keys()
+    ):  # `in node` would not see a key without a value
         return f"{key}: there is no such setting{_meant(key, settings)}; --help lists them."
     if isinstance(node._get_node(last), DictConfig) and not isinstance(value, Mapping):
-        return f"{key} is a section and has no value of its own; set its keys, e.g. {_example(key, settings)}."
+        return (
+            f"{key} is a section and has no value of its own; set its keys, e.g. {_example(key, settings)}."
+        )
     return None
 
 
@@ -230,8 +234,8 @@ def _texts(value: Any) -> Iterator[str]:
         yield value
     elif isinstance(value, Mapping):
         for name, inner in value.items():
-            yield str(name)
+            yield from _texts(name)
             yield from _texts(inner)
-    elif isinstance(value, Sequence) and not isinstance(value, bytes):
+    elif isinstance(value, list | tuple):
         for inner in value:
             yield from _texts(inner)

@@ -31,9 +31,9 @@ def read(path: Path) -> dict[str, Any]:
             that holds itself or expands to too much; names the file, and the line where there is one.
     """
     text = _text(path)
-    loader = get_yaml_loader()(text)
     try:
         _check_events(path, text)
+        loader = get_yaml_loader()(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: a mapping of keys is expected, such as `method:` with keys below it.")
@@ -44,8 +44,6 @@ def read(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not readable as YAML ({_problem(error)}).") from error
     except (yaml.YAMLError, ValueError) as error:
         raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from error
-    finally:
-        loader.dispose()
 
 
 def _text(path: Path) -> str:

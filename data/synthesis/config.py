@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from data.synthesis import proposers
+from vopd import yaml_file
 from vopd.errors import UserError
 
 
@@ -166,12 +167,8 @@ def load(words: list[str]) -> DictConfig:
 
 
 def _read(path: Path) -> DictConfig:
-    try:
-        content = OmegaConf.load(path)
-    except (YAMLError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: a mapping of keys is expected.")
+    content = OmegaConf.create(yaml_file.read(path))
+    assert isinstance(content, DictConfig)
     return content
 
 

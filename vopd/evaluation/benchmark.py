@@ -21,8 +21,8 @@ from typing import Any
 from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, UnidentifiedImageError
-from yaml import YAMLError
 
+from vopd import yaml_file
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
@@ -195,12 +195,12 @@ def find(name: str) -> tuple[str, Benchmark]:
             f"There is no benchmark '{name}'; known are {known}, or give the path of a YAML file."
         )
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(Benchmark), OmegaConf.load(path))
+        merged = OmegaConf.merge(OmegaConf.structured(Benchmark), yaml_file.read(path))
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise UserError(f"{path}: the key '{missing[0]}' is missing.")
         return path.stem, OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
+    except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
 
 
