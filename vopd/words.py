@@ -209,7 +209,7 @@ def _example(key: str, settings: DictConfig) -> str:
 
 
 def _keys(settings: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in settings:
+    for name in map(str, settings):
         node = settings._get_node(name)
         if isinstance(node, DictConfig) and not _is_open(f"{prefix}{name}"):
             yield from _keys(node, f"{prefix}{name}.")
