@@ -138,6 +138,7 @@ class Run:
         self.prepare_data()
         for split in self.splits():
             preflight.check_parquet(Path(config.data.folder) / f"{split}.parquet", COLUMNS)
+        preflight.check_enough_rows(Path(config.data.folder) / "train.parquet", config.train.prompts)
         self.data_hash()
         self._check_prompts()
 
