@@ -33,6 +33,7 @@ from vopd.run import INTERRUPTED, Run
 STARTED = "started.json"
 """In a run folder: the code, data and base model that the run was started with, to go on only with the same."""
 KEPT_BACK = ("seed", "run_dir")
+MOST_SEEDS = 100
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,28 @@ def words(arguments: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
     """
     recipes = [word for word in arguments if "=" not in word]
     settings = [word for word in arguments if "=" in word and not word.startswith("seeds=")]
-    given = next((w.removeprefix("seeds=") for w in arguments if w.startswith("seeds=")), "0,1,2")
     for word in settings:
         if (key := word.split("=", 1)[0]) in KEPT_BACK:
             raise UserError(
                 f"'{word}': every run has its own {key}; say seeds=0,1,2, and VOPD_RUNS for the place."
             )
-    if not all(seed.isdecimal() for seed in given.split(",")):
-        raise UserError(
-            f"seeds={given} is not understood; give numbers joined by commas, such as seeds=0,1,2."
-        )
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return list(dict.fromkeys(recipes or known)), sorted({int(seed) for seed in given.split(",")}), settings
+    return list(dict.fromkeys(recipes or known)), _seeds(arguments), settings
+
+
+def _seeds(arguments: Sequence[str]) -> list[int]:
+    named = [word.removeprefix("seeds=") for word in arguments if word.startswith("seeds=")]
+    if len(named) > 1:
+        raise UserError(f"seeds= is given twice ({' and '.join(named)}); give one list.")
+    numbers = (named or ["0,1,2"])[0].split(",")
+    if not all(number.isascii() and number.isdecimal() and len(number) <= 10 for number in numbers):
+        raise UserError(
+            f"seeds={named[0]} is not understood; give numbers joined by commas, such as seeds=0,1,2."
+        )
+    seeds = sorted({int(number) for number in numbers})
+    if len(seeds) > MOST_SEEDS:
+        raise UserError(f"seeds= names {len(seeds)} seeds; a comparison takes at most {MOST_SEEDS}.")
+    return seeds
 
 
 def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> list[Job]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -20,25 +21,17 @@ from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vopd import provenance
+from vopd import bounds, host, provenance
+from vopd.bounds import above, within
 from vopd.chat import one_line
+from vopd.dotlist import merge
 from vopd.errors import UserError
 from vopd.evaluation import asking, benchmark, judge, metrics, summary
 from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
 from vopd.evaluation.records import read_answers
-from vopd.words import MOST_SEED, TINY, check_bounds, merge
 
 INTERRUPTED = 130
-BOUNDS = {
-    "temperature": (0, 2),
-    "top_p": (TINY, 1),
-    "max_tokens": (1, 2**20),
-    "seed": (0, MOST_SEED),
-    "concurrency": (1, 4096),
-    "timeout": (TINY, 86_400),
-    "rows": (0, 2**31),
-}
 # Files of a benchmark's folder of records; settings.json says that they are ours.
 WRITTEN = ("records.jsonl", "judge.jsonl", "summary.json")
 ANSWERING = (
@@ -73,13 +66,13 @@ class Settings:
     views: list[str] = field(default_factory=lambda: ["full", "crop"])
     endpoint: str | None = None
     thinking: bool = False
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 32768
-    seed: int = 42
+    temperature: float = within(0.0, 0, 10)
+    top_p: float = above(1.0, 0, 1)
+    max_tokens: int = within(32768, 1, 10_000_000)
+    seed: int = within(42, 0, 2**31 - 1)
     concurrency: int = 64
-    timeout: float = 600.0
-    rows: int = 0
+    timeout: float = above(600.0, 0, 1_000_000)
+    rows: int = within(0, 0, 100_000_000)
     data: str = ".cache/benchmarks"
     out: str = "${oc.env:VOPD_RUNS,runs}/evaluation"
     scorer: str = "strict"
@@ -118,8 +111,8 @@ def settings_of(words: list[str]) -> Settings:
     """Settings from `key=value` words; UserError for an unknown key, a wrong type or value, or a missing one."""
     words = ["speed=true" if word == "--speed" else word for word in words]
     merged = merge([OmegaConf.structured(Settings)], words)
-    check_bounds(merged, BOUNDS)
     settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    bounds.check(Settings, settings)
     for key in ("benchmarks", "views", "exclude"):
         if not all(isinstance(item, str) and item for item in getattr(settings, key)):
             raise UserError(f"{key} holds something else than names; write '{key}=[NAME,NAME]' in quotes.")
@@ -218,6 +211,8 @@ class Evaluation:
         sampling = Sampling(s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         if s.endpoint:
             return Endpoint(s.endpoint, s.model, sampling, s.timeout)
+        for note in host.prepare_engine(os.environ, ROOT / ".cache", host.machine("cpu")):
+            self.console.print(note, markup=False, soft_wrap=True)
         self.console.print("starting vLLM")
         return LocalEngine(s.model, sampling, s.concurrency, s.vllm)
 

@@ -1,8 +1,8 @@
 """`python -m vopd.export CHECKPOINT OUT [--dtype bfloat16]`: a checkpoint's student as a Hugging Face model folder.
 
 CHECKPOINT is a folder such as runs/miniature/vision_opd/seed0/checkpoints/global_step_20 (`train.keep=N` keeps
-several). OUT is a new or empty folder, which transformers, vLLM and `python -m vopd.evaluate model=OUT` load. It takes no
-GPU, and the memory of one copy of the weights.
+several). OUT is a new or empty folder, which transformers, vLLM and `python -m vopd.evaluate model=OUT` load. It takes
+no GPU, and the memory of one copy of the weights.
 """
 
 from __future__ import annotations

@@ -132,6 +132,13 @@ def check_parquet(
                 raise UserError(f"{path}: row {row['id']}, column {column}: {error}") from error
 
 
+def check_enough_rows(path: Path, prompts: int) -> None:
+    """Refuse a training split (a parquet file, or shards of it) that has no whole batch of `prompts` rows."""
+    rows = schema.count_rows(path)
+    if rows < prompts:
+        raise UserError(f"{path}: has {rows} rows, fewer than train.prompts={prompts}; take fewer prompts.")
+
+
 def check_prompt_lengths(
     rows: Iterable[Mapping[str, Any]],
     processor: Any,

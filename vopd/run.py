@@ -20,7 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import checkpoints, provenance, resuming, watch
+from vopd import checkpoints, host, provenance, resuming, watch
 from vopd.backbone.launch import FAILURE, environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
@@ -137,10 +137,13 @@ class Run:
         return f"the same command resumes it from update {found[0].step}"
 
     def _check(self) -> None:
-        from vopd import preflight  # both pull in pyarrow: not for --help and mistyped words
+        from vopd import model_facts, preflight  # both pull in pyarrow: not for --help and mistyped words
         from vopd.backbone import recording
 
         config = self.config
+        here = host.machine(config.hardware.device)
+        for note in host.prepare_run(config, os.environ, environment(config), ROOT / ".cache", here):
+            self.console.print(note, markup=False, soft_wrap=True)
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
         preflight.check_attention(config.train.packed, config.model.attention)
@@ -148,6 +151,14 @@ class Run:
         model = Path(config.model.path)
         if config.hardware.device == "cpu" or model.is_absolute() or model.exists():
             preflight.check_model_folder(model)
+        tokens = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        model_facts.check(
+            model_facts.read(config.model.path),
+            config.model.path,
+            self.method.least_vocabulary,
+            tokens,
+            config.rollout.tensor_parallel,
+        )
         if config.rollout.replay:
             recording.check(
                 Path(config.rollout.replay), config.train.steps, config.train.prompts, config.train.rollouts
@@ -155,6 +166,7 @@ class Run:
         self.prepare_data()
         for split in self.splits():
             preflight.check_parquet(Path(config.data.folder) / f"{split}.parquet", COLUMNS)
+        preflight.check_enough_rows(Path(config.data.folder) / "train.parquet", config.train.prompts)
         self.data_hash()
         self._check_prompts()
 

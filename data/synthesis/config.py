@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data.synthesis import proposers
+from vopd import yaml_file
+from vopd.dotlist import MOST_SEED, TINY, check_bounds, merge
 from vopd.errors import UserError
-from vopd.words import MOST_SEED, TINY, check_bounds, merge
 
 
 @dataclass
@@ -194,13 +193,8 @@ def load(words: list[str]) -> DictConfig:
 
 def read(path: Path) -> DictConfig:
     """A YAML file that holds a mapping; raises `UserError`."""
-    try:
-        content = OmegaConf.load(path)
-    except (YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError) as error:
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: not readable as YAML ({said}).") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: a mapping of keys is expected.")
+    content = OmegaConf.create(yaml_file.read(path))
+    assert isinstance(content, DictConfig)
     return content
 
 

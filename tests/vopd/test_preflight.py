@@ -170,6 +170,13 @@ def test_parquet_is_empty(tmp_path):
     assert "no row" in refused(preflight.check_parquet, write_rows(tmp_path / "train.parquet", 0), COLUMNS)
 
 
+def test_a_batch_of_prompts_must_be_there(tmp_path):
+    file = write_rows(tmp_path / "train.parquet", 12)
+    preflight.check_enough_rows(file, 12)
+    message = refused(preflight.check_enough_rows, file, 13)
+    assert "has 12 rows, fewer than train.prompts=13" in message
+
+
 @pytest.mark.parametrize("content", [b"not an image", png()[:100], b"", None])
 @pytest.mark.parametrize(("column", "row"), [("image", 0), ("crop", 49)])
 def test_image_is_no_image(tmp_path, column, row, content):
