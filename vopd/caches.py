@@ -7,11 +7,16 @@ or of another program counts as absent and is made again. A full or read-only ca
 
 from __future__ import annotations
 
+import atexit
+import errno
 import hashlib
 import os
+import shutil
 import sys
 import tempfile
 from pathlib import Path
+
+from vopd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]  # not from vopd.config, which pulls in torch
 VARIABLE = "VOPD_CACHE"
@@ -57,6 +62,22 @@ def store(kind: str, key: str, content: bytes = b"") -> bool:
     return True
 
 
+def workspace(kind: str, key: str) -> Path:
+    """A folder that a library may fill for this key; a temporary one where the cache cannot be written."""
+    folder = place() / kind / key
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+        reason = os.strerror(errno.EACCES)
+    except OSError as error:
+        reason = str(error.strerror)
+    _note(f"the cache {place()} cannot be written ({reason}); going on without it")
+    temporary = Path(tempfile.mkdtemp(prefix="vopd-cache-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
 def write_whole(file: Path, content: bytes) -> None:
     """Replace a file by one with this content, or leave everything as it was. `OSError` as the system says."""
     handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
@@ -69,6 +90,23 @@ def write_whole(file: Path, content: bytes) -> None:
     except BaseException:
         Path(partial).unlink(missing_ok=True)
         raise
+
+
+def results_folder(folder: Path, setting: str = "run_dir=...") -> Path:
+    """Make sure that results can be written to a folder; `UserError` names the ways to another place."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable, reason = os.access(folder, os.W_OK | os.X_OK), os.strerror(errno.EACCES)
+        if not writable and os.statvfs(folder).f_flag & os.ST_RDONLY:
+            reason = os.strerror(errno.EROFS)
+    except OSError as error:
+        writable, reason = False, str(error.strerror)
+    if not writable:
+        raise UserError(
+            f"{folder}: results cannot be written there ({reason}); set VOPD_RUNS to a folder that can be written, "
+            f"or give {setting}"
+        )
+    return folder
 
 
 def _head(content: bytes) -> bytes:

@@ -23,8 +23,10 @@ from typing import Any, Protocol
 
 from omegaconf import OmegaConf
 
+import vopd.views
 from vopd import caches, provenance
 from vopd.caches import ROOT
+from vopd.views import VIEWS
 
 FILE = "started.json"
 """In a run folder: the parts that the run was started with."""
@@ -34,7 +36,15 @@ PLACES = (
 )  # fmt: skip
 """Settings that do not decide a result: places (their content is a part of its own), needs, logging, saving."""
 UNKNOWN = "with which code, data and base model it was made is not known"
+ASKING = ("rollout", "evaluate", "hardware", "model", "verl")
+NOT_ASKING = (
+    "rollout.temperature", "rollout.top_p", "rollout.train_share", "rollout.record",
+    "evaluate.every", "evaluate.validation_rows",
+)  # fmt: skip
+"""Settings that may change answers are in the sections ASKING, but for these: they are greedy, and asked at the end."""
 CODE = ("vopd", "baselines", "data")
+SCORING = ("vopd/evaluation/scoring",)
+LAUNCHING = ("vopd/backbone/launch.py",)
 TRAINING = ("vopd/backbone/*.py", "vopd/backbone/*.yaml")
 """Where the training process starts; verl and Ray load these files by name, the others are imported from them."""
 
@@ -67,14 +77,44 @@ def of(run: Run) -> Parts:
         "data": run.data_hash(),
         "base model": run.model_hash(),
         **recording(config.rollout.replay),
+        **settings_files(config),
         **libraries(),
         "device": device(config.hardware.device),
     }
 
 
+def answers(run: Run, views: Sequence[str]) -> dict[str, Any]:
+    """All that decides how the base model answers before training, by name: the key of its kept answers.
+
+    It is the same for every seed and method, as long as these views are asked. The method's own module counts only
+    where one of them comes from there.
+    """
+    config = run.config
+    asked = {
+        key: value
+        for key, value in settings(config).items()
+        if key.split(".")[0] in ASKING and key not in NOT_ASKING
+    }
+    return {
+        **files([*training(), *view_files(views, config)], config.recipe_folder),
+        "data": run.data_hash(),
+        "base model": run.model_hash(),
+        **libraries(),
+        "device": device(config.hardware.device),
+        "views": list(views),
+        **asked,
+    }
+
+
+def view_files(views: Sequence[str], config: Any) -> list[Path]:
+    """The method's file if one of the views is not of `vopd.views` itself; its imports follow from there."""
+    strangers = [view for view in views if VIEWS[view].__module__ != vopd.views.__name__]
+    return method_files(config.method.module, config.recipe_folder) if strangers else []
+
+
 def settings(config: Any) -> dict[str, Any]:
     """Settings that decide a result, under dotted names; a module that is named by file counts by its name alone."""
-    plain = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
+    plain: Any = OmegaConf.to_container(config, resolve=True) if OmegaConf.is_config(config) else config
     found = {
         key: value
         for key, value in _flat(plain, "")
@@ -88,6 +128,11 @@ def differences(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[str
     """Names of the parts (or settings) that differ, are new or are gone; in the order of `now`."""
     names = dict.fromkeys([*now, *recorded])
     return [name for name in names if recorded.get(name) != now.get(name)]
+
+
+def of_code(parts: Mapping[str, str]) -> Parts:
+    """The parts that are code: the repository's, the recipe's, and the files that its settings name."""
+    return {name: value for name, value in parts.items() if name.startswith(("code ", "recipe ", "file "))}
 
 
 def why(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
@@ -138,6 +183,18 @@ def recording(folder: str | None) -> Parts:
     return {"recording": provenance.hash_files(Path(folder).glob("*.parquet"))} if folder else {}
 
 
+def settings_files(config: Any) -> Parts:
+    """Files that the method's own settings name, from the recipe's folder or the repository: their content counts."""
+    found: Parts = {}
+    for key, value in settings(config).items():
+        if key.startswith("method.") and key != "method.module" and isinstance(value, str) and value:
+            for folder in (Path(config.recipe_folder or "."), ROOT):
+                if _short(value) and (file := folder / value).is_file():
+                    found[f"file of {key}"] = provenance.hash_files([file])
+                    break
+    return found
+
+
 def libraries() -> Parts:
     """Versions of what decides a result."""
     return {f"library {name}": version for name, version in provenance.library_versions().items()}
@@ -153,19 +210,24 @@ def device(kind: str) -> str:
     return " + ".join(sorted(cards)) or kind
 
 
-def files(starts: Iterable[Path], recipe_folder: str | None = None, root: Path = ROOT) -> Parts:
+def files(
+    starts: Iterable[Path], recipe_folder: str | None = None, root: Path = ROOT, but: Sequence[str] = ()
+) -> Parts:
     """A part for each file and for each that it imports, directly or not: the repository's and the user's own.
 
     Args:
         starts: files to begin with.
         recipe_folder: where modules of the user's own are looked for first.
         root: the repository.
+        but: files of the repository, or folders, that are left out with what they alone import.
     """
     beside = Path(recipe_folder).resolve() if recipe_folder else None
+    left_out = [root / name for name in but]
     found: set[Path] = set()
     waiting = [file.resolve() for file in starts if file.is_file()]
     while waiting:
-        if (file := waiting.pop()) not in found:
+        file = waiting.pop()
+        if file not in found and not any(file.is_relative_to(place) for place in left_out):
             found.add(file)
             waiting += _imported(file, root)
             if not _is_code(file, root):
@@ -273,8 +335,11 @@ def _parse(file: Path, *state: int) -> tuple[Sequence[tuple[int, str]], Sequence
 
 
 def _may_name(word: str) -> bool:
-    simple = 0 < len(word) <= 200 and word.isprintable()
-    return simple and not word.startswith(("/", "~")) and ".." not in Path(word).parts
+    return _short(word) and not word.startswith(("/", "~")) and ".." not in Path(word).parts
+
+
+def _short(word: str) -> bool:
+    return len(word) > 0 and word.isprintable() and len(word.encode()) <= 200
 
 
 def _flat(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

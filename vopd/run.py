@@ -20,16 +20,19 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import provenance, watch
+from vopd import caches, fingerprint, provenance, watch
 from vopd.backbone.launch import FAILURE, environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
+from vopd.evaluation.records import read_records
 from vopd.method import build, final_views
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = "holdout"  # a family that training never sees; a data set need not have one
 INTERRUPTED = 130
+BEGUN = ("metrics.jsonl", "checkpoints", "rollouts")
+"""What a run folder holds once generation or training has begun."""
 
 
 def _interrupt(*_: Any) -> None:
@@ -78,14 +81,17 @@ class Run:
 
     def go(self) -> int:
         """Train and evaluate unless that is done already; print the result."""
+        caches.results_folder(self.folder)
         self._claim_folder()
         if not (self.folder / "summary.json").exists():
             self._check()
+            self._begin()
             outcome = self._train()
             if outcome.code:
                 return self._fail(outcome.code)
             self._summarise(outcome)
         else:
+            self._check_finished()
             self.console.print("finished before; remove the folder to run it again")
         self.console.print((self.folder / "summary.txt").read_text(), markup=False, soft_wrap=True)
         self.console.print(f"records, plots and the trained model: {self.folder}", soft_wrap=True)
@@ -107,6 +113,42 @@ class Run:
                 shutil.rmtree(self.folder / "records", ignore_errors=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, file)
+
+    def _check_finished(self) -> None:
+        """Refuse to show the result of other code, data or weights as the result of those of now."""
+        file = self.folder / "summary.json"
+        try:
+            recorded = json.loads(file.read_text(encoding="utf-8"))["run"].get("fingerprint")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is not the summary of a run; remove the folder to run it again."
+            ) from error
+        self.prepare_data()
+        if why := fingerprint.why(recorded, fingerprint.of(self)):
+            raise UserError(
+                f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
+                "run_dir=... to keep it, or remove the folder to run it again."
+            )
+
+    def _begin(self) -> None:
+        """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
+        now = fingerprint.of(self)
+        if why := fingerprint.why(fingerprint.read(self.folder), now):
+            if any((self.folder / name).exists() for name in BEGUN):
+                raise UserError(
+                    f"{self.folder} holds an unfinished run with other inputs than now: {why}; give another "
+                    "run_dir=... to keep it, or remove the folder to begin anew."
+                )
+            # No update was made yet: the base model's answers are asked anew, or taken from where they are kept.
+            for name in ("records/before.jsonl", "evaluations.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            fingerprint.write(self.folder, now)
+        self.origin = {  # as it is now: what is edited while the run goes on has no part in it
+            "code": provenance.code_version(ROOT),
+            "code_hash": provenance.code_hash(ROOT),
+            "scorer": provenance.scorer(ROOT),
+            "fingerprint": now,
+        }
 
     def _check(self) -> None:
         from vopd import preflight  # both pull in pyarrow: not for --help and mistyped words
@@ -153,11 +195,14 @@ class Run:
         config = self.config
         views = sorted(final_views(self.method))
         template = _plain(config.rollout.chat_template)
-        key = provenance.hash_json(
-            [self.data_hash(), self.model_hash(), config.rollout.max_prompt_tokens, template, views]
+        code = fingerprint.files(
+            [ROOT / "vopd" / "preflight.py", *fingerprint.view_files(views, config)], config.recipe_folder
         )
-        stamp = ROOT / ".cache" / "checked_prompts" / key
-        if stamp.exists():
+        limit = config.rollout.max_prompt_tokens
+        key = provenance.hash_json(
+            [self.data_hash(), self.model_hash(), limit, template, views, code, fingerprint.libraries()]
+        )
+        if caches.read("checked_prompts", key) is not None:
             return
         from transformers import AutoProcessor
 
@@ -170,10 +215,8 @@ class Run:
                 folder / f"{split}.parquet", ("id", "image", "crop", "question", "answer", "options")
             )
             outlined = (schema.outline(row, folder) for row in rows)
-            limit = config.rollout.max_prompt_tokens
             preflight.check_prompt_lengths(outlined, processor, limit, views, template)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
+        caches.store("checked_prompts", key)
 
     def splits(self) -> list[str]:
         """Names of the splits of this run: the hold-out is one of them if the data has it."""
@@ -192,22 +235,21 @@ class Run:
         return self._data_hash
 
     def model_hash(self) -> str:
-        """Hash of the model folder's files; of the name for a model on the hub."""
-        folder = Path(self.config.model.path)
-        if not folder.is_dir():
-            return provenance.hash_json(str(folder))
-        return provenance.hash_files(
-            f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja")
-        )
+        """Hash of the model folder's files; of name and revision for a model on the hub."""
+        if not hasattr(self, "_model_hash"):
+            self._model_hash = provenance.model_hash(self.config.model.path)
+        return self._model_hash
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
     def _train(self) -> watch.Outcome:
         (self.folder / FAILURE).unlink(missing_ok=True)
-        cached, before = self._cached_evaluation(), self.folder / "records" / "before.jsonl"
-        if cached.exists() and not before.exists():
+        before = self.folder / "records" / "before.jsonl"
+        key = provenance.hash_json(fingerprint.answers(self, final_views(self.method)))
+        kept = caches.read("evaluations", key)
+        if kept is not None and not before.exists():
             before.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cached, before)
+            caches.write_whole(before, kept)
         self.console.print(
             f"{self.config.recipe} on {self.config.profile}, seed {self.config.seed}: {self.config.train.steps} "
             f"updates of {self.config.train.prompts} prompts x {self.config.train.rollouts}\n"
@@ -216,39 +258,9 @@ class Run:
         env = {**os.environ, **environment(self.config)}
         command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
         outcome = watch.run(command, self.folder, env, ROOT, self.console)
-        if before.exists() and not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(before, cached)
+        if kept is None and before.exists() and not read_records(before).torn:
+            caches.store("evaluations", key, before.read_bytes())
         return outcome
-
-    def _cached_evaluation(self) -> Path:
-        """Where the base model's answers are kept: the same weights, data and sampling give the same records."""
-        config = self.config
-        sampling = [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens]
-        rows = [config.evaluate.test_rows, config.evaluate.holdout_rows]
-        template = _plain(config.rollout.chat_template)
-        code = provenance.hash_files(
-            [
-                *(ROOT / "vopd/evaluation/scoring").glob("*.py"),
-                ROOT / "vopd/views.py",
-                ROOT / "vopd/backbone/rendering.py",
-                ROOT / "vopd/vllm_delta_rule.py",
-                *(ROOT / "vopd/backbone").glob("verl*.yaml"),
-            ]
-        )
-        key = provenance.hash_json(
-            [
-                self.model_hash(),
-                self.data_hash(),
-                sampling,
-                rows,
-                final_views(self.method),
-                template,
-                code,
-                provenance.library_versions(),
-            ]
-        )
-        return ROOT / ".cache" / "evaluations" / f"{key}.jsonl"
 
     def _fail(self, code: int) -> int:
         file = self.folder / FAILURE
@@ -268,9 +280,7 @@ class Run:
             "recipe": self.config.recipe,
             "profile": self.config.profile,
             "seed": self.config.seed,
-            "code": provenance.code_version(ROOT),
-            "code_hash": provenance.code_hash(ROOT),
-            "scorer": provenance.scorer(ROOT),
+            **self.origin,
             "data_hash": self.data_hash(),
             "model_hash": self.model_hash(),
             "libraries": provenance.library_versions(),
@@ -296,11 +306,11 @@ def _absolute(config: DictConfig) -> DictConfig:
     """Paths of the repository's own things hold from any current folder."""
     runs = Path(config.run_dir)
     config.run_dir = str(runs if runs.is_absolute() else ROOT / runs)
-    config.data.folder = str(ROOT / config.data.folder)
+    config.data.folder = str(caches.inside(config.data.folder))
     if config.rollout.replay:
-        config.rollout.replay = str(ROOT / config.rollout.replay)
-    if (ROOT / config.model.path).exists():
-        config.model.path = str(ROOT / config.model.path)
+        config.rollout.replay = str(caches.inside(config.rollout.replay))
+    if (model := caches.inside(config.model.path)).exists():
+        config.model.path = str(model)
     return config
 
 

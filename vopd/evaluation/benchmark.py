@@ -23,11 +23,12 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, UnidentifiedImageError
 from yaml import YAMLError
 
+from vopd import caches
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
 from vopd.evaluation.scoring.numbers import parse_gold_number
-from vopd.provenance import hash_json
+from vopd.provenance import hash_contents, hash_json
 
 ROOT = Path(__file__).resolve().parents[2]  # not from vopd.config, which pulls in torch
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -116,12 +117,15 @@ class Question:
 class Questions:
     """The questions of one benchmark, and their pictures on demand."""
 
-    def __init__(self, name: str, spec: Benchmark, table: Any, folder: Path, revision: str | None) -> None:
+    def __init__(
+        self, name: str, spec: Benchmark, files: Sequence[Path], folder: Path, revision: str | None
+    ) -> None:
         self.name, self.spec, self.revision = name, spec, revision
-        self._table, self._folder = table, folder
+        self._table, self._files, self._folder = (table := _table(files, spec)), files, folder
         _check_columns(name, spec, table.column_names)
         columns = [c for c in (spec.columns.image, spec.columns.crop) if c]
-        self.questions = [self._question(i, row) for i, row in enumerate(table.remove_columns(columns))]
+        self._bare = table.remove_columns(columns)  # without the embedded pictures
+        self.questions = [self._question(i, row) for i, row in enumerate(self._bare)]
         _check_ids(name, self.questions)
 
     @property
@@ -132,6 +136,15 @@ class Questions:
     def digest(self) -> str:
         """sha256 of what is asked and scored."""
         return hash_json([[q.id, q.prompt, q.answer, q.cluster] for q in self.questions])
+
+    def content_hash(self) -> str:
+        """sha256 over the files, and over the pictures that they name."""
+        named = (
+            [self._folder / self.spec.pictures.format(**row) for row in self._bare]
+            if self.spec.pictures
+            else []
+        )
+        return hash_contents([*self._files, *(file for file in named if file.is_file())])
 
     def picture(self, question: Question, view: str) -> bytes:
         """The encoded picture as published."""
@@ -211,7 +224,7 @@ def load(name: str, data: Path) -> Questions:
         UserError: no such benchmark, files or columns; two questions of one id; a gold answer not of its type.
     """
     name, spec = find(name)
-    folder = ROOT / spec.folder if spec.folder else data / name
+    folder = caches.inside(spec.folder) if spec.folder else data / name
     revision = None
     if spec.hub and (not folder.is_dir() or (folder / LOCK).is_file()):
         revision = _download(spec, folder)
@@ -221,7 +234,7 @@ def load(name: str, data: Path) -> Questions:
             "run `python -m data.miniature.prepare` first" if spec.folder else "put the published files there"
         )
         raise UserError(f"{name}: no files {spec.files} in {folder}; {how}.")
-    return Questions(name, spec, _table(files, spec), folder, revision)
+    return Questions(name, spec, files, folder, revision)
 
 
 def _download(spec: Benchmark, folder: Path) -> str:
@@ -256,6 +269,7 @@ def _table(files: Sequence[Path], spec: Benchmark) -> Any:
     extra: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
     if files[0].suffix == ".tsv":
         extra["sep"] = "\t"
+    extra["cache_dir"] = str(caches.workspace("datasets", hash_contents(files)))  # as in data/schema.py
     table = datasets.load_dataset(reader, data_files=[str(f) for f in files], split="train", **extra)
     for column in (spec.columns.image, spec.columns.crop):
         if column in table.column_names and isinstance(table.features[column], datasets.Image):

@@ -15,6 +15,7 @@ from typing import Literal
 
 from vopd.evaluation.records import Record, drop_torn_line
 from vopd.evaluation.scoring import parse_answer
+from vopd.provenance import hash_json
 
 State = Literal["right", "wrong", "failed"]
 TEXTS = ("short", "free")
@@ -26,6 +27,8 @@ Reference answer: {gold}
 Response: {response}
 
 Does the response commit itself to the reference answer? Reply with "yes" or "no" only."""
+ASKED = hash_json(_QUESTION)[:16]
+"""Stands in each verdict, so that one that was asked for with other words is not taken for one of today's."""
 
 
 def wants_judge(record: Record) -> bool:
@@ -34,15 +37,19 @@ def wants_judge(record: Record) -> bool:
     return bool(record.response.strip()) and (record.parsed is None or differs)
 
 
-def read_verdicts(path: Path) -> dict[tuple[str, str], State]:
-    """Last verdict of each question and view; a line torn by a kill is no verdict."""
-    verdicts: dict[tuple[str, str], State] = {}
+def read_verdicts(path: Path, judge: str | None = None) -> dict[tuple[str, str], State]:
+    """Last verdict of each question and view; a line torn by a kill is no verdict.
+
+    judge: its model's name, or None: whoever gave the last verdict. Those of other judges, and of the same one asked
+    with other words, do not count.
+    """
+    lines = []
     if path.is_file():
         complete = path.read_text(encoding="utf-8").rpartition("\n")[0]
-        for line in complete.splitlines():
-            fields = json.loads(line)
-            verdicts[fields["id"], fields["view"]] = fields["verdict"]
-    return verdicts
+        lines = [json.loads(line) for line in complete.splitlines()]
+    lines = [fields for fields in lines if fields.get("asked") == ASKED]
+    judge = judge or (lines[-1]["judge"] if lines else None)
+    return {(f["id"], f["view"]): f["verdict"] for f in lines if f["judge"] == judge}
 
 
 async def judge(
@@ -54,7 +61,7 @@ async def judge(
 
     from vopd.evaluation.engines import client
 
-    known = read_verdicts(path)
+    known = read_verdicts(path, model)
     todo = iter([r for r in records if wants_judge(r) and known.get((r.id, r.view), "failed") == "failed"])
     server = client(url, timeout)
     if path.is_file():
@@ -73,6 +80,7 @@ async def judge(
             says = parse_answer(reply, "yes/no").value
             verdict = {"yes": "right", "no": "wrong", None: "failed"}[says]
             line = {"id": record.id, "view": record.view, "verdict": verdict, "judge": model, "reply": reply}
+            line["asked"] = ASKED
             file.write(json.dumps(line) + "\n")
             file.flush()
             advance()

@@ -23,6 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
+from vopd.caches import results_folder
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.report import comparison, curves, gallery, page, published, tables
@@ -69,7 +70,7 @@ def words(arguments: Sequence[str]) -> Words:
 def write(c: Comparison, out: Path) -> None:
     """table.md, report.html and report.json."""
     sheets = tables.sheets(c)
-    out.mkdir(parents=True, exist_ok=True)
+    results_folder(out, "out=...")
     text = f"# Comparison\n\n{tables.verdict(c)}\n\n" + "\n".join(to_markdown(sheet) for sheet in sheets)
     made = page.html(c, sheets, curves.pictures(c), gallery.make(c.groups))
     content = json.dumps(_numbers(c), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
