@@ -164,17 +164,18 @@ def read(folder: Path) -> Parts | None:
 # ---- the parts ------------------------------------------------------------------------------------------------------
 
 
-def training(root: Path = ROOT) -> list[Path]:
+def training() -> list[Path]:
     """The files that the training process starts from, whatever the method."""
-    return [file for pattern in TRAINING for file in sorted(root.glob(pattern))]
+    return [file for pattern in TRAINING for file in sorted(ROOT.glob(pattern))]
 
 
 def method_files(module: str, recipe_folder: str | None) -> list[Path]:
     """The file of a method's module, given as in `vopd.method.load_module`."""
     if module.endswith(".py"):
         return [Path(recipe_folder or ".") / module]
-    loaded = sys.modules.get(module)
-    origin = getattr(loaded, "__file__", None) or _spec(module)
+    if (file := ROOT / f"{module.replace('.', '/')}.py").is_file():
+        return [file]
+    origin = getattr(sys.modules.get(module), "__file__", None) or _spec(module)
     return [Path(origin)] if origin else []
 
 
@@ -211,39 +212,38 @@ def device(kind: str) -> str:
 
 
 def files(
-    starts: Iterable[Path], recipe_folder: str | None = None, root: Path = ROOT, but: Sequence[str] = ()
+    starts: Iterable[Path], recipe_folder: str | None = None, but: Sequence[str] = ()
 ) -> Parts:
     """A part for each file and for each that it imports, directly or not: the repository's and the user's own.
 
     Args:
         starts: files to begin with.
         recipe_folder: where modules of the user's own are looked for first.
-        root: the repository.
         but: files of the repository, or folders, that are left out with what they alone import.
     """
     beside = Path(recipe_folder).resolve() if recipe_folder else None
-    left_out = [root / name for name in but]
+    left_out = [ROOT / name for name in but]
     found: set[Path] = set()
     waiting = [file.resolve() for file in starts if file.is_file()]
     while waiting:
         file = waiting.pop()
         if file not in found and not any(file.is_relative_to(place) for place in left_out):
             found.add(file)
-            waiting += _imported(file, root)
-            if not _is_code(file, root):
+            waiting += _imported(file, ROOT)
+            if not _is_code(file):
                 waiting += [*(_imported(file, beside) if beside else ()), *_installed(file), *_named(file)]
-    parts = {_name(file, beside, root): provenance.hash_files([file])[:16] for file in found}
+    parts = {_name(file, beside): provenance.hash_files([file])[:16] for file in found}
     return dict(sorted(parts.items(), key=lambda part: (part[0].startswith("code"), part[0])))
 
 
-def _is_code(file: Path, root: Path) -> bool:
-    return file.is_relative_to(root) and file.relative_to(root).parts[0] in CODE
+def _is_code(file: Path) -> bool:
+    return file.is_relative_to(ROOT) and file.relative_to(ROOT).parts[0] in CODE
 
 
-def _name(file: Path, beside: Path | None, root: Path) -> str:
+def _name(file: Path, beside: Path | None) -> str:
     """Without the place: from the repository, from the recipe's folder, or from the folder of its package."""
-    if _is_code(file, root):
-        return f"code {file.relative_to(root).as_posix()}"
+    if _is_code(file):
+        return f"code {file.relative_to(ROOT).as_posix()}"
     top = file.parent
     while (top / "__init__.py").is_file():
         top = top.parent
@@ -308,17 +308,14 @@ def _named(file: Path) -> set[Path]:
 
 
 def _parsed(file: Path) -> tuple[Sequence[tuple[int, str]], Sequence[str]]:
-    if file.suffix != ".py":
-        return (), ()
-    state = file.stat()
-    return _parse(file, state.st_mtime_ns, state.st_ctime_ns, state.st_size)
+    return _parse(file.read_bytes()) if file.suffix == ".py" else ((), ())
 
 
 @lru_cache(maxsize=1024)
-def _parse(file: Path, *state: int) -> tuple[Sequence[tuple[int, str]], Sequence[str]]:
+def _parse(code: bytes) -> tuple[Sequence[tuple[int, str]], Sequence[str]]:
     """(level, dotted name) of every import, those in functions too, and the words that may name a file."""
     try:
-        tree = ast.parse(file.read_bytes())
+        tree = ast.parse(code)
     except (SyntaxError, ValueError):  # said where it is imported
         return (), ()
     imports: dict[tuple[int, str], None] = {}

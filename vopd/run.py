@@ -123,8 +123,9 @@ class Run:
             raise UserError(
                 f"{file} is not the summary of a run; remove the folder to run it again."
             ) from error
-        self.prepare_data()
-        if why := fingerprint.why(recorded, fingerprint.of(self)):
+        if recorded:  # else there is nothing to compare with, and the data need not be made
+            self.prepare_data()
+        if why := fingerprint.why(recorded, fingerprint.of(self) if recorded else {}):
             raise UserError(
                 f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
                 "run_dir=... to keep it, or remove the folder to run it again."
