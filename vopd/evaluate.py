@@ -250,7 +250,7 @@ class Evaluation:
             [ROOT / "vopd" / "evaluation" / "engines.py"], but=fingerprint.SCORING + fingerprint.LAUNCHING
         )
         own = {} if self.settings.endpoint else fingerprint.libraries()
-        return {**code, "files of the benchmark": questions.content_hash(), **own}
+        return {**code, "content of the files": questions.content_hash(), **own}
 
     def _judge(self, folder: Path) -> None:
         s = self.settings

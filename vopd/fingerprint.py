@@ -211,9 +211,7 @@ def device(kind: str) -> str:
     return " + ".join(sorted(cards)) or kind
 
 
-def files(
-    starts: Iterable[Path], recipe_folder: str | None = None, but: Sequence[str] = ()
-) -> Parts:
+def files(starts: Iterable[Path], recipe_folder: str | None = None, but: Sequence[str] = ()) -> Parts:
     """A part for each file and for each that it imports, directly or not: the repository's and the user's own.
 
     Args:

@@ -97,7 +97,7 @@ def code_of(run: Run) -> Mapping[str, str]:
 
 def _code_hash(run: Run) -> str:
     parts = code_of(run)
-    return hash_json(parts) if len(parts) > 1 else parts["code"]
+    return parts.get("code") or hash_json(parts)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
