@@ -2,7 +2,7 @@
 
 RECIPE is a name below recipes/ or the path of a YAML file. The words are Hydra overrides; `profile=NAME` chooses
 hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. An interrupted run goes on where its
-last checkpoint is; a finished one is shown again.
+last checkpoint is; a finished one is shown again. Either is refused if what it was made from has changed.
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class Run:
         """Refuse to show the result of other code, data or weights as the result of those of now."""
         file = self.folder / "summary.json"
         try:
-            recorded = json.loads(file.read_text(encoding="utf-8"))["run"].get("fingerprint")
+            facts = json.loads(file.read_text(encoding="utf-8"))["run"]
+            recorded = facts.get("fingerprint")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{file} is not the summary of a run; remove the folder to run it again."
@@ -130,6 +131,10 @@ class Run:
                 f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
                 "run_dir=... to keep it, or remove the folder to run it again."
             )
+        if not (self.folder / "summary.txt").exists():  # killed between the two
+            from vopd.report.summary import render, summarise
+
+            (self.folder / "summary.txt").write_text(render(summarise(self.folder, facts)))
 
     def _begin(self) -> None:
         """Go on with what is in the folder only if it was started with the inputs of now; write these down."""

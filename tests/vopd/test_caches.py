@@ -34,8 +34,8 @@ def test_the_place_is_the_variable_s_then_the_checkout_s_then_the_user_s(
     monkeypatch.setenv("XDG_CACHE_HOME", "/x/caches")
     assert caches.place() == Path("/x/caches/vopd")
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert caches.place() == Path("/home/someone/.cache/vopd")
+    monkeypatch.setenv("HOME", "/people/someone")
+    assert caches.place() == Path("/people/someone/.cache/vopd")
 
 
 def test_settings_that_begin_with_cache_follow_it(cache: Path) -> None:

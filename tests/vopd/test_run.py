@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,18 @@ def test_a_finished_run_of_unknown_inputs_is_not_shown(
     with pytest.raises(UserError, match=said):
         start(folder)
     assert contents(folder) == before
+
+
+def test_a_finished_run_without_its_text_is_written_again(fake: Fake, tmp_path: Path) -> None:
+    place = Path(__file__).parent / "report" / "synthetic.py"
+    spec = spec_from_file_location("synthetic", place)
+    assert spec and spec.loader
+    synthetic = module_from_spec(spec)
+    spec.loader.exec_module(synthetic)
+    folder = synthetic.make_run(tmp_path, fixed=0.3, fingerprint=fake.parts)
+    assert not (folder / "summary.txt").exists()
+    assert start(folder) == 0 and fake.asked == 0
+    assert "hold-out" in (folder / "summary.txt").read_text()
 
 
 @pytest.mark.parametrize("begun", run.BEGUN)
