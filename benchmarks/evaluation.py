@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vopd import pictures
+from vopd import caches, pictures
 from vopd.evaluation import asking, benchmark
 from vopd.evaluation.engines import LocalEngine, Sampling
 
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=40)
     args = parser.parse_args()
 
-    questions = benchmark.load(args.benchmark, benchmark.ROOT / ".cache/benchmarks")
+    questions = benchmark.load(args.benchmark, caches.inside(".cache/benchmarks"))
     sampling = Sampling(thinking=False, temperature=0.0, top_p=1.0, max_tokens=args.max_tokens, seed=42)
     engine = LocalEngine(args.model, sampling, args.concurrency, {})
     todo = [(q, "full") for q in questions.questions[: args.rows]]

@@ -25,8 +25,9 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from data import tables
-from vopd import ownership, pictures
+from vopd import caches, ownership, pictures
 from vopd.errors import UserError
+from vopd.provenance import hash_contents
 
 FEATURES = Features(
     {
@@ -309,19 +310,22 @@ def count_rows(path: Path, columns: Sequence[str] = ()) -> int:
 
 
 def split_hash(path: Path) -> str:
-    """sha256 over the split's files, and over name and size of every image they name by path."""
+    """sha256 over the split's files, and over name, size and content of every image they name by path."""
     digest = hashlib.sha256()
     for file in shards(path):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(bytes.fromhex(hash_contents([file])))
+    named: dict[Path, None] = {}
     for row in _paths(path):
         for cell in row.values():
             if cell and cell["path"]:
                 try:
                     size = image_file(cell["path"], path.parent).stat().st_size
+                    named[path.parent / cell["path"]] = None
                 except (OSError, UserError):
                     size = -1  # validation says what is wrong with it
                 digest.update(f"{cell['path']}\0{size}\n".encode())
+    if named:
+        digest.update(hash_contents(named).encode())
     return digest.hexdigest()
 
 
@@ -437,7 +441,11 @@ def check_split(path: Path) -> int:
 
 
 def encoded(files: Sequence[Path]) -> Dataset:
-    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`, columns have their own types."""
+    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`, columns have their own types.
+
+    The library keeps its converted copy by path and time of change, so a file that was replaced by one of the same time
+    would be read from the old copy: each content gets a folder of its own.
+    """
     features = Features(
         {name: Image(decode=False) if name in ALL_IMAGES else kind for name, kind in FEATURES.items()}
     )
@@ -447,6 +455,7 @@ def encoded(files: Sequence[Path]) -> Dataset:
         columns=list(COLUMNS),
         batch_size=tables.MOST_ROWS,
         keep_in_memory=False,
+        cache_dir=str(caches.workspace("datasets", hash_contents(files))),
     )
 
 

@@ -21,7 +21,7 @@ from omegaconf import MISSING, OmegaConf
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vopd import bounds, host, provenance
+from vopd import bounds, caches, fingerprint, host, provenance
 from vopd.bounds import above, within
 from vopd.chat import one_line
 from vopd.dotlist import merge
@@ -138,8 +138,8 @@ class Evaluation:
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, self.console = settings, console
         self.folder = _from_root(settings.out) / model_name(settings.model)
-        if (ROOT / settings.model).is_dir():
-            settings.model = str(ROOT / settings.model)
+        if (model := _from_root(settings.model)).is_dir():
+            settings.model = str(model)
         self.sets = [benchmark.load(name, _from_root(settings.data)) for name in settings.benchmarks]
         for questions in self.sets:
             if not set(settings.views) & set(questions.views):
@@ -229,6 +229,7 @@ class Evaluation:
             "data": questions.digest(),
             **{key: getattr(s, key) for key in ("thinking", "temperature", "top_p", "max_tokens", "seed")},
         }
+        made_from = self._made_from(questions)
         file = folder / "settings.json"
         before = _read_settings(file)
         if before is None:
@@ -248,11 +249,27 @@ class Evaluation:
                     f"{folder}: its records were made with {key} {before.get(key)!r}, now {key} is {now[key]!r}; "
                     "give another out=... or remove the folder."
                 )
+            if why := fingerprint.why(before.get("made_from"), made_from):
+                raise UserError(
+                    f"{folder}: its records do not go with those of now: {why}; give another out=... or remove the "
+                    "folder."
+                )
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        caches.results_folder(folder, "out=...")
         more = {"revision": questions.revision, "libraries": provenance.library_versions()}
-        more["code"] = provenance.code_version(ROOT)
+        more |= {"code": provenance.code_version(ROOT), "made_from": made_from}
         _write(file, now | more)
+
+    def _made_from(self, questions: benchmark.Questions) -> dict[str, str]:
+        """What decides an answer beside the settings: the code that asks, the files, this machine's libraries.
+
+        Scoring is not among them: figures are computed anew from the responses each time.
+        """
+        code = fingerprint.files(
+            [ROOT / "vopd" / "evaluation" / "engines.py"], but=fingerprint.SCORING + fingerprint.LAUNCHING
+        )
+        own = {} if self.settings.endpoint else fingerprint.libraries()
+        return {**code, "content of the files": questions.content_hash(), **own}
 
     def _judge(self, questions: benchmark.Questions, folder: Path) -> list[str]:
         s = self.settings
@@ -314,16 +331,11 @@ def model_name(model: str) -> str:
 
 def model_hash(model: str) -> str | None:
     """Hash of a model folder's files; None for a name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    return provenance.hash_files(
-        f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja")
-    )
+    return provenance.model_hash(model) if Path(model).is_dir() else None
 
 
 def _from_root(path: str) -> Path:
-    return ROOT / path  # an absolute path stays itself
+    return caches.inside(path)  # an absolute path stays itself
 
 
 def _progress(console: Console) -> Progress:

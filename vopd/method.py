@@ -16,8 +16,9 @@ import importlib.util
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
@@ -244,6 +245,13 @@ def checked(prepared: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     return found
 
 
+class _FromSource(SourceFileLoader):
+    """Compiles the file as it is: Python's kept bytecode is told by whole seconds and size, and litters the folder."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_module(name: str, beside: Path | None = None) -> ModuleType:
     """Import a method module by dotted name, or by file path relative to the recipe that names it.
 
@@ -256,7 +264,8 @@ def load_module(name: str, beside: Path | None = None) -> ModuleType:
     if not path.is_file():
         raise UserError(f"method.module={name}: no such file ({path}).")
     module_name = f"vopd_recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    loader = _FromSource(module_name, str(path))
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module

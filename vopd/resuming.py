@@ -15,34 +15,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from vopd import checkpoints
+from vopd import checkpoints, fingerprint
 from vopd.backbone.history import History
 from vopd.errors import UserError
 
 CONFIG = "config.yaml"
-EARLY = frozenset(["started.json", "lock", "prepare.txt", "log.txt"])
+EARLY = frozenset([fingerprint.FILE, "lock", "prepare.txt", "log.txt"])
 """What may be there before config.yaml is."""
 MARKS = frozenset(["recipe", "profile", "method", "train", "rollout", "run_dir"])
 FREE = (
-    "run_dir",
-    "recipe_folder",
-    "data.folder",
-    "data.prepare",
-    "model.path",
-    "export",
-    "logging",
+    *fingerprint.PLACES,
     "train.steps",
-    "train.save_every",
-    "train.save_minutes",
-    "train.keep",
-    "train.max_skipped_updates",
-    "rollout.record",
     "evaluate.every",
     "evaluate.batch",
     "hardware.devices_per_node",
     "hardware.nodes",
-    "hardware.memory_gib",
-    "hardware.disk_gib",
 )
 """Keys, or sections, that a resumed run may be given anew. What model and data are is told by their hashes."""
 

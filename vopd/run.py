@@ -2,7 +2,8 @@
 
 RECIPE is a name below recipes/ or the path of a YAML file. The words are Hydra overrides; `profile=NAME` chooses
 hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. The same command resumes an interrupted
-run from its last checkpoint (docs/resuming.md); a finished one is shown again.
+run from its last checkpoint (docs/resuming.md); a finished one is shown again. Either is refused if what it was made
+from has changed.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,16 +20,18 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import checkpoints, host, provenance, resuming, watch
+from vopd import caches, checkpoints, fingerprint, host, provenance, resuming, watch
 from vopd.backbone.launch import FAILURE, environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
+from vopd.evaluation.records import read_records
 from vopd.method import build, final_views
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = "holdout"  # a family that training never sees; a data set need not have one
 INTERRUPTED = 130
+"""What a run folder holds once generation or training has begun."""
 
 
 def _interrupt(*_: Any) -> None:
@@ -77,12 +79,14 @@ class Run:
         self.folder = Path(self.config.run_dir)
         self.console = console
         self.method = build(_plain(self.config.method), Path(self.config.recipe_folder))
+        self.other_settings = False  # than those of what the folder holds
 
     def go(self) -> int:
         """Train and evaluate unless that is done already; print the result."""
         longer_than = self._claim_folder()
         if longer_than or not (self.folder / "summary.json").exists():
             self._check()
+            self._begin()
             if longer_than:
                 resuming.reopen(self.folder, longer_than)
             resuming.write_settings(self.config, self.folder)
@@ -91,6 +95,7 @@ class Run:
                 return self._fail(outcome.code)
             self._summarise(outcome)
         else:
+            self._check_finished()
             self.console.print("finished before; remove the folder to run it again")
         self.console.print((self.folder / "summary.txt").read_text(), markup=False, soft_wrap=True)
         self.console.print(f"records, plots and the trained model: {self.folder}", soft_wrap=True)
@@ -104,14 +109,7 @@ class Run:
         Returns the updates of a finished run that is to be trained further, 0 otherwise.
         """
         before = resuming.settings_of(self.folder)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"run_dir={self.folder}: cannot be made ({error.strerror}); give another."
-            ) from error
-        if not os.access(self.folder, os.W_OK):
-            raise UserError(f"run_dir={self.folder}: cannot be written; give another.")
+        caches.results_folder(self.folder)
         return self._check_same(before) if before is not None else 0
 
     def _check_same(self, before: dict[str, Any]) -> int:
@@ -123,8 +121,7 @@ class Run:
                 f"{self.folder} holds a run with another {changed[0]}: {then!r} then, {value!r} now; remove it or give "
                 "another run_dir."
             )
-        if changed:  # nothing but the base model's answers is there, which may be others now
-            (self.folder / "records" / "before.jsonl").unlink(missing_ok=True)
+        self.other_settings = bool(changed)
         steps, finished = before["train"]["steps"], (self.folder / "summary.json").exists()
         resuming.check_steps(self.folder, now["train"]["steps"], self.method.rollout.weights == "initial")
         return int(steps) if finished and now["train"]["steps"] != steps else 0
@@ -136,13 +133,56 @@ class Run:
             return "there is no checkpoint yet: the same command starts it again"
         return f"the same command resumes it from update {found[0].step}"
 
+    def _check_finished(self) -> None:
+        """Refuse to show the result of other code, data or weights as the result of those of now."""
+        file = self.folder / "summary.json"
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))["run"]
+            recorded = facts.get("fingerprint")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is not the summary of a run; remove the folder to run it again."
+            ) from error
+        if recorded:  # else there is nothing to compare with, and the data need not be made
+            self.prepare_data()
+        if why := fingerprint.why(recorded, fingerprint.of(self) if recorded else {}):
+            raise UserError(
+                f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
+                "run_dir=... to keep it, or remove the folder to run it again."
+            )
+        if not (self.folder / "summary.txt").exists():  # killed between the two
+            from vopd.report.summary import render, summarise
+
+            (self.folder / "summary.txt").write_text(render(summarise(self.folder, facts)))
+
+    def _begin(self) -> None:
+        """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
+        now = fingerprint.of(self)
+        why = fingerprint.why(fingerprint.read(self.folder), now)
+        if why or self.other_settings:
+            if resuming.has_results(self.folder):
+                raise UserError(
+                    f"{self.folder} holds an unfinished run with other inputs than now: {why}; give another "
+                    "run_dir=... to keep it, or remove the folder to begin anew."
+                )
+            # No update was made yet: the base model's answers are asked anew, or taken from where they are kept.
+            for name in ("records/before.jsonl", "evaluations.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            fingerprint.write(self.folder, now)
+        self.origin = {  # as it is now: what is edited while the run goes on has no part in it
+            "code": provenance.code_version(ROOT),
+            "code_hash": provenance.code_hash(ROOT),
+            "scorer": provenance.scorer(ROOT),
+            "fingerprint": now,
+        }
+
     def _check(self) -> None:
         from vopd import model_facts, preflight  # both pull in pyarrow: not for --help and mistyped words
         from vopd.backbone import recording
 
         config = self.config
         here = host.machine(config.hardware.device)
-        for note in host.prepare_run(config, os.environ, environment(config), ROOT / ".cache", here):
+        for note in host.prepare_run(config, os.environ, environment(config), caches.place(), here):
             self.console.print(note, markup=False, soft_wrap=True)
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
@@ -196,11 +236,14 @@ class Run:
         config = self.config
         views = sorted(final_views(self.method))
         template = _plain(config.rollout.chat_template)
-        key = provenance.hash_json(
-            [self.data_hash(), self.model_hash(), config.rollout.max_prompt_tokens, template, views]
+        code = fingerprint.files(
+            [ROOT / "vopd" / "preflight.py", *fingerprint.view_files(views, config)], config.recipe_folder
         )
-        stamp = ROOT / ".cache" / "checked_prompts" / key
-        if stamp.exists():
+        limit = config.rollout.max_prompt_tokens
+        key = provenance.hash_json(
+            [self.data_hash(), self.model_hash(), limit, template, views, code, fingerprint.libraries()]
+        )
+        if caches.read("checked_prompts", key) is not None:
             return
         from transformers import AutoProcessor
 
@@ -213,10 +256,8 @@ class Run:
                 folder / f"{split}.parquet", ("id", "image", "crop", "question", "answer", "options")
             )
             outlined = (schema.outline(row, folder) for row in rows)
-            limit = config.rollout.max_prompt_tokens
             preflight.check_prompt_lengths(outlined, processor, limit, views, template)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
+        caches.store("checked_prompts", key)
 
     def splits(self) -> list[str]:
         """Names of the splits of this run: the hold-out is one of them if the data has it."""
@@ -235,22 +276,21 @@ class Run:
         return self._data_hash
 
     def model_hash(self) -> str:
-        """Hash of the model folder's files; of the name for a model on the hub."""
-        folder = Path(self.config.model.path)
-        if not folder.is_dir():
-            return provenance.hash_json(str(folder))
-        return provenance.hash_files(
-            f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja")
-        )
+        """Hash of the model folder's files; of name and revision for a model on the hub."""
+        if not hasattr(self, "_model_hash"):
+            self._model_hash = provenance.model_hash(self.config.model.path)
+        return self._model_hash
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
     def _train(self) -> watch.Outcome:
         (self.folder / FAILURE).unlink(missing_ok=True)
-        cached, before = self._cached_evaluation(), self.folder / "records" / "before.jsonl"
-        if cached.exists() and not before.exists():
+        before = self.folder / "records" / "before.jsonl"
+        key = provenance.hash_json(fingerprint.answers(self, final_views(self.method)))
+        kept = caches.read("evaluations", key)
+        if kept is not None and not before.exists():
             before.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cached, before)
+            caches.write_whole(before, kept)
         self.console.print(
             f"{self.config.recipe} on {self.config.profile}, seed {self.config.seed}: {self.config.train.steps} "
             f"updates of {self.config.train.prompts} prompts x {self.config.train.rollouts}\n"
@@ -260,9 +300,8 @@ class Run:
         env = {**os.environ, **environment(self.config)}
         command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
         outcome = watch.run(command, self.folder, env, ROOT, self.console)
-        if before.exists() and not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(before, cached)
+        if kept is None and before.exists() and not read_records(before).torn:
+            caches.store("evaluations", key, before.read_bytes())
         return outcome
 
     def _from_where(self) -> str:
@@ -271,35 +310,6 @@ class Run:
         lines = [f"{sentence}; an older one is taken" for sentence in damaged]
         lines += [f"resuming from the checkpoint of update {newest.step}"] if newest else []
         return "".join(f"{line}\n" for line in lines)
-
-    def _cached_evaluation(self) -> Path:
-        """Where the base model's answers are kept: the same weights, data and sampling give the same records."""
-        config = self.config
-        sampling = [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens]
-        rows = [config.evaluate.test_rows, config.evaluate.holdout_rows]
-        template = _plain(config.rollout.chat_template)
-        code = provenance.hash_files(
-            [
-                *(ROOT / "vopd/evaluation/scoring").glob("*.py"),
-                ROOT / "vopd/views.py",
-                ROOT / "vopd/backbone/rendering.py",
-                ROOT / "vopd/vllm_delta_rule.py",
-                *(ROOT / "vopd/backbone").glob("verl*.yaml"),
-            ]
-        )
-        key = provenance.hash_json(
-            [
-                self.model_hash(),
-                self.data_hash(),
-                sampling,
-                rows,
-                final_views(self.method),
-                template,
-                code,
-                provenance.library_versions(),
-            ]
-        )
-        return ROOT / ".cache" / "evaluations" / f"{key}.jsonl"
 
     def _fail(self, code: int) -> int:
         file = self.folder / FAILURE
@@ -319,9 +329,7 @@ class Run:
             "recipe": self.config.recipe,
             "profile": self.config.profile,
             "seed": self.config.seed,
-            "code": provenance.code_version(ROOT),
-            "code_hash": provenance.code_hash(ROOT),
-            "scorer": provenance.scorer(ROOT),
+            **self.origin,
             "data_hash": self.data_hash(),
             "model_hash": self.model_hash(),
             "libraries": provenance.library_versions(),
@@ -347,11 +355,11 @@ def _absolute(config: DictConfig) -> DictConfig:
     """Paths of the repository's own things hold from any current folder."""
     runs = Path(config.run_dir)
     config.run_dir = str(runs if runs.is_absolute() else ROOT / runs)
-    config.data.folder = str(ROOT / config.data.folder)
+    config.data.folder = str(caches.inside(config.data.folder))
     if config.rollout.replay:
-        config.rollout.replay = str(ROOT / config.rollout.replay)
-    if (ROOT / config.model.path).exists():
-        config.model.path = str(ROOT / config.model.path)
+        config.rollout.replay = str(caches.inside(config.rollout.replay))
+    if (model := caches.inside(config.model.path)).exists():
+        config.model.path = str(model)
     return config
 
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from data import schema, sets, stamp
 from data.miniature import world
-from vopd import ownership
+from vopd import caches, ownership
 from vopd.errors import UserError
 
 LICENCE = "Apache-2.0"
@@ -108,7 +108,7 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(".cache/miniature"))
+    parser.add_argument("--out", type=Path, default=caches.inside(".cache/miniature"))
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)

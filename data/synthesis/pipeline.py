@@ -30,10 +30,11 @@ from data.synthesis import config as settings
 from data.synthesis import prompts, proposers
 from data.synthesis.client import Client, RejectedError, Request, ask_all, read_json
 from data.synthesis.journal import Journal, Record
-from vopd import ownership, pictures
+from vopd import fingerprint, ownership, pictures
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.clean import comparable
+from vopd.provenance import hash_contents
 from vopd.seeding import request_seed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -58,6 +59,8 @@ FIELDS: dict[str, dict[str, type]] = {
     "difficulty": {"right": bool},
     "row": {"row": dict},
 }
+UNMOVING = ("vopd/caches.py", "vopd/errors.py", "vopd/provenance.py", "vopd/fingerprint.py", "vopd/views.py")
+"""Code that the pipeline imports and that no row depends on."""
 
 
 @dataclass
@@ -145,7 +148,14 @@ class Pipeline:
 
     def crops(self) -> list[Record]:
         """The stages before the first question: one item an enlarged region."""
-        images = self.local("scan", _image_files(Path(self.config.images), self.out), self._scan)
+        folder = Path(self.config.images)
+        images = self.local("scan", _image_files(folder, self.out), self._scan)
+        for item in images:  # found under its name by an earlier start: is it still the same?
+            if hash_contents([folder / item["id"]])[:16] != item["image"]:
+                raise UserError(
+                    f"{folder / item['id']}: was changed since it was scanned; give the new image another name, or "
+                    "another out=."
+                )
         regions = self.local("filter", self._propose(images), self._filter)
         return self.local("crop", _each(regions, "regions"), self._crop)
 
@@ -439,6 +449,14 @@ def _bind(file: Path, config: DictConfig) -> None:
             raise UserError(
                 f"{file.parent}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
             )
+    code = fingerprint.files([Path(__file__)], but=UNMOVING)
+    recorded = fingerprint.read(file.parent)
+    if recorded and (why := fingerprint.why(recorded, code)):
+        raise UserError(
+            f"{file.parent}: holds a synthesis with {why}; give another out=, or remove {fingerprint.FILE} there to go "
+            "on with the results of both."
+        )
+    fingerprint.write(file.parent, code)
     _save(file, OmegaConf.to_yaml(config).encode())
 
 

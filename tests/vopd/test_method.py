@@ -1,6 +1,7 @@
 """The contract: what it refuses, how a method outside the repository is found, and its two aggregations."""
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,3 +189,13 @@ def test_pitfall_04_the_contract_hands_over_old_log_probs() -> None:
 def test_pitfall_04_twin_old_set_to_current_is_seen() -> None:
     with pytest.raises(AssertionError):
         check_loss_reads_old_log_probs(Ratio(outputs=("log_prob",), needs_old_log_probs=True, own=True))
+
+
+def test_a_module_is_what_its_file_says_now(tmp_path: Path) -> None:
+    """Python's kept bytecode would answer for a file of the same size and time."""
+    file = tmp_path / "mine.py"
+    for value in ("1", "2"):
+        file.write_text(f"rate = {value}\n")
+        os.utime(file, (1e9, 1e9))
+        assert contract.load_module("mine.py", tmp_path).rate == int(value)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

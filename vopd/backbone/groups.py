@@ -45,7 +45,7 @@ class GroupBuffer(seams.ReplayBuffer):
         super()._clear_groups(partition_id, uids)
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        """Most of a step may be spent here, and nothing is changing meanwhile: the place to answer a request to stop."""
+        """Most of a step may be spent here, and nothing changes meanwhile: a place to answer a request to stop."""
         stopping.check()
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 

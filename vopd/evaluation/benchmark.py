@@ -17,14 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vopd import pictures
+from vopd import caches, pictures
 from vopd.errors import UserError
 from vopd.evaluation import description
 from vopd.evaluation.description import BY_GOLD, PAIR, Benchmark, leads_out
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
 from vopd.evaluation.scoring.numbers import parse_gold_number
-from vopd.provenance import hash_json
+from vopd.provenance import hash_contents, hash_json
 
 ROOT = Path(__file__).resolve().parents[2]  # not from vopd.config, which pulls in torch
 FOLDER = Path(__file__).parent / "benchmarks"
@@ -54,9 +54,12 @@ class Question:
 class Questions:
     """The questions of one benchmark, and their pictures on demand."""
 
-    def __init__(self, name: str, spec: Benchmark, table: Any, folder: Path, revision: str | None) -> None:
+    def __init__(
+        self, name: str, spec: Benchmark, files: Sequence[Path], folder: Path, revision: str | None
+    ) -> None:
         self.name, self.spec, self.revision = name, spec, revision
-        self._folder = folder
+        self._files, self._folder = files, folder
+        table = _table(name, files, spec)
         # What is not named is not looked at: reading a cell can mean to open a file that it names.
         self._table = table.select_columns(_check_columns(name, spec, table.features))
         columns = [c for c in (spec.columns.image, spec.columns.crop) if c]
@@ -74,6 +77,12 @@ class Questions:
     def digest(self) -> str:
         """sha256 of what is asked and scored."""
         return hash_json([[q.id, q.prompt, q.answer, q.cluster] for q in self.questions])
+
+    def content_hash(self) -> str:
+        """sha256 over the files, and over the pictures that they name."""
+        rows = range(len(self._plain)) if self.spec.pictures else ()
+        named = [self._picture_file(index, self._row(index)) for index in rows]
+        return hash_contents([*self._files, *(file for file in named if file.is_file())])
 
     def picture(self, question: Question, view: str) -> bytes:
         """The encoded picture as published; PictureError if there is none."""
@@ -177,11 +186,11 @@ def load(name: str, data: Path) -> Questions:
         UserError: no such benchmark, files or columns; two questions of one id; a gold answer not of its type.
     """
     name, spec = find(name)
-    folder = ROOT / spec.folder if spec.folder else data / name
+    folder = caches.inside(spec.folder) if spec.folder else data / name
     revision = None
     if spec.hub and (not folder.is_dir() or (folder / LOCK).is_file()):
         revision = _download(spec, folder)
-    return Questions(name, spec, _table(name, _files(name, spec, folder), spec), folder, revision)
+    return Questions(name, spec, _files(name, spec, folder), folder, revision)
 
 
 def _files(name: str, spec: Benchmark, folder: Path) -> list[Path]:
@@ -262,6 +271,7 @@ def _table(name: str, files: Sequence[Path], spec: Benchmark) -> Any:
     extra: dict[str, Any] = {"keep_default_na": False} if suffix in (".csv", ".tsv") else {}
     if suffix == ".tsv":
         extra["sep"] = "\t"
+    extra["cache_dir"] = str(caches.workspace("datasets", hash_contents(files)))  # as in data/schema.py
 
     def read(some: Sequence[Path]) -> Any:
         return datasets.load_dataset(

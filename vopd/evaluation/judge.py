@@ -17,6 +17,7 @@ from vopd.chat import NoAnswerError, together
 from vopd.errors import UserError
 from vopd.evaluation.records import Record
 from vopd.evaluation.scoring import parse_answer
+from vopd.provenance import hash_json
 
 State = Literal["right", "wrong", "failed"]
 TEXTS = ("short", "free")
@@ -29,6 +30,8 @@ Reference answer: {gold}
 Response: {response}
 
 Does the response commit itself to the reference answer? Reply with "yes" or "no" only."""
+ASKED = hash_json(_QUESTION)[:16]
+"""Stands in each verdict, so that one that was asked for with other words is not taken for one of today's."""
 
 
 def wants_judge(record: Record) -> bool:
@@ -38,18 +41,20 @@ def wants_judge(record: Record) -> bool:
 
 
 def read_verdicts(path: Path, model: str | None = None) -> dict[tuple[str, str], State]:
-    """Last verdict of each question and view, of one judge if `model` is given; a line torn by a kill is no verdict.
+    """Last verdict of each question and view; a line torn by a kill is no verdict.
 
-    UserError naming the line that holds none.
+    model: of the judge, or None: whoever gave the last verdict. Those of other judges, and of the same one asked with
+    other words, do not count. UserError naming a line that holds none.
     """
-    verdicts: dict[tuple[str, str], State] = {}
+    lines: list[tuple[str, tuple[str, str], State]] = []
     for number, fields in jsonl.objects(path.read_bytes() if path.is_file() else b"", path):
         name, view, verdict = (fields.get(key) for key in ("id", "view", "verdict"))
         if not (isinstance(name, str) and isinstance(view, str) and verdict in get_args(State)):
             raise UserError(f"Line {number} of {path} holds no verdict; remove the line or the file.")
-        if model is None or fields.get("judge") == model:
-            verdicts[name, view] = cast(State, verdict)
-    return verdicts
+        if fields.get("asked") == ASKED:
+            lines.append((str(fields.get("judge")), (name, view), cast(State, verdict)))
+    model = model or (lines[-1][0] if lines else None)
+    return {key: verdict for judge, key, verdict in lines if judge == model}
 
 
 async def judge(
@@ -82,9 +87,8 @@ async def judge(
                 failures.append(f"judge, {record.split}/{record.id}/{record.view}: {error}")
                 in_a_row += 1
             verdict = {"yes": "right", "no": "wrong", None: "failed"}[says]
-            file.append(
-                {"id": record.id, "view": record.view, "verdict": verdict, "judge": model, "reply": reply}
-            )
+            line = {"id": record.id, "view": record.view, "verdict": verdict, "judge": model, "reply": reply}
+            file.append(line | {"asked": ASKED})
             advance()
 
     async with chat.Server(url, timeout) as server:

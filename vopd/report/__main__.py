@@ -24,6 +24,7 @@ from typing import Any
 from rich.console import Console
 
 from vopd import ownership
+from vopd.caches import results_folder
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.report import comparison, curves, gallery, page, published, tables
@@ -77,6 +78,7 @@ def words(arguments: Sequence[str]) -> Words:
 
 def write(c: Comparison, out: Path) -> None:
     """table.md, report.html and report.json; `UserError` where files by these names are someone's, or were edited."""
+    results_folder(out, "out=...")
     owned = ownership.claim(out, MAKER, tuple(NAMES), recognise=_made_before)
     sheets = tables.sheets(c)
     text = f"# Comparison\n\n{tables.verdict(c)}\n\n" + "\n".join(to_markdown(sheet) for sheet in sheets)

@@ -20,6 +20,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from vopd.caches import write_whole
 from vopd.errors import UserError
 from vopd.evaluation import statistics
 from vopd.evaluation.records import Record, answers, rates_by, read_packed, read_records, select
@@ -136,7 +137,7 @@ def summarise(run_dir: Path, extra: Mapping[str, Any]) -> Summary:
         run=dict(extra),
     )
     text = json.dumps(as_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
-    (run_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(run_dir / "summary.json", f"{text}\n".encode())
     return summary
 
 

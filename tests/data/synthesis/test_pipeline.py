@@ -21,6 +21,7 @@ from PIL import Image
 
 from data import audit, schema, synthesize, validate
 from data.synthesis import config, pipeline, prompts, proposers
+from vopd import fingerprint
 from vopd.config import ROOT
 from vopd.errors import UserError
 
@@ -227,6 +228,27 @@ def test_a_folder_belongs_to_one_run_and_its_settings(
         assert "another synthesis is writing here" in capsys.readouterr().err
     assert synthesize.main([*words, "crop.enlarge=3"]) == 2
     assert "another crop.enlarge" in capsys.readouterr().err
+
+
+def test_results_of_other_code_or_of_a_changed_image_are_not_gone_on_with(
+    stub_server: ModuleType, words_for: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "own", tmp_path / "out"
+    folder.mkdir()
+    Image.new("RGB", (400, 400)).save(folder / "blank.png")
+    with stub_server.StubServer() as stub:
+        words = words_for(stub.url, f"images={folder}")
+        assert synthesize.main(words) == 0 == synthesize.main(words)
+        recorded = fingerprint.read(out)
+        assert recorded and "code data/synthesis/prompts.py" in recorded
+        fingerprint.write(out, {**recorded, "code data/synthesis/prompts.py": "edited"})
+        assert synthesize.main(words) == 2
+        assert "a synthesis with another code data/synthesis/prompts.py" in capsys.readouterr().err
+        (out / fingerprint.FILE).unlink()  # the way on that the sentence names
+        assert synthesize.main(words) == 0
+        Image.new("RGB", (400, 400), "red").save(folder / "blank.png")
+        assert synthesize.main(words) == 2
+        assert "blank.png: was changed since it was scanned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("images", ["absent", "empty"])
