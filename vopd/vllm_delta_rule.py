@@ -142,8 +142,11 @@ def cpu_gdn_attention_core(
 
 def install() -> None:
     """Have vLLM register this operator in the place of its own; before it builds a model, in the same process."""
+    from vllm import _custom_ops
     from vllm.model_executor.layers.mamba.ops.cpu import gdn_attention
 
+    # On processors with AMX it packs the convolution's weight for its own operator, which knows bf16 alone.
+    _custom_ops.causal_conv1d_weight_pack = lambda weight_CK: weight_CK[:, None]
     # The operator's schema is read off the annotations, and the type of a layer's name differs with torch's version.
     theirs = get_type_hints(gdn_attention.cpu_gdn_attention_core)
     cpu_gdn_attention_core.__annotations__["layer_name"] = theirs["layer_name"]
