@@ -31,6 +31,7 @@ from data import crop_match, near_duplicates, schema, stamp, transforms
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES
 from vopd.preflight import prompt_lengths
+from vopd.terminal import say, visible
 
 BLOCKING = {
     "schema": "a column is missing or holds what it may not",
@@ -262,7 +263,7 @@ def _validate_split(
     split, folder = path.stem, path.parent
     report.hashes[split] = schema.split_hash(path)
     report.letters[split] = letters = Counter()
-    number, progress = 0, tqdm(desc=f"validate {split}", total=schema.count_rows(path), unit="row")
+    number, progress = 0, tqdm(desc=visible(f"validate {split}"), total=schema.count_rows(path), unit="row")
     for group in schema.batched_rows(schema.rows(path), 64):
         results = pool.map(lambda row: row_problems(row, folder), group)
         for offset, (row, (found, hash_)) in enumerate(zip(group, results, strict=True)):
@@ -362,10 +363,12 @@ def _with_files(rows: Iterable[dict[str, Any]], folder: Path, out: Path) -> Iter
 
 def prompts_for(model: str, limit: int) -> Prompts:
     """The processor of a model folder or hub id."""
-    from transformers import AutoProcessor  # slow to import, and needed with --model only
+    from vopd import preflight  # slow to import, and needed with --model only
 
     try:
-        return Prompts(AutoProcessor.from_pretrained(model), limit)
+        if Path(model).is_dir():
+            preflight.check_model_folder(Path(model))
+        return Prompts(preflight.load_processor(model), limit)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no processor could be loaded ({str(error).splitlines()[0]}).") from error
 
@@ -383,7 +386,7 @@ def main(arguments: list[str]) -> int:
     try:
         return _run(args)
     except UserError as error:
-        print(f"data.validate: {error}", file=sys.stderr)
+        say(f"data.validate: {error}")
         return UserError.exit_code
 
 
@@ -391,11 +394,11 @@ def _run(args: argparse.Namespace) -> int:
     prompts = prompts_for(args.model, args.max_prompt_tokens) if args.model else None
     paths = splits_of(args.path)
     report = stamped(args.path, prompts) if args.path.is_dir() else validate(paths, prompts)
-    print(report.text())
+    print(visible(report.text()))
     if args.quarantine and report.blocking:
         quarantine(paths, report, args.quarantine)
         rest = stamped(args.quarantine, prompts)
-        print(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}")
+        print(visible(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}"))
         report = rest
     return UserError.exit_code if report.blocking else 0
 

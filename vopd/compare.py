@@ -28,6 +28,7 @@ from vopd.report import __main__ as report
 from vopd.report import keep
 from vopd.report.runs import REPLACED
 from vopd.run import INTERRUPTED, Run, differences
+from vopd.terminal import Terminal, say
 
 STARTED = "started.json"
 """In a run folder: the code, data and base model that the run was started with, to go on only with the same."""
@@ -91,7 +92,7 @@ def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) 
     origin: dict[str, str] = {}
     for seed in seeds:
         for recipe in recipes:
-            run = Run(recipe, [*settings, f"seed={seed}"], Console(highlight=False))
+            run = Run(recipe, [*settings, f"seed={seed}"], Terminal())
             if not origin:  # the data and the model are the same for all of them
                 run.folder.mkdir(parents=True, exist_ok=True)
                 run.prepare_data()
@@ -255,9 +256,9 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        return run(arguments, start_run, Console(highlight=False))
+        return run(arguments, start_run, Terminal())
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
         print("vopd: interrupted; the same command goes on where it was.", file=sys.stderr)

@@ -28,6 +28,8 @@ from vopd.evaluation import asking, benchmark, judge, metrics, summary
 from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
 from vopd.evaluation.records import read_records
+from vopd.redaction import check_address, redacted
+from vopd.terminal import Terminal, say
 
 INTERRUPTED = 130
 ANSWERING = (
@@ -125,6 +127,8 @@ def settings_of(words: list[str]) -> Settings:
         raise UserError(f"views: {unknown[0]} is unknown; use full, crop or both.")
     if settings.concurrency < 1:
         raise UserError("concurrency must be at least 1.")
+    check_address("endpoint", settings.endpoint)
+    check_address("judge.endpoint", settings.judge.endpoint)
     if settings.judge.endpoint and not settings.judge.model:
         raise UserError("judge.endpoint needs judge.model, the name its server knows the judge by.")
     return settings
@@ -162,7 +166,7 @@ class Evaluation:
             for result in summaries:
                 self.console.print(summary.speed(result))
         for sentence in failures[:3]:
-            self.console.print(f"no answer: {sentence}", markup=False)
+            self.console.print(redacted(f"no answer: {sentence}"))
         if failures:
             self.console.print(f"{len(failures)} questions got no answer; the same command asks them again.")
         return int(bool(failures))
@@ -287,7 +291,7 @@ def _from_root(path: str) -> Path:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -304,13 +308,13 @@ def main(words: list[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(help_text())
         return 0
-    console = Console(highlight=False)
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Terminal(width=160)
     try:
         return Evaluation(settings_of(words), console).go()
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
         print("vopd: interrupted; the same command asks what is missing.", file=sys.stderr)

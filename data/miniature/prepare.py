@@ -18,6 +18,7 @@ from tqdm import tqdm
 from data import schema, stamp
 from data.miniature import world
 from vopd.errors import UserError
+from vopd.terminal import say
 
 LICENCE = "Apache-2.0"
 ROWS = {"train": 6241, "validation": 256, "test": 1024, "holdout": 512}
@@ -114,7 +115,7 @@ def main(arguments: list[str]) -> int:
     try:
         print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
     except UserError as error:
-        print(f"data.miniature: {error}", file=sys.stderr)
+        say(f"data.miniature: {error}")
         return UserError.exit_code
     return 0
 

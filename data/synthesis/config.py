@@ -14,6 +14,7 @@ from yaml import YAMLError
 
 from data.synthesis import proposers
 from vopd.errors import UserError
+from vopd.redaction import check_address
 
 
 @dataclass
@@ -176,6 +177,8 @@ def _read(path: Path) -> DictConfig:
 
 
 def _check(config: DictConfig) -> None:
+    check_address("server.base_url", config.server.base_url)
+    check_address("difficulty.base_url", config.difficulty.base_url)
     shares = {
         "answer.consensus": config.answer.consensus,
         "transforms.overlay": config.transforms.overlay,

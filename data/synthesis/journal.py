@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from vopd.errors import UserError
+from vopd.redaction import redacted
 
 Record = dict[str, Any]
 
@@ -42,9 +43,11 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Keep one record: in memory, and handed to the operating system before this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        # A server's refusal may repeat the key that it was sent.
+        line = redacted(json.dumps(record, ensure_ascii=False))
+        self._file.write(line.encode() + b"\n")
         self._file.flush()
-        self.records[record["id"]] = record
+        self.records[record["id"]] = json.loads(line)
 
     def accepted(self) -> list[Record]:
         """Records without a reason against them, sorted by id: the order does not depend on who answered first."""
