@@ -131,7 +131,9 @@ def processes(folder: Path) -> list[psutil.Process]:
 
 
 def _clear(folder: Path) -> None:
-    since = folder.stat().st_ctime if not (folder / LOCK).exists() else (folder / LOCK).stat().st_mtime
+    if not (folder / LOCK).exists():  # gone already
+        return
+    since = (folder / LOCK).stat().st_mtime
     left = processes(folder)
     # Asked first: multiprocessing's resource trackers then give back what they know of.
     for end in (psutil.Process.terminate, psutil.Process.kill):

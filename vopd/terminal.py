@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from rich.console import Console
 from rich.segment import Segment
+from rich.text import Text
 
 from vopd.redaction import redacted
 
@@ -56,6 +57,10 @@ class Terminal(Console):
 
     def __init__(self, **options: Any) -> None:
         super().__init__(**{"highlight": False, "markup": False, "emoji": False} | options)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Text is measured as it will be shown."""
+        return super().render_str(visible(text), **options)
 
     def render(self, *args: Any, **options: Any) -> Iterable[Segment]:
         """Segments of text pass `visible`; those that steer the terminal come from rich."""
