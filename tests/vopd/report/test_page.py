@@ -287,7 +287,7 @@ def renamed(runs: Path, folder: Path, **facts: str) -> Path:
 def test_names_from_a_summary_are_text_everywhere(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    name = "x|\n|y <img src=x onerror=1> [a](javascript:1) `b` \x1b]52;c;eA==\x07\u202e[/red]"
+    name = "x|\n|y <img src=x onerror=1> [a](javascript:1) `b` $\\frac$ \x1b]52;c;eA==\x07\u202e[/red]"
     run = renamed(runs, tmp_path, recipe=name, profile="</title><script>1</script>")
     assert report.main([str(run), f"out={tmp_path / 'out'}"]) == 0
     printed = capsys.readouterr().out
