@@ -22,7 +22,7 @@ from vopd.backbone.sockets import own
 from vopd.vllm_blocks import clear_used_blocks
 
 
-class WorkerExtension(loopback.Worker, vLLMColocateWorkerExtension):
+class WorkerExtension(vLLMColocateWorkerExtension, loopback.Worker):
     """See the module's docstring."""
 
     def _get_zmq_handle(self) -> str:
