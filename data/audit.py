@@ -33,6 +33,7 @@ from data import schema
 from data.near_duplicates import perceptual_hash
 from vopd import ownership
 from vopd.errors import UserError
+from vopd.terminal import say, visible
 
 # Measured on photographs and generated scenes: copies are up to 16 bits of 64 apart (a frame on a page of text),
 # others 14 and more; copies correlate by 0.81 and more, others by 0.13 at most.
@@ -48,6 +49,8 @@ NAMES = ("audit.html", "excluded.json")
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Contamination audit</title>
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; }
 td, th { padding: .4em 1em; text-align: left; vertical-align: top; }
@@ -114,7 +117,9 @@ def _opened(cell: dict[str, Any], folder: Path, where: str) -> Image.Image:
 def hashes(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     """(row id, column) of every image, and their 64-bit perceptual hashes as (n,) uint64."""
     keys, values = [], []
-    for row, column, picture in tqdm(pictures(path), desc=f"audit: hashes of {path.name}", disable=None):
+    for row, column, picture in tqdm(
+        pictures(path), desc=visible(f"audit: hashes of {path.name}"), disable=None
+    ):
         keys.append((row, column))
         values.append(perceptual_hash(picture))
     if not keys:
@@ -185,7 +190,7 @@ def audit(
     for name, path in (("test", test), ("train", train)):
         if wanted:
             for row, column, picture in tqdm(
-                pictures(path), desc=f"audit: candidates in {path.name}", disable=None
+                pictures(path), desc=visible(f"audit: candidates in {path.name}"), disable=None
             ):
                 if (name, row, column) in wanted:
                     small[name, row, column] = thumbnail(picture)
@@ -249,7 +254,7 @@ def main(words: list[str]) -> int:
         ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
         pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
     except UserError as error:
-        print(f"data.audit: {error}", file=sys.stderr)
+        say(f"data.audit: {error}")
         return error.exit_code
     excluded = sorted({pair.test for pair in pairs})
     record = {

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from data.synthesis import config
 from data.synthesis.pipeline import synthesize
 from vopd.errors import UserError
+from vopd.terminal import say
 
 
 def main(words: list[str]) -> int:
@@ -21,7 +22,7 @@ def main(words: list[str]) -> int:
     try:
         result = synthesize(config.load(words))
     except UserError as error:
-        print(f"data.synthesize: {error}", file=sys.stderr)
+        say(f"data.synthesize: {error}")
         return error.exit_code
     except OSError as error:  # a full disk, a folder that cannot be written
         print(

@@ -35,6 +35,7 @@ from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, is_correct
 from vopd.evaluation.scoring.parsed import unparsed
 from vopd.preflight import prompt_lengths
+from vopd.terminal import say, visible
 
 BLOCKING = {
     "schema": "a column is empty or holds what it may not: another type, text that is not UTF-8 or too long",
@@ -352,7 +353,7 @@ def _validate_split(
     texts = markers.pattern(prompts.processor.tokenizer if prompts else None)
     number, progress = (
         0,
-        tqdm(desc=f"validate {split}", total=schema.count_rows(path), unit="row", disable=None),
+        tqdm(desc=visible(f"validate {split}"), total=schema.count_rows(path), unit="row", disable=None),
     )
     for group in schema.batched_rows(schema.examined(path), 64):
         results = pool.map(lambda row: row_problems(row, folder, split, texts), group)
@@ -484,10 +485,12 @@ def _with_files(
 
 def prompts_for(model: str, limit: int) -> Prompts:
     """The processor of a model folder or hub id."""
-    from transformers import AutoProcessor  # slow to import, and needed with --model only
+    from vopd import preflight  # slow to import, and needed with --model only
 
     try:
-        return Prompts(AutoProcessor.from_pretrained(model), limit)
+        if Path(model).is_dir():
+            preflight.check_model_folder(Path(model))
+        return Prompts(preflight.load_processor(model), limit)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no processor could be loaded ({str(error).splitlines()[0]}).") from error
 
@@ -505,7 +508,7 @@ def main(arguments: list[str]) -> int:
     try:
         return _run(args)
     except UserError as error:
-        print(f"data.validate: {error}", file=sys.stderr)
+        say(f"data.validate: {error}")
         return UserError.exit_code
 
 
@@ -515,11 +518,11 @@ def _run(args: argparse.Namespace) -> int:
     if args.quarantine:
         check_quarantine(paths[0].parent, args.quarantine)
     report = stamped(args.path, prompts) if args.path.is_dir() else validate(paths, prompts)
-    print(report.text())
+    print(visible(report.text()))
     if args.quarantine and report.blocking:
         quarantine(paths, report, args.quarantine)
         rest = stamped(args.quarantine, prompts)
-        print(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}")
+        print(visible(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}"))
         report = rest
     if report.blocking:
         raise UserError(f"{args.quarantine or args.path}: {report.sentence()}")

@@ -31,6 +31,7 @@ from vopd.report import __main__ as report
 from vopd.report.runs import REPLACED
 from vopd.resuming import has_results
 from vopd.run import INTERRUPTED, Run
+from vopd.terminal import Terminal, say
 
 KEPT_BACK = ("seed", "run_dir")
 MOST_SEEDS = 100
@@ -102,7 +103,7 @@ def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) 
     found: list[Job] = []
     for seed in seeds:
         for recipe in recipes:
-            run = Run(recipe, [*settings, f"seed={seed}"], Console(highlight=False))
+            run = Run(recipe, [*settings, f"seed={seed}"], Terminal())
             if not found:  # the data is the same for all of them
                 results_folder(run.folder, "another place in VOPD_RUNS")
                 run.prepare_data()
@@ -255,9 +256,9 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        return run(arguments, start_run, Console(highlight=False))
+        return run(arguments, start_run, Terminal())
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
         print("vopd: interrupted; the same command goes on where it was.", file=sys.stderr)

@@ -30,6 +30,8 @@ from vopd.evaluation import asking, benchmark, judge, metrics, summary
 from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
 from vopd.evaluation.records import read_answers
+from vopd.redaction import check_address, redacted
+from vopd.terminal import Terminal, say
 
 INTERRUPTED = 130
 # Files of a benchmark's folder of records; settings.json says that they are ours.
@@ -127,6 +129,8 @@ def settings_of(words: list[str]) -> Settings:
         raise UserError(f"scorer={settings.scorer} is unknown; use {' or '.join(metrics.SCORERS)}.")
     if unknown := sorted(set(settings.views) - {"full", "crop"}) or ([] if settings.views else ["(none)"]):
         raise UserError(f"views: {unknown[0]} is unknown; use full, crop or both.")
+    check_address("endpoint", settings.endpoint)
+    check_address("judge.endpoint", settings.judge.endpoint)
     if settings.judge.endpoint and not settings.judge.model:
         raise UserError("judge.endpoint needs judge.model, the name its server knows the judge by.")
     return settings
@@ -164,7 +168,7 @@ class Evaluation:
             for result in summaries:
                 self.console.print(summary.speed(result))
         for sentence in [*failures[:3], *unjudged[:3]]:
-            self.console.print(f"no answer: {one_line(sentence, 500)}", markup=False)
+            self.console.print(redacted(f"no answer: {one_line(sentence, 500)}"))
         if failures:
             self.console.print(f"{len(failures)} questions got no answer; the same command asks them again.")
         if unjudged:
@@ -340,7 +344,7 @@ def _from_root(path: str) -> Path:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -357,13 +361,13 @@ def main(words: list[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(help_text())
         return 0
-    console = Console(highlight=False)
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Terminal(width=160)
     try:
         return Evaluation(settings_of(words), console).go()
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except OSError as error:  # a full disk, a folder that cannot be written or read
         where = f"{error.filename}: " if error.filename else ""

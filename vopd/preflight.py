@@ -19,6 +19,7 @@ import psutil
 from safetensors import SafetensorError, safe_open
 
 from data import schema
+from vopd import chat_template
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
@@ -27,6 +28,10 @@ GIB = 2**30
 SOCKET_LIMIT_BYTES = 107
 RAY_SOCKET_TAIL = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 MASKED_ATTENTION = ("sdpa", "eager")
+# Files of a model that name code of its own where it has some.
+DESCRIPTIONS = ("config", "tokenizer_config", "processor_config", "preprocessor_config", "generation_config")
+MOST_JSON_BYTES = 128 * 2**20  # the largest tokenizers take a quarter
+MOST_TEMPLATE_BYTES = 2**20
 
 
 def check_disk(folder: Path, needed_gb: float) -> None:
@@ -85,16 +90,30 @@ def check_temp_dir(temp_dir: Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is not a whole Hugging Face model: config, safetensors, tokenizer, processor, template."""
+    """Refuse a folder that is not a whole Hugging Face model: config, safetensors, tokenizer, processor, template.
+
+    Also one that names code of its own, which transformers would offer to run, or whose index leads out of it.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; give the folder that holds config.json.")
+    for file in (folder / f"{name}.json" for name in DESCRIPTIONS):
+        if file.exists() and "auto_map" in _read_json(file):
+            raise UserError(
+                f"{file}: names code of its own (auto_map), and code from a model folder is never run; take the key "
+                "out if transformers knows the model without it."
+            )
     processor = folder / "processor_config.json"
     if not processor.exists():
         processor = folder / "preprocessor_config.json"
     tokenizer_config = folder / "tokenizer_config.json"
     for file in (folder / "config.json", folder / "tokenizer.json", tokenizer_config, processor):
         _read_json(file)
-    if not (folder / "chat_template.jinja").exists() and "chat_template" not in _read_json(tokenizer_config):
+    template = folder / "chat_template.jinja"
+    if template.exists() and template.stat().st_size > MOST_TEMPLATE_BYTES:
+        raise UserError(
+            f"{template}: longer than {MOST_TEMPLATE_BYTES} bytes; copy it from the original folder."
+        )
+    if not template.exists() and "chat_template" not in _read_json(tokenizer_config):
         raise UserError(f"{folder}: no chat_template.jinja; copy it from the model's original folder.")
     for file in _weight_files(folder):
         try:
@@ -107,6 +126,20 @@ def check_model_folder(folder: Path) -> None:
             ) from error
         if not names:
             raise UserError(f"{file}: holds no tensor; fetch it again.")
+
+
+def load_processor(model: str) -> Any:
+    """The processor of a model folder or hub id; none of its code is run, and its chat template was tried.
+
+    Raises:
+        UserError: the template breaks a bound (`vopd/chat_template.py`).
+        OSError, ValueError: transformers cannot load it.
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    chat_template.check(processor.chat_template, model)
+    return processor
 
 
 def check_parquet(
@@ -163,12 +196,14 @@ def check_prompt_lengths(
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        if file.stat().st_size > MOST_JSON_BYTES:
+            raise UserError(f"{file}: longer than {MOST_JSON_BYTES} bytes; copy it again.")
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{file}: missing; copy the whole model folder, tokenizer and processor included."
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object; copy it again.")
@@ -178,7 +213,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index}: has no weight_map that names the files; copy it again.")
+        for name in names.values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"{index}: names the file {name[:200]!r}; only *.safetensors files beside it are read."
+                )
+        files = [folder / name for name in sorted(set(names.values()))]
         absent = [file for file in files if not file.exists()]
         if absent:
             raise UserError(f"{absent[0]}: missing although {index.name} lists it; fetch the whole model.")

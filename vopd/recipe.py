@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from vopd.errors import UserError
+from vopd.terminal import say
 
 YAML = """# {name}: what the run sets beside the profile; the defaults of `method` stand in {name}.py.
 method:
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe, module, test = new(given.name, given.out)
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     print(f"wrote {recipe}, {module}, {test}\nrun it: bash scripts/run_recipe.sh {recipe}")
     return 0

@@ -20,12 +20,24 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import caches, checkpoints, fingerprint, host, provenance, resuming, watch
+from vopd import (
+    caches,
+    checkpoints,
+    fingerprint,
+    host,
+    loopback,
+    provenance,
+    resuming,
+    scratch,
+    trackers,
+    watch,
+)
 from vopd.backbone.launch import FAILURE, environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records
 from vopd.method import build, final_views
+from vopd.terminal import Terminal, say
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
@@ -41,7 +53,7 @@ def _interrupt(*_: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input, 130 after Ctrl-C, 1 otherwise."""
-    console = Console(highlight=False)
+    console = Terminal()
     run: Run | None = None
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -53,7 +65,7 @@ def main(arguments: list[str]) -> int:
         run = Run(arguments[0], arguments[1:], console)
         return run.go()
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
         print(f"vopd: interrupted; {run.left() if run else 'nothing was begun'}.", file=sys.stderr)
@@ -186,6 +198,7 @@ class Run:
             self.console.print(note, markup=False, soft_wrap=True)
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
+        trackers.check(config.logging)
         preflight.check_attention(config.train.packed, config.model.attention)
         # A name that is no folder is a hub id, except on a CPU machine, which works offline.
         model = Path(config.model.path)
@@ -245,12 +258,10 @@ class Run:
         )
         if caches.read("checked_prompts", key) is not None:
             return
-        from transformers import AutoProcessor
-
         from data import schema
         from vopd import preflight
 
-        processor, folder = AutoProcessor.from_pretrained(config.model.path), Path(config.data.folder)
+        processor, folder = preflight.load_processor(config.model.path), Path(config.data.folder)
         for split in self.splits():
             rows = schema.rows(
                 folder / f"{split}.parquet", ("id", "image", "crop", "question", "answer", "options")
@@ -297,9 +308,12 @@ class Run:
             f"{self._from_where()}"
             f"starting Ray, the trainer and vLLM (log: {self.folder / 'log.txt'})"
         )
-        env = {**os.environ, **environment(self.config)}
-        command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
-        outcome = watch.run(command, self.folder, env, ROOT, self.console)
+        with scratch.scratch() as place:
+            env = {**os.environ, **environment(self.config), **scratch.environment(place)}
+            if self.config.hardware.nodes == 1:
+                env |= loopback.start(place)
+            command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
+            outcome = watch.run(command, self.folder, env, ROOT, self.console)
         if kept is None and before.exists() and not read_records(before).torn:
             caches.store("evaluations", key, before.read_bytes())
         return outcome
@@ -318,7 +332,7 @@ class Run:
             sentence, code = failure["sentence"].splitlines()[0], failure["code"]
         else:
             sentence = f"the training process died with code {code} (out of memory?)"
-        print(f"vopd: {sentence}\nvopd: the whole story is in {self.folder / 'log.txt'}", file=sys.stderr)
+        say(f"vopd: {sentence}", f"vopd: the whole story is in {self.folder / 'log.txt'}")
         return code if code in (1, UserError.exit_code) else 1
 
     def _summarise(self, outcome: watch.Outcome) -> None:

@@ -128,15 +128,15 @@ class _Drawing:
 
     def __init__(self, console: Console) -> None:
         columns = [
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}", markup=False),
         ]  # fmt: skip
         self.progress = Progress(*columns, console=console, refresh_per_second=2)
         self.tasks: dict[str, Any] = {}
 
     def show(self, event: dict[str, Any]) -> None:
         if event["kind"] == "note":
-            self.progress.console.print(f"[dim]{event['text']}[/dim]")
+            self.progress.console.print(event["text"], style="dim")
             return
         name = event["name"] if event["kind"] != "evaluation" else f"answering ({event['name']})"
         if name not in self.tasks:

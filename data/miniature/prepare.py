@@ -19,6 +19,7 @@ from data import schema, sets, stamp
 from data.miniature import world
 from vopd import caches, ownership
 from vopd.errors import UserError
+from vopd.terminal import say
 
 LICENCE = "Apache-2.0"
 MAKER = sets.MINIATURE
@@ -115,7 +116,7 @@ def main(arguments: list[str]) -> int:
     try:
         print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
     except UserError as error:
-        print(f"data.miniature: {error}", file=sys.stderr)
+        say(f"data.miniature: {error}")
         return UserError.exit_code
     return 0
 

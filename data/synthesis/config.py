@@ -14,6 +14,7 @@ from data.synthesis import proposers
 from vopd import yaml_file
 from vopd.dotlist import MOST_SEED, TINY, check_bounds, merge
 from vopd.errors import UserError
+from vopd.redaction import check_address
 
 
 @dataclass
@@ -203,6 +204,8 @@ def _check(config: DictConfig) -> None:
     for key in ("images", "out", "server.model"):
         if not OmegaConf.select(config, key).strip():
             raise UserError(f"{key} is empty; give {key}=...")
+    check_address("server.base_url", config.server.base_url)
+    check_address("difficulty.base_url", config.difficulty.base_url)
     if config.propose.proposer not in proposers.PROPOSERS:
         known = ", ".join(sorted(proposers.PROPOSERS))
         raise UserError(f"propose.proposer={config.propose.proposer} is unknown; use one of {known}.")

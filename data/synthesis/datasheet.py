@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vopd.markdown import escaped, fenced
 from vopd.ownership import Owned
 
 if TYPE_CHECKING:
@@ -19,14 +20,16 @@ def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict
     """Write datasheet.md into the synthesis's folder."""
     answers = Counter(row["answer"] for row in rows)
     families = Counter(row["family"] for row in rows)
-    text = f"""# {config.source}, synthesised
+    source, model = escaped(config.source), escaped(config.server.model)
+    small = escaped(config.difficulty.model or "none, so nothing was filtered by difficulty")
+    text = f"""# {source}, synthesised
 
-{len(rows)} rows in `train.parquet`, made by `python -m data.synthesize` from the images of {config.source}.
+{len(rows)} rows in `train.parquet`, made by `python -m data.synthesize` from the images of {source}.
 
-- **Licence of the images:** {config.licence}. Questions, answers and options come from `{config.server.model}`; its
+- **Licence of the images:** {escaped(config.licence)}. Questions, answers and options come from {model}; its
   licence may bind their use.
-- **Method:** after ZwZ (arXiv 2602.11858). Regions by `{_proposer(config)}`.
-- **Small model of the difficulty filter:** {config.difficulty.model or "none, so nothing was filtered by difficulty"}.
+- **Method:** after ZwZ (arXiv 2602.11858). Regions by {escaped(_proposer(config))}.
+- **Small model of the difficulty filter:** {small}.
 - **Right letters:** {_counts(answers)}.
 - **Families:** {_counts(families)}.
 - **Known problems:** answers are what one model agrees with itself on, not what is true. The set was not compared with
@@ -43,9 +46,7 @@ An item is an image up to `filter`, whose reasons count regions, then a region, 
 
 ## Settings
 
-```yaml
-{OmegaConf.to_yaml(config).rstrip()}
-```
+{fenced(OmegaConf.to_yaml(config).rstrip(), "yaml")}
 """
     owned.write_text("datasheet.md", text)
 
@@ -56,7 +57,7 @@ def _proposer(config: DictConfig) -> str:
 
 
 def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{key} {count}" for key, count in sorted(counter.items())) or "none"
+    return ", ".join(escaped(f"{key} {count}") for key, count in sorted(counter.items())) or "none"
 
 
 def _line(stage: Stage, config: DictConfig) -> str:

@@ -6,6 +6,7 @@ and an item whose id is in the file is never worked on again.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -13,6 +14,7 @@ from typing import Any
 
 from vopd import jsonl
 from vopd.errors import UserError
+from vopd.redaction import redacted
 
 Record = dict[str, Any]
 
@@ -34,6 +36,8 @@ class Journal:
 
     def append(self, record: Record) -> None:
         """Keep one record: in memory, and handed to the operating system before this returns."""
+        # A server's refusal may repeat the key that it was sent.
+        record = json.loads(redacted(json.dumps(record, ensure_ascii=False)))
         self._lines.append(record)
         self.records[record["id"]] = record
 

@@ -31,6 +31,7 @@ from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
 from vopd import ownership, pictures
 from vopd.errors import UserError
+from vopd.terminal import say, visible
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
 SAMPLE = 64
@@ -80,7 +81,7 @@ def _prepare(
     work.read_rows(folder / source.ROWS_FILE)
     rows = work.write_splits({split: settings[split] for split in ("test", "validation")}, settings["seed"])
     report = validate.stamped(out)
-    print(report.text())
+    print(visible(report.text()))
     if report.blocking:
         raise UserError(
             f"{out}: converted, but some rows did not pass; `python -m data.validate {out} --quarantine OTHER` "
@@ -347,7 +348,7 @@ def main(arguments: list[str]) -> int:
     try:
         meta = prepare(args.out, local, args.revision, choices)
     except UserError as error:
-        print(f"data.vision_opd_6k: {error}", file=sys.stderr)
+        say(f"data.vision_opd_6k: {error}")
         return UserError.exit_code
     rows = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
     print(f"{rows} rows; {meta['left_out']} left out; bbox is {meta['bbox']}; revision {meta['revision']}")

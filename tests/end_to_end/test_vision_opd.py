@@ -5,12 +5,16 @@ where an uninterrupted one ends. Its twin, a teacher that starts again, is injec
 (`tests/vopd/backbone/test_engine.py`).
 """
 
+import contextlib
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +27,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vopd import checkpoints
+from vopd import checkpoints, scratch
 from vopd.backbone import shards
 from vopd.config import ROOT
 from vopd.evaluation.records import read_records
@@ -34,6 +38,7 @@ BASE = ROOT / "data" / "miniature" / "base"
 TEACHER = shards.teacher_kind("ema:0.05")
 RUN_SECONDS = 900
 INTERRUPTED = 130
+CANARY = "canary12"
 TRACKERS = ["logging.tensorboard=true", "logging.wandb=true"]
 Words = Callable[[Path], list[str]]
 
@@ -42,7 +47,7 @@ def command(words: list[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "vopd.run", "vision_opd", *words]
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(words: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
     """The command of a run, its terminal in `log`. It takes Ctrl-C even where the tests run in the background."""
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -51,7 +56,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=log.parent,
-            env=os.environ | {"WANDB_MODE": "offline"},
+            env=os.environ | {"WANDB_MODE": "offline"} | more,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -106,9 +111,59 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path
     """The folder of an uninterrupted run of four updates."""
     place = tmp_path_factory.mktemp("whole")
     folder, log = place / "run", place / "terminal.txt"
-    code = finish(start([*words_for(folder), *TRACKERS], log), RUN_SECONDS)
+    (place / "home").mkdir()
+    caches = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    began = time.time()
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
+        process = start(
+            [*words_for(folder), *TRACKERS], log, TMPDIR=temporary, HOME=str(place / "home"), XDG_CACHE_HOME=caches,
+            MY_API_KEY=f"{CANARY}1", HF_TOKEN=f"{CANARY}2", OPENAI_API_KEY=f"{CANARY}3", WANDB_API_KEY=CANARY * 5,
+        )  # fmt: skip
+        heard: set[str] = set()
+        threading.Thread(target=listen, args=(process.pid, heard), daemon=True).start()
+        code = finish(process, RUN_SECONDS)
+        left = [*Path(temporary).iterdir(), *scratch.orphans(began)]
+    (place / "seen.json").write_text(
+        json.dumps({"heard": sorted(heard), "left": [str(path) for path in left]})
+    )
     assert code == 0, told(folder, log)
     return folder
+
+
+def listen(pid: int, heard: set[str]) -> None:
+    """Collect the addresses at which the process and those below it listen, until it ends."""
+    while psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.Error):
+            tree = {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+            found = [
+                c for c in psutil.net_connections("tcp") if c.pid in tree and c.status == psutil.CONN_LISTEN
+            ]
+            heard.update(c.laddr.ip for c in found)
+        time.sleep(0.5)
+
+
+def test_a_run_listens_at_the_loopback_alone(finished: Path) -> None:
+    """The trainer, Ray's daemons, vLLM, TransferQueue; on a machine that has other addresses, or this says nothing."""
+    heard = json.loads((finished.parent / "seen.json").read_text())["heard"]
+    others = {
+        a.address for found in psutil.net_if_addrs().values() for a in found if a.family == socket.AF_INET
+    }
+    assert heard and set(heard) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    if others == {"127.0.0.1"}:
+        pytest.skip("this machine has no address but the loopback")
+
+
+def test_a_run_leaves_nothing_outside_its_folder(finished: Path) -> None:
+    assert json.loads((finished.parent / "seen.json").read_text())["left"] == []
+    # matplotlib makes its folder of settings, empty, wherever it is imported.
+    home = [path for path in (finished.parent / "home").rglob("*") if path.is_file()]
+    assert home == []
+
+
+def test_no_secret_of_the_environment_is_in_any_file(finished: Path) -> None:
+    files = [path for path in finished.parent.rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from vopd import scratch
 from vopd.backbone import sockets, stopping, warm
 from vopd.backbone.progress import Progress
 from vopd.errors import UserError
+from vopd.redaction import redacted
 
 FAILURE = "failure.json"
 STOPPED = 130
@@ -61,13 +62,13 @@ def train(run_dir: Path) -> None:
     progress = Progress(run_dir)
     progress.note("loading torch, vLLM and verl")
     # Ray's sockets must fit in 107 characters, so its folder cannot be the run's.
-    with tempfile.TemporaryDirectory(prefix="vopd-", dir="/tmp", ignore_cleanup_errors=True) as ray_dir:
-        executable = {}
-        if run.hardware.device == "cpu":
-            address = Path(ray_dir) / "warm"
-            warm.start(address)
-            executable["py_executable"] = warm.executable(address)
-        _train(run, run_dir, progress, {"_temp_dir": ray_dir}, executable)
+    place = Path(os.environ[scratch.VARIABLE])
+    scratch.hold(place)
+    executable = {}
+    if run.hardware.device == "cpu":
+        warm.start(place / "warm")
+        executable["py_executable"] = warm.executable(place / "warm")
+    _train(run, run_dir, progress, {"_temp_dir": str(place)}, executable)
 
 
 def _train(
@@ -110,9 +111,9 @@ def main() -> int:
         Exception
     ) as error:  # the process boundary: the cause is handed to the terminal's process, then re-raised
         code = UserError.exit_code if isinstance(error, UserError) else 1
-        failure = {"sentence": str(error), "kind": type(error).__name__, "code": code}
+        failure = {"sentence": redacted(str(error)), "kind": type(error).__name__, "code": code}
         (run_dir / FAILURE).write_text(json.dumps(failure))
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         return code
     return 0
 

@@ -39,6 +39,7 @@ from vopd.backbone.policy_gradient import advantages
 from vopd.backbone.progress import Progress
 from vopd.backbone.rollout import early_workers, training_limit
 from vopd.backbone.servers import ServerManager
+from vopd.backbone.tracking import Trackers
 from vopd.backbone.worker import MethodWorker
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
@@ -81,6 +82,7 @@ class Trainer(seams.PPOTrainerSync):
         self.recorded = self._recorded()
         seams.use_server_manager(ServerManager)
         seams.use_replay_buffer(GroupBuffer)
+        seams.use_tracking(partial(Trackers, seams.Tracking, self.progress.note))
         super().__init__(config)
         # The training process is about to import and load for a while: load what comes next meanwhile.
         threading.Thread(
@@ -521,6 +523,9 @@ class Trainer(seams.PPOTrainerSync):
                     self.progress.note(f"saving the checkpoint of update {self.finished.step}")
                     self._save_checkpoint()
                 raise
+            finally:
+                if hasattr(self, "logger"):
+                    self.logger.finish()
         if self.vopd.export:
             self.progress.note("writing the trained weights")
             self.actor_rollout_wg.export(str(self.run_dir / "model"), self.vopd.export)

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import chat, pictures, vllm_delta_rule
+from vopd import chat, loopback, pictures, preflight, scratch, vllm_delta_rule
 from vopd.backbone.launch import environment
 from vopd.chat import NoAnswerError
 from vopd.errors import UserError
@@ -93,7 +93,7 @@ class Resizing:
         self._limits: Mapping[str, int] | None = None
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         if type(processor).__name__.startswith("Qwen2VL"):
             size = processor.size
             self._limits = {
@@ -205,17 +205,21 @@ class LocalEngine:
     def __init__(self, model: str, sampling: Sampling, concurrency: int, extra: Mapping[str, Any]) -> None:
         import torch
 
+        if Path(model).is_dir():
+            preflight.check_model_folder(Path(model))
+        place = scratch.for_this_process()
+        os.environ.update(loopback.start(place))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         os.environ.update(environment(OmegaConf.create({"hardware": {"device": device}})))
         os.environ.setdefault(
             "VLLM_LOGGING_LEVEL", "ERROR"
         )  # a line for every step would bury the progress bar
         _check_model(model)
-        from transformers import AutoProcessor, logging
+        from transformers import logging
 
         logging.set_verbosity_error()
         try:
-            self._processor = AutoProcessor.from_pretrained(model)
+            self._processor = preflight.load_processor(model)
             self._resizing = Resizing(model)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -349,6 +353,9 @@ def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dic
         "limit_mm_per_prompt": {"image": 1},
         "mamba_ssm_cache_dtype": "float32",
         "seed": seed,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "worker_extension_cls": "vopd.loopback.Worker",
     }
     if device != "cpu":
         return common

@@ -102,7 +102,7 @@ def percent(interval: Mapping[str, float] | None) -> str:
     """An interval in per cent: "66.9 [64.0, 69.7]"."""
     if interval is None:
         return "-"
-    return "{value:.1f} \\[{low:.1f}, {high:.1f}]".format(
+    return "{value:.1f} [{low:.1f}, {high:.1f}]".format(
         **{k: 100 * interval[k] for k in ("value", "low", "high")}
     )
 

@@ -26,11 +26,17 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write each run to <folder>/<profile>/[ablations|controls/]<recipe>/seed<k>; returns those folders.
 
     Raises:
-        UserError: two runs would land in one place (one recipe and seed with different settings), or a run lies there
-            itself, or something else than this run's record, which is not written over.
+        UserError: a run's recipe or profile is no name of a folder; two runs would land in one place (one recipe and
+            seed with different settings), or a run lies there itself, or something else than this run's record, which
+            is not written over.
     """
     targets: dict[Path, Run] = {}
     for run in runs:
+        for name in (str(run.facts["profile"]), run.recipe):
+            if Path(name).name != name or name in ("", "..") or not name.isprintable():
+                raise UserError(
+                    f"{run.folder}: its summary names a recipe or profile {name!r}; that is no name."
+                )
         kind = "" if run.kind == METHODS else run.kind
         target = folder / str(run.facts["profile"]) / kind / run.recipe / f"seed{run.seed}"
         if target in targets:

@@ -310,3 +310,45 @@ def test_the_documents_show_the_tables_of_the_committed_records(monkeypatch: pyt
     monkeypatch.setattr("vopd.evaluation.statistics.RESAMPLES", 9999)
     assert accuracies([KEPT]) in (ROOT / "README.md").read_text()
     assert accuracies([KEPT], "ablations") in (ROOT / "recipes" / "README.md").read_text()
+
+
+# ---- names from outside --------------------------------------------------------------------------------------------
+
+
+def renamed(runs: Path, folder: Path, **facts: str) -> Path:
+    """A copy of a run that says other things about itself."""
+    run = folder / "given" / "seed0"
+    shutil.copytree(runs / "good" / "seed0", run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["run"] |= facts
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_names_from_a_summary_are_text_everywhere(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "x|\n|y <img src=x onerror=1> [a](javascript:1) `b` $\\frac$ \x1b]52;c;eA==\x07\u202e[/red]"
+    run = renamed(runs, tmp_path, recipe=name, profile="</title><script>1</script>")
+    assert report.main([str(run), f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and "\u202e" not in printed
+    page, table = ((tmp_path / "out" / file).read_text() for file in ("report.html", "table.md"))
+    assert "<img src=x" not in page and "</title><script>" not in page and page.count("<script>") == 1
+    assert "<img" not in table and "](" not in table and "\x1b" not in table
+    pipes = {
+        len(re.findall(r"(?<!\\)\|", line)) for line in table.split("## ")[1].splitlines() if line[:1] == "|"
+    }
+    assert len(pipes) == 1  # every row of the table has as many cells
+
+
+@pytest.mark.parametrize(
+    "facts", [{"recipe": "../../x"}, {"profile": "../.."}, {"recipe": ".."}, {"recipe": "/x"}]
+)
+def test_a_summary_does_not_choose_where_its_record_is_kept(
+    runs: Path, tmp_path: Path, facts: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = renamed(runs, tmp_path, **facts)
+    assert report.main([str(run), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'a' / 'kept'}"]) == 2
+    assert "that is no name" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"given", "out"}
