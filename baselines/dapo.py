@@ -18,6 +18,7 @@ import torch
 
 from vopd.backbone.head import ScoreChunk
 from vopd.backbone.policy_gradient import TOKEN_MEAN, policy_loss
+from vopd.bounds import above
 from vopd.divergence import sampled_token_log_prob
 from vopd.method import Method, Rollout, Rollouts, UpdateBatch
 
@@ -26,9 +27,9 @@ from vopd.method import Method, Rollout, Rollouts, UpdateBatch
 class Settings:
     """Paper: clip 0.2 and 0.28; its buffer of 4,096 of 20,480 tokens is a fifth of the response limit."""
 
-    clip_low: float = 0.2
-    clip_high: float = 0.28
-    buffer: float = 0.2
+    clip_low: float = above(0.2, 0, 1)
+    clip_high: float = above(0.28, 0, 10)
+    buffer: float = above(0.2, 0, 1)
 
 
 def overlong_penalty(

@@ -19,6 +19,7 @@ import torch
 
 from vopd.backbone.head import ScoreChunk
 from vopd.backbone.policy_gradient import SEQUENCE_MEAN, aggregate, k3, policy_loss
+from vopd.bounds import above, within
 from vopd.divergence import sampled_token_log_prob
 from vopd.method import Method, Scorer, UpdateBatch
 
@@ -27,8 +28,8 @@ from vopd.method import Method, Scorer, UpdateBatch
 class Settings:
     """Paper: clip 0.2, mean over each response, advantage over the group's standard deviation. Its KL (0.04) is off."""
 
-    clip: float = 0.2
-    kl: float = 0.0
+    clip: float = above(0.2, 0, 1)
+    kl: float = within(0.0, 0, 1000)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ sum_v min(p_T(v) log(p_T(v) / p_S(v)), clip), and the teacher the initial weight
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,21 +17,23 @@ from typing import Any
 import torch
 
 from vopd.backbone.head import ScoreChunk
+from vopd.bounds import above, one_of, within
 from vopd.divergence import divergence_name, pointwise_forward_kl, top_k_tail_divergence
 from vopd.errors import UserError
-from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
+from vopd.method import WEIGHTS, Method, Scorer, UpdateBatch, sequence_mean
+from vopd.views import VIEWS
 
 
 @dataclass
 class Settings:
     """Defaults: the Vision-OPD paper's variant. `clip` takes the original's divergence, without top_k and beta."""
 
-    top_k: int | None = 100
-    beta: float = 0.5
-    clip: float | None = None
-    teacher: str = "ema"
-    teacher_rate: float = 0.05
-    teacher_view: str = "answer_hint"
+    top_k: int | None = within(100, 1, 10_000_000)
+    beta: float = within(0.5, 0, 1)
+    clip: float | None = above(None, 0, math.inf)
+    teacher: str = one_of("ema", *WEIGHTS)
+    teacher_rate: float = above(0.05, 0, 1)
+    teacher_view: str = one_of("answer_hint", *VIEWS)
 
 
 @dataclass(frozen=True)
@@ -70,5 +73,6 @@ def build(settings: Settings) -> Method:
     return OPSD(
         outputs=("divergence",),
         scorers={"teacher": Scorer(settings.teacher_view, settings.teacher, settings.teacher_rate)},
+        least_vocabulary=settings.top_k or 1,
         settings=settings,
     )

@@ -16,15 +16,17 @@ from typing import Any
 import torch
 
 from vopd.backbone.head import ScoreChunk
+from vopd.bounds import one_of
 from vopd.divergence import sampled_token_log_prob
 from vopd.method import Method, Rollout, Rollouts, UpdateBatch, sequence_mean
+from vopd.views import VIEWS
 
 
 @dataclass
 class Settings:
     """The Vision-OPD paper gives no settings for this baseline; the view is its teacher's."""
 
-    teacher_view: str = "crop"
+    teacher_view: str = one_of("crop", *VIEWS)
 
 
 @dataclass(frozen=True)

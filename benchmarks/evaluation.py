@@ -16,6 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from vopd import caches, pictures
 from vopd.evaluation import asking, benchmark
 from vopd.evaluation.engines import LocalEngine, Sampling
 
@@ -32,14 +33,12 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=40)
     args = parser.parse_args()
 
-    questions = benchmark.load(args.benchmark, benchmark.ROOT / ".cache/benchmarks")
+    questions = benchmark.load(args.benchmark, caches.inside(".cache/benchmarks"))
     sampling = Sampling(thinking=False, temperature=0.0, top_p=1.0, max_tokens=args.max_tokens, seed=42)
     engine = LocalEngine(args.model, sampling, args.concurrency, {})
     todo = [(q, "full") for q in questions.questions[: args.rows]]
-    given = [
-        engine.request(q.id, view, benchmark.decode(questions.picture(q, view), q.id), q.prompt)
-        for q, view in todo
-    ]
+    shown = {q.id: pictures.decode(questions.picture(q, view), benchmark.PICTURES) for q, view in todo}
+    given = [engine.request(q.id, view, shown[q.id], q.prompt) for q, view in todo]
 
     def bare() -> None:
         prompts, params = zip(*given, strict=True)

@@ -31,7 +31,9 @@ from tqdm import tqdm
 
 from data import schema
 from data.near_duplicates import perceptual_hash
+from vopd import ownership
 from vopd.errors import UserError
+from vopd.terminal import say, visible
 
 # Measured on photographs and generated scenes: copies are up to 16 bits of 64 apart (a frame on a page of text),
 # others 14 and more; copies correlate by 0.81 and more, others by 0.13 at most.
@@ -42,9 +44,13 @@ BLUR = 0.02
 ASPECT_TOLERANCE = 0.05
 FLAT = 1.0
 PICTURES = ("image", "original")
+MAKER = "data.audit"
+NAMES = ("audit.html", "excluded.json")
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>Contamination audit</title>
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <style>
 body { font: 15px/1.4 system-ui, sans-serif; margin: 2em; }
 td, th { padding: .4em 1em; text-align: left; vertical-align: top; }
@@ -96,24 +102,24 @@ def pictures(path: Path) -> Iterator[tuple[str, str, Image.Image]]:
             for row in group.to_pylist():
                 for column in PICTURES:
                     if row.get(column):
-                        yield row["id"], column, _opened(row[column], path.parent, f"{file}: row {row['id']}")
+                        where = f"{file}: row {row['id']}, column {column}"
+                        yield row["id"], column, _opened(row[column], path.parent, where)
 
 
 def _opened(cell: dict[str, Any], folder: Path, where: str) -> Image.Image:
     try:
-        picture = schema.open_image(cell, folder)
-        picture.draft("RGB", (2 * SIDE, 2 * SIDE))  # a large JPEG is decoded at a fraction of its size
-        return picture.convert("RGB")
+        with schema.open_image(cell, folder) as picture:
+            return picture.rgb(at_least=(2 * SIDE, 2 * SIDE))
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"{where}: not a whole image ({error}); replace it or leave the row out.") from error
 
 
 def hashes(path: Path) -> tuple[list[tuple[str, str]], np.ndarray]:
     """(row id, column) of every image, and their 64-bit perceptual hashes as (n,) uint64."""
     keys, values = [], []
-    for row, column, picture in tqdm(pictures(path), desc=f"audit: hashes of {path.name}"):
+    for row, column, picture in tqdm(
+        pictures(path), desc=visible(f"audit: hashes of {path.name}"), disable=None
+    ):
         keys.append((row, column))
         values.append(perceptual_hash(picture))
     if not keys:
@@ -183,7 +189,9 @@ def audit(
     small: dict[Key, np.ndarray] = {}
     for name, path in (("test", test), ("train", train)):
         if wanted:
-            for row, column, picture in tqdm(pictures(path), desc=f"audit: candidates in {path.name}"):
+            for row, column, picture in tqdm(
+                pictures(path), desc=visible(f"audit: candidates in {path.name}"), disable=None
+            ):
                 if (name, row, column) in wanted:
                     small[name, row, column] = thumbnail(picture)
     best: dict[tuple[str, str], Pair] = {}
@@ -196,8 +204,8 @@ def audit(
 
 
 def write(folder: Path, record: dict[str, Any], small: dict[Key, np.ndarray], tested: int) -> None:
-    """audit.html and excluded.json."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """audit.html and excluded.json; `UserError` where files by these names are someone's, or were edited."""
+    owned = ownership.claim(folder, MAKER, NAMES, recognise=_made_before)
     rows = [
         {
             **pair,
@@ -208,10 +216,15 @@ def write(folder: Path, record: dict[str, Any], small: dict[Key, np.ndarray], te
     ]
     page = jinja2.Environment(autoescape=True).from_string(PAGE)
     html = page.render(**{**record, "pairs": rows}, tested=tested)
-    for name, text in (("audit.html", html), ("excluded.json", json.dumps(record, indent=1) + "\n")):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / name)
+    owned.write_text("audit.html", html)
+    owned.write_text("excluded.json", json.dumps(record, indent=1) + "\n")
+
+
+def _made_before(file: Path) -> bool:
+    """Whether an earlier version of the audit wrote this."""
+    with file.open("rb") as stream:
+        start = stream.read(4096)
+    return b"<title>Contamination audit</title>" in start or start.startswith(b'{\n "benchmark": ')
 
 
 def _data_url(picture: np.ndarray) -> str:
@@ -238,9 +251,10 @@ def main(words: list[str]) -> int:
     """Exit code 0 whether copies were found or not, 2 for bad input."""
     args = arguments().parse_args(words)
     try:
+        ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
         pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
     except UserError as error:
-        print(f"data.audit: {error}", file=sys.stderr)
+        say(f"data.audit: {error}")
         return error.exit_code
     excluded = sorted({pair.test for pair in pairs})
     record = {

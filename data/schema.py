@@ -7,13 +7,15 @@ either way the folder can be moved.
 """
 
 import hashlib
-import io
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, TypedDict
 
@@ -21,9 +23,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
-from PIL import UnidentifiedImageError
 
+from data import tables
+from vopd import caches, ownership, pictures
 from vopd.errors import UserError
+from vopd.provenance import hash_contents
 
 FEATURES = Features(
     {
@@ -47,15 +51,12 @@ FEATURES = Features(
 COLUMNS = tuple(FEATURES)
 IMAGES = ("image", "crop")
 ALL_IMAGES = ("image", "original", "crop")
-FORMATS = ("PNG", "JPEG", "WEBP")
-MAX_PIXELS = 80_000_000
-MAX_BYTES = 128 * 2**20
-BATCH_BYTES = 32 * 2**20
+FORMATS = pictures.FORMATS
+MAX_PIXELS = pictures.MAX_PIXELS
+MAX_BYTES = pictures.MAX_BYTES
+ImageTooLargeError = pictures.ImageTooLargeError
+BATCH_BYTES = tables.BATCH_BYTES
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
-
-
-class ImageTooLargeError(UserError):
-    """An image with more pixels or bytes than are allowed: a decompression bomb, or a mistake."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ class Outline:
 
 class Triplet(TypedDict):
     """One row. Image cells are `{"bytes": ..., "path": None}` or `{"bytes": None, "path": "images/1.jpg"}` in a file
-    and PIL images when read.
+    and RGB PIL images when read.
 
     image: what the student sees, the red box drawn. original: the same without the box, None if it is not known.
     box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive. question: the whole text shown to
@@ -103,9 +104,7 @@ class Triplet(TypedDict):
 
 def encode(picture: PILImage.Image) -> dict[str, Any]:
     """A PIL image as the PNG bytes a row carries."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=3)
-    return {"bytes": buffer.getvalue(), "path": None}
+    return {"bytes": pictures.png(picture), "path": None}
 
 
 def image_file(path: str, folder: Path) -> Path:
@@ -114,7 +113,11 @@ def image_file(path: str, folder: Path) -> Path:
     if not parts or path.startswith("/") or ".." in parts or "\\" in path or "\0" in path:
         raise UserError(f"{path!r} is not a path inside the data folder; write it relative, without '..'.")
     file = folder / path
-    if not file.resolve().is_relative_to(folder.resolve()):
+    try:
+        inside = file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # too long a name, links that lead in a circle
+        inside = False
+    if not inside:
         raise UserError(f"{path!r} leads out of the data folder {folder}; copy the image into it.")
     return file
 
@@ -125,10 +128,12 @@ def _file_of(cell: Mapping[str, Any], folder: Path) -> Path:
         raise UserError("holds no image: neither bytes nor the path of a file.")
     file = image_file(cell["path"], folder)
     try:
-        size = file.stat().st_size
+        found = file.stat()
     except OSError as error:
         raise UserError(f"{file}: not readable ({error.strerror}).") from error
-    if size > MAX_BYTES:
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError(f"{file}: not a file; name the image.")
+    if found.st_size > MAX_BYTES:
         raise ImageTooLargeError(f"{file}: has more than {MAX_BYTES} bytes; shrink the image.")
     return file
 
@@ -138,25 +143,14 @@ def image_bytes(cell: Mapping[str, Any], folder: Path) -> bytes:
     return bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder).read_bytes()
 
 
-def open_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
-    """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.load()` decodes.
+def open_image(cell: Mapping[str, Any], folder: Path) -> pictures.Picture:
+    """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.rgb()` decodes.
 
     Raises:
         UserError: no image, or a format outside `FORMATS`.
         ImageTooLargeError: more than `MAX_PIXELS` pixels.
     """
-    source = io.BytesIO(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder)
-    try:
-        picture = PILImage.open(source, formats=FORMATS)
-    except (PILImage.DecompressionBombError, PILImage.DecompressionBombWarning) as error:
-        raise ImageTooLargeError(f"has more than {MAX_PIXELS} pixels; shrink the image.") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"is not a readable image ({', '.join(FORMATS)}).") from error
-    if picture.width * picture.height > MAX_PIXELS:
-        size = f"{picture.width} x {picture.height}"
-        picture.close()
-        raise ImageTooLargeError(f"has {size} pixels, more than {MAX_PIXELS}; shrink the image.")
-    return picture
+    return pictures.open_picture(bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder))
 
 
 def outline(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -180,14 +174,9 @@ def link_or_copy(file: Path, target: Path) -> None:
 
 
 def decode_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
-    """The image of a cell, decoded. `UserError` as `open_image`, or for a file that is cut short or broken."""
-    picture = open_image(cell, folder)
-    try:
-        picture.load()
-    # Pillow reports some broken PNG files as SyntaxError.
-    except (OSError, SyntaxError, ValueError) as error:
-        raise UserError(f"is not a whole image ({error}); replace it or leave the row out.") from error
-    return picture
+    """The image of a cell as shown, RGB. `UserError` as `open_image`, or for a file that is cut short or broken."""
+    with open_image(cell, folder) as picture:
+        return picture.rgb()
 
 
 # ---- one row --------------------------------------------------------------------------------------------------------
@@ -212,8 +201,6 @@ def check(row: Mapping[str, Any], file: Path, number: int) -> None:
                 sizes[column] = picture.size
         except UserError as error:
             raise wrong(column, str(error).rstrip(".")) from error
-        except (OSError, SyntaxError, ValueError) as error:
-            raise wrong(column, "is not a readable image; store a whole PNG, JPEG or WebP file") from error
     width, height = sizes["image"]
     box = row["box"]
     if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
@@ -268,100 +255,134 @@ def splits(folder: Path) -> list[Path]:
     return [folder / f"{name}.parquet" for name in sorted(names)]
 
 
-def _parquet(file: Path) -> pq.ParquetFile:
-    try:
-        source = pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{file}: not a parquet file; prepare the data set again.") from error
-    missing = [c for c in COLUMNS if c not in source.schema_arrow.names]
-    if missing:
-        raise UserError(f"{file}: no column {missing[0]!r}; the columns of data/schema.py are all needed.")
-    return source
+def _wanted(columns: Sequence[str]) -> pa.Schema:
+    return pa.schema([FEATURES.arrow_schema.field(name) for name in columns])
+
+
+def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tables.Row]:
+    """Encoded rows of a split, few in memory at a time, with what could not be read of them in their `problems`.
+
+    Raises:
+        UserError: a file that cannot be read, or a column that is missing or of another type.
+    """
+    wanted = _wanted(columns)
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            yield from tables.rows(source, file, wanted)
 
 
 def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
-    """Encoded rows of a split as they are, few in memory at a time; no row is checked, but the columns' types are.
+    """As `examined`, and a `UserError` for the first value that does not have its column's type."""
+    for number, row in enumerate(examined(path, columns)):
+        yield _whole(row, path, number)
 
-    columns: names of columns, or of their fields (`image.path`).
-    """
-    names = list(dict.fromkeys(column.split(".")[0] for column in columns))
-    whole = pa.schema([FEATURES.arrow_schema.field(n) for n in names]) if names == list(columns) else None
+
+def rows_at(
+    path: Path, numbers: Collection[int], columns: Sequence[str] = COLUMNS
+) -> Iterator[dict[str, Any]]:
+    """Some rows of a split by their numbers (from 0), in order; row groups without one of them are not read."""
+    wanted, first = _wanted(columns), 0
     for file in shards(path):
-        with _parquet(file) as source:
-            for group in source.iter_batches(batch_size=16, columns=list(columns)):
-                if whole is not None and group.schema != whole:
-                    group = _cast(group.select(names), whole, file)
-                yield from group.to_pylist()
+        with tables.opened(file, wanted) as source:
+            for group in range(source.metadata.num_row_groups):
+                size = source.metadata.row_group(group).num_rows
+                here = [n - first for n in numbers if first <= n < first + size]
+                if here:
+                    found = islice(tables.rows(source, file, wanted, [group]), max(here) + 1)
+                    yield from (_whole(row, path, first + i) for i, row in enumerate(found) if i in here)
+                first += size
 
 
-def _cast(group: pa.RecordBatch, wanted: pa.Schema, file: Path) -> pa.RecordBatch:
-    arrays = []
-    for column in wanted:
-        try:
-            arrays.append(group[column.name].cast(column.type))
-        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-            raise UserError(f"{file}: column {column.name!r} is not {column.type} ({error}).") from error
-    return pa.RecordBatch.from_arrays(arrays, schema=wanted)
+def _whole(row: tables.Row, path: Path, number: int) -> dict[str, Any]:
+    """The row; `UserError` if something of it could not be read."""
+    for column, reason in row.problems:
+        raise UserError(f"{path}: row {row.get('id') or number}, column {column!r} {reason}.")
+    return dict(row)
 
 
-def count_rows(path: Path) -> int:
-    """Number of rows of a split, from the files' footers."""
+def count_rows(path: Path, columns: Sequence[str] = ()) -> int:
+    """Number of rows of a split, from the files' footers; `UserError` if one lacks any of `columns`."""
     total = 0
     for file in shards(path):
-        with _parquet(file) as source:
+        with tables.opened(file, _wanted(columns)) as source:
             total += source.metadata.num_rows
     return total
 
 
 def split_hash(path: Path) -> str:
-    """sha256 over the split's files, and over name and size of every image they name by path."""
+    """sha256 over the split's files, and over name, size and content of every image they name by path."""
     digest = hashlib.sha256()
     for file in shards(path):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    for row in rows(path, [f"{column}.path" for column in ALL_IMAGES]):
+        digest.update(bytes.fromhex(hash_contents([file])))
+    named: dict[Path, None] = {}
+    for row in _paths(path):
         for cell in row.values():
             if cell and cell["path"]:
                 try:
                     size = image_file(cell["path"], path.parent).stat().st_size
+                    named[path.parent / cell["path"]] = None
                 except (OSError, UserError):
                     size = -1  # validation says what is wrong with it
                 digest.update(f"{cell['path']}\0{size}\n".encode())
+    if named:
+        digest.update(hash_contents(named).encode())
     return digest.hexdigest()
+
+
+def _paths(path: Path) -> Iterator[tables.Row]:
+    """Image cells of a split without their bytes."""
+    cell = pa.struct([("path", pa.string())])
+    wanted = pa.schema([(column, cell) for column in ALL_IMAGES])
+    for file in shards(path):
+        with tables.opened(file, wanted) as source:
+            yield from tables.rows(source, file, wanted)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
 
 
-def write(rows: Iterable[dict[str, Any]], path: Path, batch: int = 256) -> int:
+def write(
+    rows: Iterable[dict[str, Any]], path: Path, batch: int = 256, owned: ownership.Owned | None = None
+) -> int:
     """Streams encoded rows to one parquet file; returns their number.
 
     At most `batch` rows or about `BATCH_BYTES` of images are in memory. Every row is checked. The file appears under
-    its name only when it is complete.
+    its name only when it is complete. owned: the claim on the folder of a command that writes into it.
     """
-    partial_file = path.with_suffix(".partial")
-    count = _write(rows, partial_file, path, 0, batch)
-    partial_file.replace(path)
-    return count
+    with _filling(path, owned) as partial_file:
+        return _write(rows, partial_file, path, 0, batch)
 
 
-def write_shards(rows: Iterable[dict[str, Any]], path: Path, rows_per_shard: int, batch: int = 256) -> int:
+def write_shards(
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    rows_per_shard: int,
+    batch: int = 256,
+    owned: ownership.Owned | None = None,
+) -> int:
     """As `write`, in shards `<split>-00000-of-00003.parquet`. They get their names when all of them are complete."""
     if rows_per_shard < 1:
         raise ValueError(f"rows_per_shard is {rows_per_shard}; at least one row a shard is needed")
     source, count = iter(rows), 0
     parts: list[Path] = []
     following = next(source, None)
-    while following is not None or not parts:
-        parts.append(path.with_name(f"{path.stem}-{len(parts):05d}.partial"))
-        count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
-        following = next(source, None)
-    for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
-        old.unlink()
-    path.unlink(missing_ok=True)
-    for index, part in enumerate(parts):
-        part.replace(path.with_name(f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"))
+    with ownership.scratch(path.parent) as place:
+        while following is not None or not parts:
+            parts.append(place / f"{len(parts):05d}")
+            count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
+            following = next(source, None)
+        for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
+            old.unlink()
+        path.unlink(missing_ok=True)
+        for index, part in enumerate(parts):
+            name = f"{path.stem}-{index:05d}-of-{len(parts):05d}{path.suffix}"
+            with _filling(path.with_name(name), owned) as partial_file:
+                part.replace(partial_file)
     return count
+
+
+def _filling(file: Path, owned: ownership.Owned | None) -> AbstractContextManager[Path]:
+    return owned.writing(file.name) if owned else ownership.atomic(file)
 
 
 def _write(rows: Iterable[dict[str, Any]], file: Path, split: Path, first: int, batch: int) -> int:
@@ -420,12 +441,22 @@ def check_split(path: Path) -> int:
 
 
 def encoded(files: Sequence[Path]) -> Dataset:
-    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`."""
-    data = Dataset.from_parquet([str(file) for file in files], keep_in_memory=False)
-    for column in ALL_IMAGES:
-        if column in data.column_names:
-            data = data.cast_column(column, Image(decode=False))
-    return data
+    """A memory-mapped data set of parquet files; image cells stay `{"bytes", "path"}`, columns have their own types.
+
+    The library keeps its converted copy by path and time of change, so a file that was replaced by one of the same time
+    would be read from the old copy: each content gets a folder of its own.
+    """
+    features = Features(
+        {name: Image(decode=False) if name in ALL_IMAGES else kind for name, kind in FEATURES.items()}
+    )
+    return Dataset.from_parquet(
+        [str(file) for file in files],
+        features=features,
+        columns=list(COLUMNS),
+        batch_size=tables.MOST_ROWS,
+        keep_in_memory=False,
+        cache_dir=str(caches.workspace("datasets", hash_contents(files))),
+    )
 
 
 def read(path: Path) -> Dataset:

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 from data.synthesis import config
 from data.synthesis.pipeline import synthesize
 from vopd.errors import UserError
+from vopd.terminal import say
 
 
 def main(words: list[str]) -> int:
@@ -21,8 +22,14 @@ def main(words: list[str]) -> int:
     try:
         result = synthesize(config.load(words))
     except UserError as error:
-        print(f"data.synthesize: {error}", file=sys.stderr)
+        say(f"data.synthesize: {error}")
         return error.exit_code
+    except OSError as error:  # a full disk, a folder that cannot be written
+        print(
+            f"data.synthesize: {error.filename or 'out'}: {error.strerror or error}; what is done is kept.",
+            file=sys.stderr,
+        )
+        return UserError.exit_code
     except KeyboardInterrupt:
         print("data.synthesize: interrupted; the same command goes on from here.", file=sys.stderr)
         return 130

@@ -214,7 +214,8 @@ def overlay_row(
     if row.get("original"):
         clean = draw(picture_of(row["original"], folder), task.shapes)
         changed["original"] = schema.encode(clean)
-    size = schema.open_image(row["crop"], folder).size
+    with schema.open_image(row["crop"], folder) as crop:
+        size = crop.size
     changed["crop"] = schema.encode(clean.crop(box).resize(size, Image.Resampling.LANCZOS))
     return {
         **row,
@@ -295,4 +296,4 @@ def _stack(picture: Image.Image, under: Image.Image | None) -> Image.Image:
 
 def picture_of(cell: Mapping[str, Any], folder: Path) -> Image.Image:
     """The RGB picture of an image column's cell; `folder` is the one that its path, if it has one, starts from."""
-    return schema.decode_image(cell, folder).convert("RGB")
+    return schema.decode_image(cell, folder)

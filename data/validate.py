@@ -3,7 +3,8 @@
 PATH is a folder of splits (or one parquet file). Every row is read once, its images decoded, and compared with what a
 triplet promises; then the set as a whole. Findings are listed by kind with row ids. Kinds that block keep the folder
 from its stamp (`data/stamp.py`), without which training refuses it. `--quarantine OUT` writes the rows without a
-blocking finding to OUT, the others' ids and reasons to OUT/quarantined.jsonl, and validates OUT.
+blocking finding to OUT (a new folder, or one of an earlier quarantine), the others' ids and reasons to
+OUT/quarantined.jsonl, and validates OUT.
 
 Memory does not grow with rows, but for an id (some tens of bytes) and a 64-bit image hash a row.
 """
@@ -11,6 +12,7 @@ Memory does not grow with rows, but for an id (some tens of bytes) and a 64-bit 
 import argparse
 import json
 import os
+import re
 import sys
 from array import array
 from collections import Counter, defaultdict
@@ -27,23 +29,29 @@ from PIL import Image
 from scipy.special import chdtrc
 from tqdm import tqdm
 
-from data import crop_match, near_duplicates, schema, stamp, transforms
+from data import crop_match, markers, near_duplicates, schema, stamp, transforms
+from vopd import ownership
 from vopd.errors import UserError
-from vopd.evaluation.scoring import ANSWER_TYPES
+from vopd.evaluation.scoring import ANSWER_TYPES, is_correct
+from vopd.evaluation.scoring.parsed import unparsed
 from vopd.preflight import prompt_lengths
+from vopd.terminal import say, visible
 
 BLOCKING = {
-    "schema": "a column is missing or holds what it may not",
+    "schema": "a column is empty or holds what it may not: another type, text that is not UTF-8 or too long",
+    "marker": "a text holds a control token or an image marker",
+    "split": "the split column does not name the file's split",
     "unreadable": "an image does not decode to its end, is missing, or is not PNG, JPEG or WebP",
-    "size": f"an image has more than {schema.MAX_PIXELS} pixels (a bomb) or a side under 16",
-    "box": "the box is not inside the image",
+    "size": f"an image has more than {schema.MAX_PIXELS} pixels (a bomb) or too many bytes, or a side under 16",
+    "box": "the box is not four whole numbers inside the image",
     "area": "the box covers a tenth of the image or more",
     "crop": "the crop does not show what the box encloses",
-    "options": "fewer than two options, an empty one, or two that read the same",
-    "answer": "the answer is not the letter of one of the options, or is empty",
+    "options": "fewer than two options, more than there are letters, an empty one, or two that read the same",
+    "answer": "the answer is not of its type (a letter of an option, yes or no, a number), or is empty",
     "hint": "there is no hint sentence in the question",
     "duplicate": "the id was there before",
     "leak": "the image is (nearly) one of a more protected split",
+    "prompt": "the model's chat template cannot render the prompt",
     "length": "the prompt is longer than the limit",
 }
 WARNING = {
@@ -55,6 +63,16 @@ MAX_AREA = 0.1
 MIN_SIDE = 16
 BALANCE_P = 1e-3
 LISTED = 8
+MAKER = "data.validate"
+MOST_CHARACTERS = 1_000_000
+MOST_OPTIONS = 26
+SHOWN = 200
+TEXTS = tuple(n for n, kind in schema.FEATURES.items() if kind == schema.FEATURES["question"])
+MODEL_READS = ("question", "answer")  # and options; the hint is part of the question, or has another finding
+KIND_OF = {"box": "box", "options": "options", **dict.fromkeys(schema.ALL_IMAGES, "unreadable")}
+"""Kind of a finding where a value of a column could not be read; of other columns it is `schema`."""
+UNREAD = {"schema", "answer", "options", "marker"}
+"""Findings of rows whose letter does not count."""
 PROTECTED = ("train", "validation", "holdout", "test")
 """From the first split that gives up a row which another one has too, to the last; unknown splits come first."""
 
@@ -86,6 +104,13 @@ class Report:
     def warnings(self) -> dict[str, int]:
         return dict(Counter(f.kind for f in self.findings if f.kind in WARNING))
 
+    def sentence(self) -> str:
+        """The first blocking finding, and how many there are."""
+        first, more = self.blocking[0], len(self.blocking) - 1
+        others = f", and {more} more" if more else ""
+        where = f"{_shown(first.split)} {_where(first)}"
+        return f"not fit for training: {where}: {first.kind}: {_shown(first.reason).rstrip('.')}{others}."
+
     def text(self) -> str:
         """Findings by kind, the first few ids of each, and the right letters of each split."""
         lines = []
@@ -93,14 +118,26 @@ class Report:
             found = [f for f in self.findings if f.kind == kind]
             if found:
                 lines.append(f"{'warning' if kind in WARNING else 'BAD'}: {kind}: {len(found)} ({what})")
-                lines += [f"    {f.split} {f.id or '(split)'}: {f.reason}" for f in found[:LISTED]]
+                lines += [f"    {_shown(f.split)} {_where(f)}: {_shown(f.reason)}" for f in found[:LISTED]]
                 lines += [f"    ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
         for split, count in self.rows.items():
             spread = " ".join(f"{k} {v}" for k, v in sorted(self.letters[split].items()))
-            lines.append(f"{split}: {count} rows; right letters: {spread or 'none'}")
+            lines.append(f"{_shown(split)}: {count} rows; right letters: {spread or 'none'}")
         bad = len({(f.split, f.number) for f in self.blocking})
         lines.append(f"{bad} bad rows of {sum(self.rows.values())}")
         return "\n".join(lines)
+
+
+def _where(finding: Finding) -> str:
+    if finding.number is None:
+        return "(split)"
+    return _shown(finding.id) if finding.id.strip() else f"row {finding.number}"
+
+
+def _shown(text: str) -> str:
+    """A text from the data on one line of a terminal: without control characters, and cut where it is long."""
+    cut = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 @dataclass(frozen=True)
@@ -116,15 +153,29 @@ class Prompts:
 # ---- one row --------------------------------------------------------------------------------------------------------
 
 
-def row_problems(row: Mapping[str, Any], folder: Path) -> tuple[list[tuple[str, str]], int | None]:
-    """(kind, reason) for everything wrong with a row taken alone, and its image's perceptual hash if it has one."""
+def row_problems(
+    row: Mapping[str, Any], folder: Path, split: str, markers: re.Pattern[str]
+) -> tuple[list[tuple[str, str]], int | None]:
+    """(kind, reason) for everything wrong with a row taken alone, and its image's perceptual hash if it has one.
+
+    row: a `tables.Row`, which says what could not be read of it. markers: what no text may hold.
+    """
+    unread = getattr(row, "problems", ())
+    if unread:
+        return [(KIND_OF.get(column, "schema"), f"{column} {reason}") for column, reason in unread], None
     absent = [c for c in schema.COLUMNS if row.get(c) is None and c != "original"]
     if absent:
         return [("schema", f"column {absent[0]!r} is empty")], None
-    found = list(_text_problems(row))
+    if long := [c for c in TEXTS if len(row[c]) > MOST_CHARACTERS]:
+        return [("schema", f"{long[0]} has more than {MOST_CHARACTERS} characters")], None
+    found = [*_id_problems(row, split), *_text_problems(row), *_option_problems(row), *_answer_problems(row)]
+    found += _markers(row, markers)
     pictures: dict[str, Image.Image] = {}
     for column in schema.ALL_IMAGES:
         if row[column] is None:
+            continue
+        if len(row[column]["bytes"] or b"") > schema.MAX_BYTES:
+            found.append(("size", f"{column} has more than {schema.MAX_BYTES} bytes"))
             continue
         try:
             pictures[column] = schema.decode_image(row[column], folder)
@@ -142,29 +193,66 @@ def row_problems(row: Mapping[str, Any], folder: Path) -> tuple[list[tuple[str, 
     return found, near_duplicates.perceptual_hash(pictures["image"])
 
 
+def _id_problems(row: Mapping[str, Any], split: str) -> Iterator[tuple[str, str]]:
+    if not row["id"].strip():
+        yield "schema", "id is empty"
+    elif not row["id"].isprintable():
+        yield "schema", f"id {row['id']!r} holds control characters"
+    if row["split"] != split:
+        yield "split", f"split is {row['split']!r} in a file of {split!r}"
+
+
 def _text_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    question, hint, options = row["question"], row["hint"], row["options"]
-    if not question.strip() or "<image>" in question:
-        yield "schema", "question is empty or holds an <image> marker"
+    question, hint = row["question"], row["hint"]
+    if not question.strip():
+        yield "schema", "question is empty"
     if row["answer_type"] not in ANSWER_TYPES:
         yield "schema", f"answer_type {row['answer_type']!r} is none of {', '.join(sorted(ANSWER_TYPES))}"
     if not hint.strip() or hint not in question:
         yield "hint", "hint is empty" if not hint.strip() else "hint is not part of the question"
-    if row["answer_type"] == "letter":
-        read = [" ".join(str(option).casefold().split()) for option in options]
-        if len(read) < 2 or "" in read:
-            yield "options", f"{len(read)} options" + (", one of them empty" if "" in read else "")
-        elif len(set(read)) < len(read):
-            twice = next(option for option, count in Counter(read).items() if count > 1)
-            yield "options", f"{twice!r} is there twice"
-        if row["answer"] not in schema.letters(options):
-            yield "answer", f"{row['answer']!r} is not the letter of one of {len(options)} options"
-    elif not row["answer"].strip():
+
+
+def _option_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    options = row["options"]
+    read = [" ".join((option or "").casefold().split()) for option in options]
+    if row["answer_type"] == "letter" and len(read) < 2:
+        yield "options", f"{len(read)} options"
+    if len(read) > MOST_OPTIONS:
+        yield "options", f"{len(read)} options, and {MOST_OPTIONS} letters"
+    elif "" in read:
+        what = "empty" if options[read.index("")] is not None else "null"
+        yield "options", f"{len(read)} options, number {read.index('') + 1} is {what}"
+    elif row["answer_type"] == "letter" and len(set(read)) < len(read):
+        twice = next(option for option, count in Counter(read).items() if count > 1)
+        yield "options", f"{twice!r} is there twice"
+
+
+def _answer_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    answer, kind = row["answer"], row["answer_type"]
+    if not answer.strip():
         yield "answer", "answer is empty"
+    elif kind == "letter":
+        if answer not in schema.letters(row["options"][:MOST_OPTIONS]):
+            yield "answer", f"{answer!r} is not the letter of one of {len(row['options'])} options"
+    elif kind in ANSWER_TYPES:
+        try:
+            is_correct(unparsed("no response"), answer, kind)
+        except UserError:
+            yield "answer", f"{answer!r} is not of type {kind!r}"
+
+
+def _markers(row: Mapping[str, Any], markers: re.Pattern[str]) -> Iterator[tuple[str, str]]:
+    texts = [(column, row[column]) for column in MODEL_READS]
+    for column, text in [*texts, *(("options", option) for option in row["options"])]:
+        if text and (found := markers.search(text)):
+            yield "marker", f"{column} holds {found.group()}"
 
 
 def _place_problems(row: Mapping[str, Any], pictures: Mapping[str, Image.Image]) -> Iterator[tuple[str, str]]:
     image, box = pictures["image"], tuple(row["box"])
+    if len(box) != 4 or None in box:
+        yield "box", f"{list(box)} is not x0, y0, x1, y1"
+        return
     if not (0 <= box[0] < box[2] <= image.width and 0 <= box[1] < box[3] <= image.height):
         yield "box", f"{list(box)} in an image of {image.width} x {image.height}"
         return
@@ -262,9 +350,13 @@ def _validate_split(
     split, folder = path.stem, path.parent
     report.hashes[split] = schema.split_hash(path)
     report.letters[split] = letters = Counter()
-    number, progress = 0, tqdm(desc=f"validate {split}", total=schema.count_rows(path), unit="row")
-    for group in schema.batched_rows(schema.rows(path), 64):
-        results = pool.map(lambda row: row_problems(row, folder), group)
+    texts = markers.pattern(prompts.processor.tokenizer if prompts else None)
+    number, progress = (
+        0,
+        tqdm(desc=visible(f"validate {split}"), total=schema.count_rows(path), unit="row", disable=None),
+    )
+    for group in schema.batched_rows(schema.examined(path), 64):
+        results = pool.map(lambda row: row_problems(row, folder, split, texts), group)
         for offset, (row, (found, hash_)) in enumerate(zip(group, results, strict=True)):
             id_ = row["id"] or ""
             if id_ in seen.ids:
@@ -273,10 +365,10 @@ def _validate_split(
             report.findings += [Finding(split, number + offset, id_, *problem) for problem in found]
             if hash_ is not None:
                 seen.image(split, number + offset, id_, hash_)
-            if row["answer_type"] == "letter" and row["answer"] is not None:
+            if row["answer_type"] == "letter" and not {kind for kind, _ in found} & UNREAD:
                 letters[row["answer"]] += 1
         if prompts:
-            report.findings += _too_long(group, prompts, split, number, folder)
+            report.findings += _prompt_findings(group, prompts, split, number, folder)
         number += len(group)
         progress.update(len(group))
     progress.close()
@@ -285,19 +377,33 @@ def _validate_split(
     report.rows[split] = number
 
 
-def _too_long(
+def _prompt_findings(
     rows: list[dict[str, Any]], prompts: Prompts, split: str, number: int, folder: Path
 ) -> Iterator[Finding]:
+    """Prompts that cannot be rendered, or are too long. Rows whose texts or images are bad have a finding already."""
     sized = []
     for i, row in enumerate(rows):
-        with suppress(UserError, TypeError):  # such a row has another finding already
-            sized.append((i, schema.outline(row, folder)))
+        if row["id"] is not None and row["question"] is not None and not getattr(row, "problems", ()):
+            with suppress(UserError):
+                sized.append((i, schema.outline(row, folder)))
     for view in prompts.views:
-        lengths = prompt_lengths([row for _, row in sized], prompts.processor, view, prompts.template)
-        for (i, row), length in zip(sized, lengths, strict=True):
-            if length > prompts.limit:
+        for (i, row), length in zip(sized, _lengths([row for _, row in sized], prompts, view), strict=True):
+            if isinstance(length, str):
+                yield Finding(split, number + i, row["id"], "prompt", f"in the {view} view: {length}")
+            elif length > prompts.limit:
                 reason = f"{length} tokens in the {view} view, the limit is {prompts.limit}"
                 yield Finding(split, number + i, row["id"], "length", reason)
+
+
+def _lengths(rows: list[dict[str, Any]], prompts: Prompts, view: str) -> list[int | str]:
+    """Tokens of every row's prompt, or why it cannot be rendered."""
+    try:
+        return [*prompt_lengths(rows, prompts.processor, view, prompts.template)]
+    # The chat template is the model's own program, and may raise whatever it likes.
+    except Exception as error:
+        if len(rows) == 1:
+            return [f"{type(error).__name__}: {error}"]
+        return [length for row in rows for length in _lengths([row], prompts, view)]
 
 
 # ---- files ----------------------------------------------------------------------------------------------------------
@@ -324,48 +430,67 @@ def stamped(folder: Path, prompts: Prompts | None = None) -> Report:
     return report
 
 
+def check_quarantine(folder: Path, out: Path) -> None:
+    """`UserError` unless a set without the bad rows of `folder` can be written to `out`."""
+    places = folder.resolve(), out.resolve()
+    if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
+        raise UserError(f"{out}: is the data set itself, or inside of it; give --quarantine another folder.")
+    ownership.check(out, MAKER, working=(stamp.NAME,))
+
+
 def quarantine(paths: Iterable[Path], report: Report, out: Path) -> None:
     """Writes rows without a blocking finding to `out`, and out/quarantined.jsonl with the others and the reasons.
 
-    Image files that rows name by path go along (as hard links where the file system allows).
+    Image files that rows name by path go along (as hard links where the file system allows). What an earlier quarantine
+    wrote to `out` is replaced.
+
+    Raises:
+        UserError: `out` is (in) the set itself, or holds something that no quarantine wrote there.
     """
     bad: dict[tuple[str, int], list[Finding]] = defaultdict(list)
     for finding in report.blocking:
         bad[finding.split, finding.number or 0].append(finding)
-    out.mkdir(parents=True, exist_ok=True)
+    paths = list(paths)
     for path in paths:
-        if path.parent.resolve() == out.resolve():
-            raise UserError(f"{out}: is the data set itself; give --quarantine another folder.")
-        good = (row for i, row in enumerate(schema.rows(path)) if (path.stem, i) not in bad)
-        moved = _with_files(good, path.parent, out)
-        size = len(schema.shards(path))
-        target = out / path.name
-        if size == 1:
-            schema.write(moved, target)
-        else:
-            schema.write_shards(moved, target, -(-report.rows[path.stem] // size))
-    with (out / "quarantined.jsonl").open("w") as file:
-        for (split, number), findings in sorted(bad.items()):
-            line = {"split": split, "row": number, "id": findings[0].id}
-            file.write(json.dumps(line | {"reasons": {f.kind: f.reason for f in findings}}) + "\n")
+        check_quarantine(path.parent, out)
+    with ownership.held(out, MAKER, (stamp.NAME,)) as owned:
+        stamp.remove(out)
+        owned.clear()
+        for path in paths:
+            good = (row for i, row in enumerate(schema.examined(path)) if (path.stem, i) not in bad)
+            moved = _with_files(good, path.parent, owned)
+            size = len(schema.shards(path))
+            target = out / path.name
+            if size == 1:
+                schema.write(moved, target, owned=owned)
+            else:
+                schema.write_shards(moved, target, -(-report.rows[path.stem] // size), owned=owned)
+        with owned.writing("quarantined.jsonl") as partial, partial.open("w") as file:
+            for (split, number), findings in sorted(bad.items()):
+                line = {"split": split, "row": number, "id": findings[0].id}
+                file.write(json.dumps(line | {"reasons": {f.kind: f.reason for f in findings}}) + "\n")
 
 
-def _with_files(rows: Iterable[dict[str, Any]], folder: Path, out: Path) -> Iterator[dict[str, Any]]:
+def _with_files(
+    rows: Iterable[dict[str, Any]], folder: Path, owned: ownership.Owned
+) -> Iterator[dict[str, Any]]:
     for row in rows:
         for column in schema.ALL_IMAGES:
             name = row[column] and row[column]["bytes"] is None and row[column]["path"]
-            if name and not (out / name).exists():
-                (out / name).parent.mkdir(parents=True, exist_ok=True)
-                schema.link_or_copy(schema.image_file(name, folder), out / name)
+            if name and not (owned.folder / name).exists():
+                with owned.writing(name) as partial:
+                    schema.link_or_copy(schema.image_file(name, folder), partial)
         yield row
 
 
 def prompts_for(model: str, limit: int) -> Prompts:
     """The processor of a model folder or hub id."""
-    from transformers import AutoProcessor  # slow to import, and needed with --model only
+    from vopd import preflight  # slow to import, and needed with --model only
 
     try:
-        return Prompts(AutoProcessor.from_pretrained(model), limit)
+        if Path(model).is_dir():
+            preflight.check_model_folder(Path(model))
+        return Prompts(preflight.load_processor(model), limit)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no processor could be loaded ({str(error).splitlines()[0]}).") from error
 
@@ -383,21 +508,25 @@ def main(arguments: list[str]) -> int:
     try:
         return _run(args)
     except UserError as error:
-        print(f"data.validate: {error}", file=sys.stderr)
+        say(f"data.validate: {error}")
         return UserError.exit_code
 
 
 def _run(args: argparse.Namespace) -> int:
     prompts = prompts_for(args.model, args.max_prompt_tokens) if args.model else None
     paths = splits_of(args.path)
+    if args.quarantine:
+        check_quarantine(paths[0].parent, args.quarantine)
     report = stamped(args.path, prompts) if args.path.is_dir() else validate(paths, prompts)
-    print(report.text())
+    print(visible(report.text()))
     if args.quarantine and report.blocking:
         quarantine(paths, report, args.quarantine)
         rest = stamped(args.quarantine, prompts)
-        print(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}")
+        print(visible(f"--- {args.quarantine}, without the bad rows:\n{rest.text()}"))
         report = rest
-    return UserError.exit_code if report.blocking else 0
+    if report.blocking:
+        raise UserError(f"{args.quarantine or args.path}: {report.sentence()}")
+    return 0
 
 
 if __name__ == "__main__":

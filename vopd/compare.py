@@ -1,37 +1,40 @@
 """`python -m vopd.compare [RECIPE...] [seeds=0,1,2] [key=value ...]`: several recipes and seeds, then one comparison.
 
 Without recipes: all methods. Each run is what `bash scripts/run_recipe.sh RECIPE seed=K key=value ...` does, in a
-process and a run folder of its own, one after the other. A finished run is reused if its settings, its code, its data
-and its base model are those of now; otherwise it is said what differs, the old folder is moved to `replaced/` beside
-it, and the run is made again. A run that fails does not stop the others. After Ctrl-C the same command goes on.
+process and a run folder of its own, one after the other. A finished run is reused if its settings and all that it was
+made from (`vopd/fingerprint.py`) are those of now; otherwise it is said what differs, the old folder is moved to
+`replaced/` beside it, and the run is made again. A run that fails does not stop the others. After Ctrl-C the same
+command goes on.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from rich.console import Console
+from yaml import YAMLError
 
-from vopd import provenance, watch
-from vopd.config import RECIPES, ROOT
+from vopd import fingerprint, watch
+from vopd.caches import results_folder
+from vopd.config import RECIPES
 from vopd.errors import UserError
 from vopd.report import __main__ as report
-from vopd.report import keep
 from vopd.report.runs import REPLACED
-from vopd.run import INTERRUPTED, Run, differences
+from vopd.resuming import has_results
+from vopd.run import INTERRUPTED, Run
+from vopd.terminal import Terminal, say
 
-STARTED = "started.json"
-"""In a run folder: the code, data and base model that the run was started with, to go on only with the same."""
 KEPT_BACK = ("seed", "run_dir")
+MOST_SEEDS = 100
 
 
 @dataclass(frozen=True)
@@ -67,18 +70,28 @@ def words(arguments: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
     """
     recipes = [word for word in arguments if "=" not in word]
     settings = [word for word in arguments if "=" in word and not word.startswith("seeds=")]
-    given = next((w.removeprefix("seeds=") for w in arguments if w.startswith("seeds=")), "0,1,2")
     for word in settings:
         if (key := word.split("=", 1)[0]) in KEPT_BACK:
             raise UserError(
                 f"'{word}': every run has its own {key}; say seeds=0,1,2, and VOPD_RUNS for the place."
             )
-    if not all(seed.isdecimal() for seed in given.split(",")):
-        raise UserError(
-            f"seeds={given} is not understood; give numbers joined by commas, such as seeds=0,1,2."
-        )
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    return list(dict.fromkeys(recipes or known)), sorted({int(seed) for seed in given.split(",")}), settings
+    return list(dict.fromkeys(recipes or known)), _seeds(arguments), settings
+
+
+def _seeds(arguments: Sequence[str]) -> list[int]:
+    named = [word.removeprefix("seeds=") for word in arguments if word.startswith("seeds=")]
+    if len(named) > 1:
+        raise UserError(f"seeds= is given twice ({' and '.join(named)}); give one list.")
+    numbers = (named or ["0,1,2"])[0].split(",")
+    if not all(number.isascii() and number.isdecimal() and len(number) <= 10 for number in numbers):
+        raise UserError(
+            f"seeds={named[0]} is not understood; give numbers joined by commas, such as seeds=0,1,2."
+        )
+    seeds = sorted({int(number) for number in numbers})
+    if len(seeds) > MOST_SEEDS:
+        raise UserError(f"seeds= names {len(seeds)} seeds; a comparison takes at most {MOST_SEEDS}.")
+    return seeds
 
 
 def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) -> list[Job]:
@@ -88,17 +101,14 @@ def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) 
         UserError: an unknown recipe or setting, or data that cannot be made.
     """
     found: list[Job] = []
-    origin: dict[str, str] = {}
     for seed in seeds:
         for recipe in recipes:
-            run = Run(recipe, [*settings, f"seed={seed}"], Console(highlight=False))
-            if not origin:  # the data and the model are the same for all of them
-                run.folder.mkdir(parents=True, exist_ok=True)
+            run = Run(recipe, [*settings, f"seed={seed}"], Terminal())
+            if not found:  # the data is the same for all of them
+                results_folder(run.folder, "another place in VOPD_RUNS")
                 run.prepare_data()
-                origin = {
-                    "code": provenance.code_hash(ROOT), "data": run.data_hash(), "base model": run.model_hash(),
-                }  # fmt: skip
             config: Any = OmegaConf.to_container(run.config, resolve=True)
+            origin = fingerprint.of(run)
             found.append(Job(recipe, seed, [recipe, *settings, f"seed={seed}"], run.folder, config, origin))
     return found
 
@@ -109,40 +119,23 @@ def plan(job: Job) -> Plan:
     if summary.is_file():
         try:
             facts = json.loads(summary.read_text(encoding="utf-8"))["run"]
-            recorded = {
-                "code": facts.get("code_hash"), "data": facts["data_hash"], "base model": facts["model_hash"],
-            }  # fmt: skip
-            settings = facts["settings"]
-        except (ValueError, KeyError, TypeError):
+            why = _differs(job, facts["settings"], facts.get("fingerprint"))
+        except (ValueError, KeyError, TypeError, AttributeError):
             return Plan(job, "run again", "its summary.json cannot be read")
-        why = _differs(job, settings, recorded)
         return Plan(job, "run again", why) if why else Plan(job, "reuse")
-    if not any((job.folder / name).exists() for name in ("metrics.jsonl", "records", "rollouts")):
+    if not has_results(job.folder):
         return Plan(job, "run")
     try:
-        recorded = json.loads((job.folder / STARTED).read_text(encoding="utf-8"))
-        settings = OmegaConf.to_container(OmegaConf.load(config))
-    except (OSError, ValueError):
-        return Plan(job, "run again", "it is unfinished, and with which code it was started is not known")
-    why = _differs(job, settings, recorded)
+        why = _differs(job, OmegaConf.load(config), fingerprint.read(job.folder))
+    except (OSError, ValueError, AttributeError, YAMLError):
+        return Plan(job, "run again", "unfinished, and its config.yaml cannot be read")
     return Plan(job, "run again", f"unfinished, {why}") if why else Plan(job, "go on")
 
 
-def _differs(job: Job, settings: Any, recorded: dict[str, Any]) -> str:
-    changed = sorted(differences(_placeless(job.settings), _placeless(settings)) - {"run_dir"})
-    if changed:
-        return f"another {changed[0]}"
-    origin = [what for what, now in job.origin.items() if recorded.get(what) != now]
-    return f"another {origin[0]}" if origin else ""
-
-
-def _placeless(settings: Any) -> Any:
-    """Settings without the repository's place: a run of another checkout, or a kept record, is the same run.
-
-    What its data and base model are is told by their hashes. A recipe outside a repository is known by its place only.
-    """
-    root = keep.repository(settings)
-    return settings if root is None else keep.without_places(settings, root)
+def _differs(job: Job, settings: Any, recorded: dict[str, str] | None) -> str:
+    """The first setting that decides a result and differs, or else what the run was made from; empty for none."""
+    changed = fingerprint.differences(fingerprint.settings(settings), fingerprint.settings(job.settings))
+    return f"another {sorted(changed)[0]}" if changed else fingerprint.why(recorded, job.origin)
 
 
 def estimate(plans: Sequence[Plan]) -> str:
@@ -211,8 +204,6 @@ def _have(p: Plan, start: Start, console: Console, place: str) -> bool:
     console.rule(f"{place}: {p.job.recipe}, seed {p.job.seed}")
     if p.state == "run again":
         console.print(f"the old run is in {move_aside(p.job.folder)}", soft_wrap=True)
-    p.job.folder.mkdir(parents=True, exist_ok=True)
-    (p.job.folder / STARTED).write_text(json.dumps(p.job.origin) + "\n", encoding="utf-8")
     code = start(p.job)
     if code == INTERRUPTED:
         raise KeyboardInterrupt
@@ -220,11 +211,21 @@ def _have(p: Plan, start: Start, console: Console, place: str) -> bool:
 
 
 def move_aside(folder: Path) -> Path:
-    """Move a run folder to `replaced/<name>-<n>` beside it; returns where it is."""
+    """Move a run folder to `replaced/<name>-<n>` beside it; returns where it is. Nothing is copied or merged.
+
+    Raises:
+        UserError: it cannot be moved; it is where it was.
+    """
     place = folder.parent / REPLACED
-    place.mkdir(exist_ok=True)
-    number = next(n for n in range(1, 10_000) if not (place / f"{folder.name}-{n}").exists())
-    return Path(shutil.move(folder, place / f"{folder.name}-{number}"))
+    try:
+        place.mkdir(exist_ok=True)
+        taken = {path.name for path in place.iterdir()}
+        number = next(n for n in count(1) if f"{folder.name}-{n}" not in taken)
+        return folder.rename(place / f"{folder.name}-{number}")
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be moved to {place} ({error.strerror}); move it yourself."
+        ) from error
 
 
 class Terminated(KeyboardInterrupt):
@@ -255,9 +256,9 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0
     try:
-        return run(arguments, start_run, Console(highlight=False))
+        return run(arguments, start_run, Terminal())
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
         print("vopd: interrupted; the same command goes on where it was.", file=sys.stderr)

@@ -1,11 +1,13 @@
 """A run's settings: typed defaults, a profile (hardware, model, data size), a recipe (a method), the user's words.
 
 Later ones go first: class defaults < profile < recipe < words. The words are Hydra overrides
-(`seed=1 method.top_k=20`); keys below `verl.` reach verl's own tree. Unknown keys and wrong types are errors.
+(`seed=1 method.top_k=20`); keys below `verl.` reach verl's own tree. Unknown keys, wrong types and values outside the
+bounds that stand beside the defaults are errors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,20 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
+from vopd import bounds, words, yaml_file
+from vopd.bounds import Each, Range, above, bounded, one_of, within
 from vopd.errors import UserError
 from vopd.method import default_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
-METHOD_OF_PROFILE = "method"
+METHOD = "method"
+DEFAULT_PROFILE = "miniature"
+MOST_ROWS = 100_000_000  # of a file or a batch; only there to catch a slip
+ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
+CPU_ATTENTION = ("sdpa", "eager")
+MOST_CPU_RANKS = 4  # a rank takes 3 of the 16 CPUs that Ray is told of (verl_cpu.yaml), the rollout the rest
 
 
 @dataclass
@@ -31,7 +39,7 @@ class Model:
     """A Hugging Face folder or hub id; weights, processor and chat template come from there."""
 
     path: str = MISSING
-    attention: str = "sdpa"
+    attention: str = one_of("sdpa", *ATTENTION)
 
 
 @dataclass
@@ -46,39 +54,48 @@ class Data:
 class Train:
     """Budget and optimiser. Defaults: the settings of the Vision-OPD paper's script."""
 
-    steps: int = 65
-    prompts: int = 96
-    rollouts: int = 8
-    updates_per_batch: int = 1
-    lr: float = 2e-6
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
-    weight_decay: float = 0.01
-    warmup_steps: int = 10
-    grad_clip: float = 1.0
-    chunk: int = 1024
-    max_tokens_per_micro_batch: int = 16384
+    steps: int = within(65, 1, 1_000_000)
+    prompts: int = within(96, 1, 100_000)
+    rollouts: int = within(8, 1, 10_000)
+    updates_per_batch: int = within(1, 1, 100_000)
+    lr: float = within(2e-6, 0, 1)
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999], metadata=bounded(Each(Range(0, 1, open_above=True), 2))
+    )
+    weight_decay: float = within(0.01, 0, 10)
+    warmup_steps: int = within(10, 0, 1_000_000)
+    grad_clip: float = above(1.0, 0, 1_000_000)
+    chunk: int = within(1024, 1, 10_000_000)
+    max_tokens_per_micro_batch: int = within(16384, 1, 100_000_000)
     packed: bool = True
     gradient_checkpointing: bool = True
-    save_every: int = 50
-    max_skipped_updates: int = 5
+    # A checkpoint every so many updates (0: not by count), every so many minutes, and before an evaluation.
+    save_every: int = within(50, 0, 1_000_000)
+    save_minutes: float = above(3.0, 0, 1_000_000)
+    # How many checkpoints stay; each can be exported and evaluated (docs/resuming.md).
+    keep: int = within(1, 1, 1_000_000)
+    max_skipped_updates: int = within(5, 1, 1_000_000)
     # Where groups are filtered: most prompts a step may draw in their place, in batches of `prompts`.
-    max_refills: int = 10
+    max_refills: int = within(10, 0, 1_000_000)
 
 
 @dataclass
 class Rollout:
-    """Sampling. A prompt over the limit is an error; a response at the limit is counted as truncated."""
+    """Sampling. A prompt over the limit is an error; a response at the limit is counted as truncated.
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_prompt_tokens: int = 8192
-    max_response_tokens: int = 1024
-    max_batch: int = 256
-    cache_gib: float = 0.0
-    memory_share: float = 0.5
-    tensor_parallel: int = 1
+    `temperature` and `top_p` are 1: the trainer scores under the model's own distribution.
+    """
+
+    temperature: float = above(1.0, 0, 10)
+    top_p: float = above(1.0, 0, 1)
+    max_prompt_tokens: int = within(8192, 1, 10_000_000)
+    max_response_tokens: int = within(1024, 1, 10_000_000)
+    max_batch: int = within(256, 1, 100_000)
+    cache_gib: float = within(0.0, 0, 10_000)
+    memory_share: float = above(0.5, 0, 1)
+    tensor_parallel: int = within(1, 1, 1024)
     # Share of max_response_tokens that a response may have in training; evaluation always has all of it.
-    train_share: float = 1.0
+    train_share: float = above(1.0, 0, 1)
     # Store each step's rollouts in the run folder (rollouts/); train on such a folder instead of generating.
     record: bool = False
     replay: str | None = None
@@ -87,24 +104,27 @@ class Rollout:
 
 @dataclass
 class Evaluate:
-    """Greedy answers before and after on test and hold-out; a small validation set every so many steps (0: never)."""
+    """Greedy answers before and after on test and hold-out; a small validation set every so many steps (0: never).
 
-    test_rows: int = 1024
-    holdout_rows: int = 512
-    validation_rows: int = 128
-    every: int = 25
-    batch: int = 512
+    Rows are the first so many of a split (0: all of it).
+    """
+
+    test_rows: int = within(1024, 0, MOST_ROWS)
+    holdout_rows: int = within(512, 0, MOST_ROWS)
+    validation_rows: int = within(128, 0, MOST_ROWS)
+    every: int = within(25, 0, 1_000_000)
+    batch: int = within(512, 1, 1_000_000)
 
 
 @dataclass
 class Hardware:
     """`device` is cpu or cuda; the needs are checked before anything starts."""
 
-    device: str = "cpu"
-    devices_per_node: int = 1
-    nodes: int = 1
-    memory_gib: float = 9
-    disk_gib: float = 2
+    device: str = one_of("cpu", "cpu", "cuda")
+    devices_per_node: int = within(1, 1, 64)
+    nodes: int = within(1, 1, 10_000)
+    memory_gib: float = within(9, 0, 1_000_000)
+    disk_gib: float = within(2, 0, 1_000_000)
 
 
 @dataclass
@@ -120,12 +140,14 @@ class Logging:
 class Run:
     """Everything a run can be told."""
 
-    seed: int = 0
+    seed: int = within(0, 0, 2**31 - 1)  # torch, numpy and vLLM take it; verl adds a rank to it
     run_dir: str = "${oc.env:VOPD_RUNS,runs}/${profile}/${recipe}/seed${seed}"
     recipe: str = MISSING
     recipe_folder: str | None = None
-    profile: str = "miniature"
-    export: str = "bfloat16"
+    profile: str = DEFAULT_PROFILE
+    export: str = one_of(
+        "bfloat16", "float32", "bfloat16", "float16", ""
+    )  # "": no trained weights are written
     method: dict[str, Any] = MISSING
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -156,85 +178,152 @@ def find_profile(name: str) -> Path:
     return path.resolve()
 
 
-def load(recipe_name: str, words: list[str]) -> DictConfig:
+def load(recipe_name: str, given: list[str]) -> DictConfig:
     """The resolved settings of a run.
 
     Args:
         recipe_name: name or path of a recipe.
-        words: Hydra overrides.
+        given: the words, Hydra overrides.
 
     Raises:
-        UserError: unknown recipe, profile or key, wrong type, unreadable YAML.
+        UserError: unknown recipe, profile or key, wrong type, a value that cannot be, unreadable YAML.
     """
     recipe_path = find_recipe(recipe_name)
     recipe = _read(recipe_path)
-    profile_name = next((w.split("=", 1)[1] for w in words if w.startswith("profile=")), "miniature")
+    profile_name, given = words.profile(given, DEFAULT_PROFILE)
     profile_path = find_profile(profile_name)
     profile = _read(profile_path)
-    if "module" not in recipe.get("method", {}):
-        raise UserError(f"{recipe_path}: method.module is missing; name the module that holds the method.")
     base = OmegaConf.structured(Run)
     base.recipe = recipe_path.stem
     base.recipe_folder = str(recipe_path.parent)
     base.profile = profile_path.stem
     base.method = _method_settings(recipe, profile, recipe_path)
-    try:
-        merged = OmegaConf.merge(
-            base,
-            {k: v for k, v in profile.items() if k != METHOD_OF_PROFILE},
-            {k: v for k, v in recipe.items() if k != "method"},
-        )
-    except OmegaConfBaseException as error:
-        raise UserError(f"{recipe_path.name} or {profile_path.name}: {_first_line(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return _apply(merged, [w for w in words if not w.startswith("profile=")])
+    for path, content in ((profile_path, profile), (recipe_path, recipe)):
+        base = _with_file(base, path, {key: value for key, value in content.items() if key != METHOD})
+    return _checked(_apply(base, given))
 
 
 def _method_settings(recipe: dict[str, Any], profile: dict[str, Any], recipe_path: Path) -> dict[str, Any]:
-    chosen = dict(recipe["method"])
+    chosen = dict(recipe.get(METHOD, {}))
+    if not chosen.get("module"):
+        raise UserError(f"{recipe_path}: method.module is missing; name the module that holds the method.")
     defaults = default_settings(str(chosen["module"]), recipe_path.parent)
     unknown = sorted(set(chosen) - {"module"} - set(defaults))
     if unknown:
         raise UserError(
             f"{recipe_path}: method has no key '{unknown[0]}'; known are {', '.join(sorted(defaults))}."
         )
-    of_profile = {k: v for k, v in profile.get(METHOD_OF_PROFILE, {}).items() if k in defaults}
+    of_profile = {k: v for k, v in profile.get(METHOD, {}).items() if k in defaults}
     return {"module": chosen.pop("module"), **defaults, **of_profile, **chosen}
 
 
-def _apply(merged: DictConfig, words: list[str]) -> DictConfig:
-    for word in words:
-        if "=" not in word:
-            raise UserError(
-                f"'{word}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
-            )
-    # Keys of verl's tree are checked against that tree later; here any of them may come in.
-    words = [f"++{word}" if word.startswith("verl.") else word for word in words]
+def _with_file(base: DictConfig, path: Path, content: dict[str, Any]) -> DictConfig:
+    """The tree with a file's values on top."""
+    if fault := words.unknown(content, base):
+        raise UserError(f"{path}: {fault}")
+    try:
+        merged = OmegaConf.merge(base, content)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_said(error)}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _apply(merged: DictConfig, given: list[str]) -> DictConfig:
     OmegaConf.set_struct(merged.method, True)
+    overrides = words.overrides(given, merged)
     ConfigStore.instance().store(name="vopd_run", node=merged)
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(version_base=None, config_dir=str(RECIPES)):
-            config = compose("vopd_run", overrides=words)
+            config = compose("vopd_run", overrides=overrides)
         OmegaConf.resolve(config)
         missing = sorted(OmegaConf.missing_keys(config))
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, RecursionError) as error:
         cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise UserError(f"Setting not understood: {_first_line(cause)}") from error
+        raise UserError(f"Setting not understood: {_said(cause)}") from error
     if missing:
         raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=... or another profile.")
     return config
 
 
+def _checked(config: DictConfig) -> DictConfig:
+    """Refuse values outside their bounds, and settings that do not go together."""
+    bounds.check(Run, config)
+    for fault in _faults(config):
+        raise UserError(fault)
+    # A file of the run holds these settings, and what reads it would resolve once more.
+    words.check_interpolations("the settings", OmegaConf.to_container(config))
+    return config
+
+
+def _faults(config: DictConfig) -> Iterator[str]:
+    """What cannot work together, as sentences."""
+    train, rollout, hardware = config.train, config.rollout, config.hardware
+    yield from _sampling_faults(config)
+    ranks = hardware.nodes * hardware.devices_per_node
+    rows, parts = train.prompts * train.rollouts, train.updates_per_batch * ranks
+    if rows % parts:
+        yield (
+            f"train.prompts={train.prompts} x train.rollouts={train.rollouts} are {rows} rows, which cannot be "
+            f"dealt out evenly to train.updates_per_batch={train.updates_per_batch} updates on {ranks} "
+            f"device{'s' * (ranks > 1)}; give numbers whose product is a multiple of {parts}."
+        )
+    if ranks % rollout.tensor_parallel:
+        yield (
+            f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {ranks} "
+            f"device{'s' * (ranks > 1)} of hardware.nodes x hardware.devices_per_node."
+        )
+    if not config.run_dir.strip():
+        yield "run_dir is empty; give a folder, or leave it out."
+    if hardware.device != "cpu":
+        return
+    if hardware.nodes > 1:
+        yield f"hardware.nodes={hardware.nodes} needs hardware.device=cuda; a run on CPUs has one machine."
+    if ranks > MOST_CPU_RANKS:
+        yield f"hardware.devices_per_node={ranks}: on CPUs at most {MOST_CPU_RANKS} ranks fit."
+    if config.model.attention not in CPU_ATTENTION:
+        yield (
+            f"model.attention={config.model.attention} needs hardware.device=cuda; on a CPU take "
+            f"{' or '.join(CPU_ATTENTION)}."
+        )
+    if rollout.tensor_parallel > 1:
+        yield "rollout.tensor_parallel must be 1 where hardware.device is cpu."
+    if rollout.cache_gib == 0:
+        yield "rollout.cache_gib=0: on a CPU vLLM's cache has the size given here; give e.g. 0.25."
+
+
+def _sampling_faults(config: DictConfig) -> Iterator[str]:
+    """The trainer scores what was sampled at temperature 1 over the whole vocabulary; anything else would be biased."""
+    why = (
+        "must be 1: the trainer scores responses under the model's own distribution, at temperature 1 over the "
+        "whole vocabulary, and rollouts drawn from another one would bias every method."
+    )
+    for key in ("temperature", "top_p"):
+        if config.rollout[key] != 1:
+            yield f"rollout.{key}={config.rollout[key]:g} {why}"
+    own = OmegaConf.select(config.verl, "actor_rollout_ref.rollout") or {}
+    for key in ("temperature", "top_p", "top_k", "repetition_penalty"):
+        if key in own:
+            yield f"verl.actor_rollout_ref.rollout.{key} is not to be set: rollout.temperature and rollout.top_p {why}"
+
+
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        content = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({_first_line(error)}).") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: a mapping of keys is expected.")
-    return content  # type: ignore[return-value]
+    """A recipe's or profile's content; its sections are mappings, its `${...}` name keys alone."""
+    content = yaml_file.read(path)
+    for key in ("recipe", "recipe_folder", "profile", "hydra"):
+        if key in content:
+            raise UserError(f"{path}: {key} cannot be set in a file; give it in the command.")
+    if METHOD in content and not isinstance(content[METHOD], dict):
+        raise UserError(f"{path}: method is a section; write `method:` with `module: ...` below it.")
+    words.check_interpolations(str(path), content)
+    return content
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def _said(error: BaseException) -> str:
+    """The first line of what OmegaConf says, and the key that it speaks of."""
+    said = str(error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None) or ""
+    if said.endswith("is not Optional"):
+        return f"{key or said.split(chr(39))[1]} cannot be null; give a value, or leave it out."
+    return f"{key}: {said}" if key not in said else said

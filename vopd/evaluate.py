@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from dataclasses import dataclass, field
@@ -17,21 +18,27 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from yaml import YAMLError
 
-from vopd import provenance
+from vopd import bounds, caches, fingerprint, host, provenance
+from vopd.bounds import above, within
+from vopd.chat import one_line
+from vopd.dotlist import merge
 from vopd.errors import UserError
 from vopd.evaluation import asking, benchmark, judge, metrics, summary
 from vopd.evaluation.benchmark import ROOT
 from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
-from vopd.evaluation.records import read_records
+from vopd.evaluation.records import read_answers
+from vopd.redaction import check_address, redacted
+from vopd.terminal import Terminal, say
 
 INTERRUPTED = 130
+# Files of a benchmark's folder of records; settings.json says that they are ours.
+WRITTEN = ("records.jsonl", "judge.jsonl", "summary.json")
 ANSWERING = (
     "model",
+    "name",
     "model_hash",
     "engine",
     "thinking",
@@ -61,13 +68,13 @@ class Settings:
     views: list[str] = field(default_factory=lambda: ["full", "crop"])
     endpoint: str | None = None
     thinking: bool = False
-    temperature: float = 0.0
-    top_p: float = 1.0
-    max_tokens: int = 32768
-    seed: int = 42
+    temperature: float = within(0.0, 0, 10)
+    top_p: float = above(1.0, 0, 1)
+    max_tokens: int = within(32768, 1, 10_000_000)
+    seed: int = within(42, 0, 2**31 - 1)
     concurrency: int = 64
-    timeout: float = 600.0
-    rows: int = 0
+    timeout: float = above(600.0, 0, 1_000_000)
+    rows: int = within(0, 0, 100_000_000)
     data: str = ".cache/benchmarks"
     out: str = "${oc.env:VOPD_RUNS,runs}/evaluation"
     scorer: str = "strict"
@@ -103,28 +110,27 @@ def help_text() -> str:
 
 
 def settings_of(words: list[str]) -> Settings:
-    """Settings from `key=value` words; UserError for an unknown key, a wrong type or a missing value."""
+    """Settings from `key=value` words; UserError for an unknown key, a wrong type or value, or a missing one."""
     words = ["speed=true" if word == "--speed" else word for word in words]
-    for word in words:
-        if "=" not in word:
-            raise UserError(f"'{word}' is not a setting; write key=value (--help lists the keys).")
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Settings), OmegaConf.from_dotlist(words))
-        OmegaConf.resolve(merged)
-        missing = sorted(OmegaConf.missing_keys(merged))
-        settings: Settings = OmegaConf.to_object(merged) if not missing else Settings()  # type: ignore[assignment]
-    except (OmegaConfBaseException, YAMLError) as error:
-        key = getattr(error, "full_key", None)
-        where = f"{key}: " if key else ""
-        raise UserError(f"Setting not understood: {where}{str(error).strip().splitlines()[0]}") from error
-    if missing:
-        raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=... (--help shows how).")
+    merged = merge([OmegaConf.structured(Settings)], words)
+    settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    bounds.check(Settings, settings)
+    for key in ("benchmarks", "views", "exclude"):
+        if not all(isinstance(item, str) and item for item in getattr(settings, key)):
+            raise UserError(f"{key} holds something else than names; write '{key}=[NAME,NAME]' in quotes.")
+    if not settings.benchmarks:
+        raise UserError("benchmarks is empty; name one (--help lists them).")
+    if not model_name(settings.model).strip(". ") or not settings.model.isprintable():
+        raise UserError(f"model={settings.model!r} names no model; give a folder, or the model's id.")
+    for key in ("endpoint", "data", "out"):
+        if getattr(settings, key) == "":
+            raise UserError(f"{key} is empty; give {key}=..., or leave it out.")
     if settings.scorer not in metrics.SCORERS:
         raise UserError(f"scorer={settings.scorer} is unknown; use {' or '.join(metrics.SCORERS)}.")
     if unknown := sorted(set(settings.views) - {"full", "crop"}) or ([] if settings.views else ["(none)"]):
         raise UserError(f"views: {unknown[0]} is unknown; use full, crop or both.")
-    if settings.concurrency < 1:
-        raise UserError("concurrency must be at least 1.")
+    check_address("endpoint", settings.endpoint)
+    check_address("judge.endpoint", settings.judge.endpoint)
     if settings.judge.endpoint and not settings.judge.model:
         raise UserError("judge.endpoint needs judge.model, the name its server knows the judge by.")
     return settings
@@ -136,8 +142,8 @@ class Evaluation:
     def __init__(self, settings: Settings, console: Console) -> None:
         self.settings, self.console = settings, console
         self.folder = _from_root(settings.out) / model_name(settings.model)
-        if (ROOT / settings.model).is_dir():
-            settings.model = str(ROOT / settings.model)
+        if (model := _from_root(settings.model)).is_dir():
+            settings.model = str(model)
         self.sets = [benchmark.load(name, _from_root(settings.data)) for name in settings.benchmarks]
         for questions in self.sets:
             if not set(settings.views) & set(questions.views):
@@ -147,25 +153,29 @@ class Evaluation:
         self.exclusions = summary.read_exclusions([_from_root(p) for p in settings.exclude], self.sets)
 
     def go(self) -> int:
-        """Ask, judge, score and print; 1 if questions are left without an answer."""
+        """Ask, judge, score and print; 1 if questions are left without an answer, or responses without a verdict."""
         failures = self._ask_all()
-        summaries = []
+        summaries, unjudged = [], list[str]()
         for questions in self.sets:
             folder = self.folder / questions.name
             if not (folder / "records.jsonl").is_file():
                 continue
             if self.settings.judge.endpoint:
-                self._judge(folder)
+                unjudged += self._judge(questions, folder)
             summaries.append(self._summarise(questions, folder))
         self.console.print(summary.table(summaries, self.folder.name))
         if self.settings.speed:
             for result in summaries:
                 self.console.print(summary.speed(result))
-        for sentence in failures[:3]:
-            self.console.print(f"no answer: {sentence}", markup=False)
+        for sentence in [*failures[:3], *unjudged[:3]]:
+            self.console.print(redacted(f"no answer: {one_line(sentence, 500)}"))
         if failures:
             self.console.print(f"{len(failures)} questions got no answer; the same command asks them again.")
-        return int(bool(failures))
+        if unjudged:
+            self.console.print(
+                f"{len(unjudged)} responses got no verdict; the same command asks for them again."
+            )
+        return int(bool(failures or unjudged))
 
     def _ask_all(self) -> list[str]:
         todo = {}
@@ -194,7 +204,7 @@ class Evaluation:
             if not left:
                 continue
             with asking.only_writer(folder), _progress(self.console) as bar:
-                line = bar.add_task(questions.spec.title, total=len(left))
+                line = bar.add_task(summary.plain(questions.spec.title), total=len(left))
                 advance = partial(bar.advance, line)
                 records, at_once = folder / "records.jsonl", self.settings.concurrency
                 failures += await asking.ask(engine, questions, left, records, at_once, advance)
@@ -205,6 +215,8 @@ class Evaluation:
         sampling = Sampling(s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         if s.endpoint:
             return Endpoint(s.endpoint, s.model, sampling, s.timeout)
+        for note in host.prepare_engine(os.environ, ROOT / ".cache", host.machine("cpu")):
+            self.console.print(note, markup=False, soft_wrap=True)
         self.console.print("starting vLLM")
         return LocalEngine(s.model, sampling, s.concurrency, s.vllm)
 
@@ -213,35 +225,63 @@ class Evaluation:
         s = self.settings
         now = {
             "model": model_name(s.model),
+            # Two names may share a folder ("a/b" and "a_b"); two folders of weights differ by their hash.
+            "name": None if Path(s.model).is_dir() else s.model,
             "model_hash": model_hash(s.model),
             "engine": "endpoint" if s.endpoint else f"vllm {provenance.library_versions()['vllm']}",
             "prompt": questions.spec.prompt + questions.spec.suffix,
             "data": questions.digest(),
             **{key: getattr(s, key) for key in ("thinking", "temperature", "top_p", "max_tokens", "seed")},
         }
+        made_from = self._made_from(questions)
         file = folder / "settings.json"
-        if (folder / "records.jsonl").is_file():
-            before = json.loads(file.read_text()) if file.is_file() else {}
-            differs = [key for key in ANSWERING if before.get(key) != now[key]]
+        before = _read_settings(file)
+        if before is None:
+            if foreign := [name for name in WRITTEN if (folder / name).exists()]:
+                raise UserError(
+                    f"{folder}: holds a {foreign[0]} that no evaluation wrote, for there is no settings.json; give "
+                    "another out=..."
+                )
+        elif (folder / "records.jsonl").is_file():
+            # Records made before names were written down have none to compare.
+            differs = [
+                key for key in ANSWERING if before.get(key, now[key] if key == "name" else None) != now[key]
+            ]
             if differs:
                 key = differs[0]
                 raise UserError(
                     f"{folder}: its records were made with {key} {before.get(key)!r}, now {key} is {now[key]!r}; "
                     "give another out=... or remove the folder."
                 )
+            if why := fingerprint.why(before.get("made_from"), made_from):
+                raise UserError(
+                    f"{folder}: its records do not go with those of now: {why}; give another out=... or remove the "
+                    "folder."
+                )
             return
-        folder.mkdir(parents=True, exist_ok=True)
+        caches.results_folder(folder, "out=...")
         more = {"revision": questions.revision, "libraries": provenance.library_versions()}
-        more["code"] = provenance.code_version(ROOT)
-        file.write_text(json.dumps(now | more, indent=1) + "\n")
+        more |= {"code": provenance.code_version(ROOT), "made_from": made_from}
+        _write(file, now | more)
 
-    def _judge(self, folder: Path) -> None:
+    def _made_from(self, questions: benchmark.Questions) -> dict[str, str]:
+        """What decides an answer beside the settings: the code that asks, the files, this machine's libraries.
+
+        Scoring is not among them: figures are computed anew from the responses each time.
+        """
+        code = fingerprint.files(
+            [ROOT / "vopd" / "evaluation" / "engines.py"], but=fingerprint.SCORING + fingerprint.LAUNCHING
+        )
+        own = {} if self.settings.endpoint else fingerprint.libraries()
+        return {**code, "content of the files": questions.content_hash(), **own}
+
+    def _judge(self, questions: benchmark.Questions, folder: Path) -> list[str]:
         s = self.settings
-        records = read_records(folder / "records.jsonl").records
+        records = metrics.parsed(read_answers(folder / "records.jsonl").records, questions.spec, "strict")
         wanting = [r for r in records if judge.wants_judge(r)]
         with asking.only_writer(folder), _progress(self.console) as bar:
-            line = bar.add_task(f"judge, {folder.name}", total=len(wanting))
-            asyncio.run(
+            line = bar.add_task(f"judge, {summary.plain(folder.name)}", total=len(wanting))
+            return asyncio.run(
                 judge.judge(
                     str(s.judge.endpoint), str(s.judge.model), records, folder / "judge.jsonl", s.concurrency,
                     s.timeout, lambda: bar.advance(line),
@@ -250,17 +290,39 @@ class Evaluation:
 
     def _summarise(self, questions: benchmark.Questions, folder: Path) -> dict[str, Any]:
         s = self.settings
-        verdicts = judge.read_verdicts(folder / "judge.jsonl") if s.judge.endpoint else {}
+        verdicts = judge.read_verdicts(folder / "judge.jsonl", s.judge.model) if s.judge.endpoint else {}
         result = summary.summarise(
             questions,
-            read_records(folder / "records.jsonl"),
+            read_answers(folder / "records.jsonl"),
             s.scorer,
             f"{s.scorer}, judge {s.judge.model}" if s.judge.endpoint else s.scorer,
             verdicts,
             self.exclusions.get(questions.name),
         )
-        (folder / "summary.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+        _write(folder / "summary.json", result)
         return result
+
+
+def _read_settings(file: Path) -> dict[str, Any] | None:
+    """What an evaluation wrote down, None where there is nothing; UserError for a file that is not of an evaluation."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict) or {"model", "prompt", "data"} - set(found):
+        raise UserError(
+            f"{file}: not the settings of an evaluation; give another out=..., or remove it with the records."
+        )
+    return found
+
+
+def _write(file: Path, content: dict[str, Any]) -> None:
+    """A JSON file that is whole or stays as it was."""
+    partial = file.with_name(f"{file.name}.unfinished")
+    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.replace(file)
 
 
 def model_name(model: str) -> str:
@@ -273,21 +335,16 @@ def model_name(model: str) -> str:
 
 def model_hash(model: str) -> str | None:
     """Hash of a model folder's files; None for a name."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    return provenance.hash_files(
-        f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja")
-    )
+    return provenance.model_hash(model) if Path(model).is_dir() else None
 
 
 def _from_root(path: str) -> Path:
-    return ROOT / path  # an absolute path stays itself
+    return caches.inside(path)  # an absolute path stays itself
 
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
@@ -304,13 +361,20 @@ def main(words: list[str]) -> int:
     if not words or "--help" in words or "-h" in words:
         print(help_text())
         return 0
-    console = Console(highlight=False)
+    console = Terminal()
     if not console.is_terminal:
-        console = Console(highlight=False, width=160)
+        console = Terminal(width=160)
     try:
         return Evaluation(settings_of(words), console).go()
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
+        return UserError.exit_code
+    except OSError as error:  # a full disk, a folder that cannot be written or read
+        where = f"{error.filename}: " if error.filename else ""
+        print(
+            f"vopd: {where}{error.strerror or one_line(str(error))}; what was answered is kept.",
+            file=sys.stderr,
+        )
         return UserError.exit_code
     except KeyboardInterrupt:
         print("vopd: interrupted; the same command asks what is missing.", file=sys.stderr)

@@ -19,6 +19,7 @@ from typing import Any
 
 from vopd import processes
 from vopd.errors import UserError
+from vopd.redaction import redacted
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("vopd", "data", "benchmarks", "tests", "scripts")
@@ -112,8 +113,10 @@ def explain(error: BaseException, engine_log: str = "", ends: Mapping[int, int] 
 
 
 def hand_over(folder: Path, failure: Failure) -> None:
-    """Leave the failure for the terminal's process."""
-    (folder / FAILURE).write_text(json.dumps(asdict(failure)))
+    """Leave the failure for the terminal's process, whole or not at all, without the environment's secrets."""
+    part = folder / f"{FAILURE}.part"
+    part.write_text(redacted(json.dumps(asdict(failure))))
+    part.replace(folder / FAILURE)
 
 
 def received(folder: Path) -> Failure | None:

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 
-PATIENCE_SECONDS = 20.0
+GRACE_SECONDS, PATIENCE_SECONDS = 2.0, 20.0
 
 
 def bearing(mark: bytes) -> list[int]:
@@ -36,17 +36,28 @@ def main() -> int:
     mark = os.fsencode(sys.argv[1])
     while os.read(0, 1):
         pass
-    end = time.monotonic() + PATIENCE_SECONDS
+    # Asked first: multiprocessing's resource trackers then give back the shared memory that they know of.
+    return (
+        0
+        if ended(mark, signal.SIGTERM, GRACE_SECONDS) or ended(mark, signal.SIGKILL, PATIENCE_SECONDS)
+        else 1
+    )
+
+
+def ended(mark: bytes, number: int, seconds: float) -> bool:
+    """Whether all are gone within these seconds after a signal."""
+    end, asked = time.monotonic() + seconds, set[int]()
     while pids := bearing(mark):
-        for pid in pids:
+        for pid in set(pids) - asked:
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, number)
             except ProcessLookupError:
                 continue
+        asked |= set(pids)
         if time.monotonic() > end:
-            return 1
+            return False
         time.sleep(0.05)
-    return 0
+    return True
 
 
 if __name__ == "__main__":

@@ -31,10 +31,10 @@ NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 
 @contextlib.contextmanager
 def held(folder: Path, say: Callable[[str], Any]) -> Iterator[int | None]:
-    """The folder (made if missing) is this process's within the block.
+    """The folder is this process's within the block.
 
     Args:
-        folder: of the run.
+        folder: of the run; it is there.
         say: is given what a person should know: leftovers that were ended, a file system without locks.
 
     Yields:
@@ -43,9 +43,7 @@ def held(folder: Path, say: Callable[[str], Any]) -> Iterator[int | None]:
     Raises:
         UserError: another run has the folder (names its pid and host), or nothing can be written there.
     """
-    made = [] if folder.exists() else [folder, *(p for p in folder.parents if not p.exists())]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         descriptor, locked = _acquire(folder)
     except OSError as error:
         raise UserError(
@@ -60,9 +58,6 @@ def held(folder: Path, say: Callable[[str], Any]) -> Iterator[int | None]:
         with contextlib.suppress(OSError):
             (folder / NAME).unlink()
         os.close(descriptor)
-        for path in made:  # a start that was refused leaves no folder behind
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 def _acquire(folder: Path) -> tuple[int, bool]:

@@ -19,15 +19,16 @@ import sys
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, ModuleType
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vopd import vitals
+from vopd import bounds, mistakes, vitals
 from vopd.backbone.head import ScoreChunk
 from vopd.errors import UserError
 from vopd.views import VIEWS
@@ -149,6 +150,8 @@ class Method:
         student_view: what the student is trained on, behind the same responses.
         advantage: a name in ADVANTAGES or None: no estimator is called then.
         needs_old_log_probs: whether the loss takes a ratio to the policy before the first update of a batch.
+        least_vocabulary: fewest entries that the model's vocabulary must have, such as the k of a top k; a model with
+            fewer is refused before anything starts.
     """
 
     outputs: tuple[str, ...]
@@ -157,6 +160,7 @@ class Method:
     student_view: str = "full"
     advantage: str | None = None
     needs_old_log_probs: bool = False
+    least_vocabulary: int = 1
 
     @property
     def views(self) -> tuple[str, ...]:
@@ -337,47 +341,100 @@ def checked(prepared: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.
     return found
 
 
+class _FromSource(SourceFileLoader):
+    """Compiles the file as it is: Python's kept bytecode is told by whole seconds and size, and litters the folder."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
 def load_module(name: str, beside: Path | None = None) -> ModuleType:
-    """Import a method module by dotted name, or by file path relative to the recipe that names it."""
+    """Import a method module by dotted name, or by file path relative to the recipe that names it.
+
+    Raises:
+        UserError: there is none, or importing it fails; of a mistake in it, file and line.
+    """
     if not name.endswith(".py"):
-        try:
-            return importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise UserError(f"method.module={name}: no such module ({error.name} not found).") from error
+        return _import(name)
     path = (beside / name) if beside else Path(name)
     if not path.is_file():
         raise UserError(f"method.module={name}: no such file ({path}).")
     module_name = f"vopd_recipe_{path.stem}"
-    spec = importlib.util.spec_from_file_location(module_name, path)
+    loader = _FromSource(module_name, str(path))
+    spec = importlib.util.spec_from_file_location(module_name, path, loader=loader)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    spec.loader.exec_module(module)
+    with mistakes.told(IMPORTING, path):
+        spec.loader.exec_module(module)
     return module
+
+
+def _import(name: str) -> ModuleType:
+    if not all(part.isidentifier() for part in name.split(".")):
+        raise UserError(f"method.module={name!r}: no module's name; give a .py file or a dotted name.")
+    with mistakes.told(IMPORTING):
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+                raise  # it is there, and imports something that is not
+            raise UserError(f"method.module={name}: no such module ({error.name} not found).") from error
+
+
+IMPORTING = "importing the recipe's module"
 
 
 def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     """Make the method that a resolved `method:` section describes.
 
     Raises:
-        UserError: unknown module, unknown key, wrong type, or a value outside the contract.
+        UserError: unknown module, unknown key, wrong type, a value outside its bound or the contract, or a mistake in
+            the module, with file and line.
     """
     values = dict(settings)
     module = load_module(str(values.pop("module")), beside)
-    for needed in ("Settings", "build"):
-        if not hasattr(module, needed):
-            raise UserError(
-                f"method.module={settings['module']} has no `{needed}`; see docs/adding_a_recipe.md."
-            )
+    own = Path(module.__file__) if module.__file__ else None
+    kind = _settings_class(module, str(settings["module"]))
     try:
-        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(module.Settings), values))
-    except OmegaConfBaseException as error:
-        key = f"method.{error.full_key}" if error.full_key else "method"
-        raise UserError(f"{key}: {str(error).splitlines()[0]}") from error
-    return check(module.build(typed))
+        with mistakes.told("making the recipe's Settings", own):
+            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except UserError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OmegaConfBaseException):
+            raise
+        key = f"method.{cause.full_key}" if cause.full_key else "method"
+        raise UserError(f"{key}: {str(cause).splitlines()[0]}") from cause
+    bounds.check(kind, typed, "method.")
+    if not callable(getattr(module, "build", None)):
+        raise UserError(f"method.module={settings['module']} has no `build`; see docs/adding_a_recipe.md.")
+    with mistakes.told("making the method", own):
+        method = module.build(typed)
+        if not isinstance(method, Method):
+            raise UserError(
+                f"method.module={settings['module']}: build returned a {type(method).__name__}; "
+                "return a vopd.method.Method."
+            )
+        return check(method)
 
 
 def default_settings(module_name: str, beside: Path | None = None) -> dict[str, Any]:
-    """The default values of a method module's Settings, in order."""
+    """The default values of a method module's Settings, in order.
+
+    Raises:
+        UserError: as `build`.
+    """
     module = load_module(module_name, beside)
-    return {f.name: getattr(module.Settings(), f.name) for f in dataclasses.fields(module.Settings)}
+    kind = _settings_class(module, module_name)
+    own = Path(module.__file__) if module.__file__ else None
+    with mistakes.told("making the recipe's Settings", own):
+        return {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
+
+
+def _settings_class(module: ModuleType, name: str) -> type:
+    kind = getattr(module, "Settings", None)
+    if kind is None:
+        raise UserError(f"method.module={name} has no `Settings`; see docs/adding_a_recipe.md.")
+    if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
+        raise UserError(f"method.module={name}: Settings is no dataclass; put @dataclass above it.")
+    return kind

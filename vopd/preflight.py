@@ -16,11 +16,10 @@ from types import MappingProxyType
 from typing import Any
 
 import psutil
-import pyarrow as pa
-import pyarrow.dataset as pads
 from safetensors import SafetensorError, safe_open
 
 from data import schema
+from vopd import chat_template
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
@@ -29,6 +28,10 @@ GIB = 2**30
 SOCKET_LIMIT_BYTES = 107
 RAY_SOCKET_TAIL = "/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
 MASKED_ATTENTION = ("sdpa", "eager")
+# Files of a model that name code of its own where it has some.
+DESCRIPTIONS = ("config", "tokenizer_config", "processor_config", "preprocessor_config", "generation_config")
+MOST_JSON_BYTES = 128 * 2**20  # the largest tokenizers take a quarter
+MOST_TEMPLATE_BYTES = 2**20
 
 
 def check_disk(folder: Path, needed_gb: float) -> None:
@@ -87,16 +90,30 @@ def check_temp_dir(temp_dir: Path) -> None:
 
 
 def check_model_folder(folder: Path) -> None:
-    """Refuse a folder that is not a whole Hugging Face model: config, safetensors, tokenizer, processor, template."""
+    """Refuse a folder that is not a whole Hugging Face model: config, safetensors, tokenizer, processor, template.
+
+    Also one that names code of its own, which transformers would offer to run, or whose index leads out of it.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder; give the folder that holds config.json.")
+    for file in (folder / f"{name}.json" for name in DESCRIPTIONS):
+        if file.exists() and "auto_map" in _read_json(file):
+            raise UserError(
+                f"{file}: names code of its own (auto_map), and code from a model folder is never run; take the key "
+                "out if transformers knows the model without it."
+            )
     processor = folder / "processor_config.json"
     if not processor.exists():
         processor = folder / "preprocessor_config.json"
     tokenizer_config = folder / "tokenizer_config.json"
     for file in (folder / "config.json", folder / "tokenizer.json", tokenizer_config, processor):
         _read_json(file)
-    if not (folder / "chat_template.jinja").exists() and "chat_template" not in _read_json(tokenizer_config):
+    template = folder / "chat_template.jinja"
+    if template.exists() and template.stat().st_size > MOST_TEMPLATE_BYTES:
+        raise UserError(
+            f"{template}: longer than {MOST_TEMPLATE_BYTES} bytes; copy it from the original folder."
+        )
+    if not template.exists() and "chat_template" not in _read_json(tokenizer_config):
         raise UserError(f"{folder}: no chat_template.jinja; copy it from the model's original folder.")
     for file in _weight_files(folder):
         try:
@@ -111,32 +128,48 @@ def check_model_folder(folder: Path) -> None:
             raise UserError(f"{file}: holds no tensor; fetch it again.")
 
 
+def load_processor(model: str) -> Any:
+    """The processor of a model folder or hub id; none of its code is run, and its chat template was tried.
+
+    Raises:
+        UserError: the template breaks a bound (`vopd/chat_template.py`).
+        OSError, ValueError: transformers cannot load it.
+    """
+    from transformers import AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+    chat_template.check(processor.chat_template, model)
+    return processor
+
+
 def check_parquet(
     path: Path, columns: Iterable[str], image_columns: Sequence[str] = schema.IMAGES, sample: int = 16
 ) -> None:
     """Refuse a split that is unreadable, empty, lacks a column, or holds something that is no image.
 
     `path` names a parquet file, or shards of it (`data/schema.py`). Images are decoded in `sample` rows spread evenly
-    over the split, none above `schema.MAX_PIXELS`.
+    over the split, none above `pictures.MAX_PIXELS`. That every row is as it should be is told by the stamp of
+    `data.validate`.
     """
-    try:
-        table = pads.dataset([str(file) for file in schema.shards(path)], format="parquet")
-        count = table.count_rows()
-    except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a readable parquet file ({error}); prepare it again.") from error
-    missing = sorted({*columns, "id", *image_columns} - set(table.schema.names))
-    if missing:
-        raise UserError(f"{path}: lacks the column {missing[0]!r}; prepare it again with all columns.")
+    columns = list(dict.fromkeys(("id", *columns, *image_columns)))
+    count = schema.count_rows(path, columns)
     if count == 0:
         raise UserError(f"{path}: holds no row; prepare it again.")
     sample = min(sample, count)
-    chosen = sorted({i * count // sample for i in range(sample)} | {count - 1})
-    for row in table.take(chosen, columns=["id", *image_columns]).to_pylist():
+    chosen = {i * count // sample for i in range(sample)} | {count - 1}
+    for row in schema.rows_at(path, chosen, ["id", *image_columns]):
         for column in image_columns:
             try:
                 schema.decode_image(row[column] or {}, path.parent)
             except UserError as error:
                 raise UserError(f"{path}: row {row['id']}, column {column}: {error}") from error
+
+
+def check_enough_rows(path: Path, prompts: int) -> None:
+    """Refuse a training split (a parquet file, or shards of it) that has no whole batch of `prompts` rows."""
+    rows = schema.count_rows(path)
+    if rows < prompts:
+        raise UserError(f"{path}: has {rows} rows, fewer than train.prompts={prompts}; take fewer prompts.")
 
 
 def check_prompt_lengths(
@@ -163,12 +196,14 @@ def check_prompt_lengths(
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
+        if file.stat().st_size > MOST_JSON_BYTES:
+            raise UserError(f"{file}: longer than {MOST_JSON_BYTES} bytes; copy it again.")
         content = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{file}: missing; copy the whole model folder, tokenizer and processor included."
         ) from error
-    except ValueError as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(f"{file}: not valid JSON ({error}); copy it again.") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: holds no JSON object; copy it again.")
@@ -178,7 +213,15 @@ def _read_json(file: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
+            raise UserError(f"{index}: has no weight_map that names the files; copy it again.")
+        for name in names.values():
+            if Path(name).name != name or not name.endswith(".safetensors"):
+                raise UserError(
+                    f"{index}: names the file {name[:200]!r}; only *.safetensors files beside it are read."
+                )
+        files = [folder / name for name in sorted(set(names.values()))]
         absent = [file for file in files if not file.exists()]
         if absent:
             raise UserError(f"{absent[0]}: missing although {index.name} lists it; fetch the whole model.")

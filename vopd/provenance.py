@@ -7,24 +7,93 @@ import json
 import os
 import platform
 import subprocess
+import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-LIBRARIES = ("verl", "torch", "transformers", "vllm", "ray", "datasets")
+from vopd import caches
+
+LIBRARIES = (
+    "verl", "torch", "transformers", "vllm", "ray", "datasets",
+    "TransferQueue", "numpy", "pillow", "pyarrow", "safetensors", "tensordict", "tokenizers", "torchvision",
+)  # fmt: skip
+MODEL_SUFFIXES = (".json", ".safetensors", ".jinja", ".txt", ".model", ".tiktoken")
+REMEMBERED_BYTES = 4 << 20
+"""From this size on the hash of files is remembered under their state (see `_remembered`)."""
+SETTLED_SECONDS = 2.0
 
 
 def hash_files(files: Iterable[Path]) -> str:
-    """sha256 over names and contents, in the order of names."""
+    """sha256 over names and contents, in the order of names; what is large and unchanged is not read again."""
+    ordered = sorted(files)
+    return _remembered("named", ordered, lambda: _sha256(ordered, names=True))
+
+
+def hash_contents(files: Iterable[Path]) -> str:
+    """sha256 over the contents of the files one after the other; what is large and unchanged is not read again."""
+    ordered = list(files)
+    return _remembered("contents", ordered, lambda: _sha256(ordered, names=False))
+
+
+def model_files(folder: Path) -> list[Path]:
+    """What is read of a model folder: weights, configuration, tokenizer, processor, template."""
+    return sorted(f for f in folder.iterdir() if f.suffix in MODEL_SUFFIXES and f.is_file())
+
+
+def model_hash(model: str) -> str:
+    """Hash of a model folder's files; of name and revision for a model on the hub, of the name where it is unknown."""
+    folder = Path(model)
+    if folder.is_dir():
+        return hash_files(model_files(folder))
+    return hash_json([model, revision] if (revision := _revision(model)) else model)
+
+
+def _revision(model: str) -> str | None:
+    """The commit of a model on the hub that is loaded now: its newest, or the newest that is here without a network."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent.name
+    except (OSError, ValueError):  # no such model or no network: loading it says so
+        return None
+
+
+def _sha256(files: Iterable[Path], names: bool) -> str:
     digest = hashlib.sha256()
-    for file in sorted(files):
-        digest.update(file.name.encode())
+    for file in files:
+        if names:
+            digest.update(file.name.encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def _remembered(kind: str, files: Sequence[Path], hashed: Callable[[], str]) -> str:
+    """The hash, from the cache if every file has the size, times and inode that it had when it was hashed.
+
+    The time of change (ctime) is among them: unlike that of modification no tool sets it back, so an edit of the same
+    size is noticed. A file that was changed within the clock's grain of being hashed is not remembered.
+    """
+    before = [_state(file) for file in files]
+    if sum(state[1] for state in before) < REMEMBERED_BYTES:
+        return hashed()
+    key = hash_json([kind, before])
+    if known := caches.read("hashes", key):
+        return known.decode()
+    value = hashed()
+    settled = time.time_ns() - int(SETTLED_SECONDS * 1e9)
+    if max(max(state[2:4]) for state in before) < settled and before == [_state(file) for file in files]:
+        caches.store("hashes", key, value.encode())
+    return value
+
+
+def _state(file: Path) -> tuple[str, int, int, int, int, int]:
+    s = file.stat()
+    return str(file.absolute()), s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev
 
 
 def hash_json(value: Any) -> str:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import keyword
+import os
 import sys
 from pathlib import Path
 
 from vopd.errors import UserError
+from vopd.terminal import say
 
 YAML = """# {name}: what the run sets beside the profile; the defaults of `method` stand in {name}.py.
 method:
@@ -101,7 +103,7 @@ def new(name: str, folder: Path) -> list[Path]:
     """Write the skeleton's three files into `folder` and return their paths.
 
     Raises:
-        UserError: a name that is no Python identifier, or a file that exists.
+        UserError: a name that is no Python identifier, a file that exists, or a folder that cannot be written to.
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
         raise UserError(
@@ -111,11 +113,15 @@ def new(name: str, folder: Path) -> list[Path]:
     texts = {f"{name}.yaml": YAML, f"{name}.py": MODULE, f"test_{name}.py": TEST}
     files = [folder / file for file in texts]
     for file in files:
-        if file.exists():
+        if os.path.lexists(file):
             raise UserError(f"{file} exists; give another name or another --out.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file, text in zip(files, texts.values(), strict=True):
-        file.write_text(text.format(name=name, klass=klass))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for file, text in zip(files, texts.values(), strict=True):
+            with file.open("x", encoding="utf-8") as stream:
+                stream.write(text.format(name=name, klass=klass))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error.strerror}); give another --out.") from error
     return files
 
 
@@ -129,7 +135,7 @@ def main(arguments: list[str]) -> int:
     try:
         recipe, module, test = new(given.name, given.out)
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     print(f"wrote {recipe}, {module}, {test}\nrun it: bash scripts/run_recipe.sh {recipe}")
     return 0

@@ -1,15 +1,16 @@
 """`python -m vopd.run RECIPE [key=value ...]`: check, prepare, train, evaluate, print the result.
 
 RECIPE is a name below recipes/ or the path of a YAML file. The words are Hydra overrides; `profile=NAME` chooses
-hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. An interrupted run goes on where its
-last checkpoint is; a finished one is shown again.
+hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. The same command resumes an interrupted
+run from its last checkpoint (docs/resuming.md); a finished one is shown again. Either is refused if what it was made
+from has changed.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,17 +20,33 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from vopd import lock, provenance, verdict, watch
+from vopd import (
+    caches,
+    checkpoints,
+    fingerprint,
+    host,
+    lock,
+    loopback,
+    provenance,
+    resuming,
+    scratch,
+    trackers,
+    verdict,
+    watch,
+)
 from vopd.backbone.launch import environment
 from vopd.config import ROOT, load
 from vopd.errors import UserError
+from vopd.evaluation.records import read_records
 from vopd.failures import FAILURE, Failure
 from vopd.method import build, checked_record, final_views, place
+from vopd.terminal import Terminal, say
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = "holdout"  # a family that training never sees; a data set need not have one
 INTERRUPTED = 130
+"""What a run folder holds once generation or training has begun."""
 
 
 def _interrupt(*_: Any) -> None:
@@ -39,7 +56,8 @@ def _interrupt(*_: Any) -> None:
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input, 130 after Ctrl-C, 1 otherwise."""
-    console = Console(highlight=False)
+    console = Terminal()
+    run: Run | None = None
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(help_text())
@@ -47,12 +65,13 @@ def main(arguments: list[str]) -> int:
         if "--help" in arguments or "-h" in arguments:
             print(OmegaConf.to_yaml(load(arguments[0], [a for a in arguments[1:] if not a.startswith("-")])))
             return 0
-        return Run(arguments[0], arguments[1:], console).go()
+        run = Run(arguments[0], arguments[1:], console)
+        return run.go()
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
-        print("vopd: interrupted; the same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"vopd: interrupted; {run.left() if run else 'nothing was begun'}.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -75,19 +94,25 @@ class Run:
         self.folder = Path(self.config.run_dir)
         self.console = console
         self.method = build(_plain(self.config.method), Path(self.config.recipe_folder))
+        self.other_settings = False  # than those of what the folder holds
 
     def go(self) -> int:
         """Train and evaluate unless that is done already; print the result. The folder is this run's meanwhile."""
-        with lock.held(self.folder, self._say) as self.lock:
+        resuming.settings_of(self.folder)  # nothing is written into what is somebody else's, not even a lock
+        with lock.held(caches.results_folder(self.folder), self._say) as self.lock:
             return self._go()
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, soft_wrap=True)
 
     def _go(self) -> int:
-        self._claim_folder()
-        if not (self.folder / "summary.json").exists():
+        longer_than = self._claim_folder()
+        if longer_than or not (self.folder / "summary.json").exists():
             self._check()
+            self._begin()
+            if longer_than:
+                resuming.reopen(self.folder, longer_than)
+            resuming.write_settings(self.config, self.folder)
             outcome = self._train()
             if outcome.failure:
                 return outcome.failure.code
@@ -98,44 +123,115 @@ class Run:
                 return nothing.code
             self._summarise(outcome)
         else:
+            self._check_finished()
             self.console.print("finished before; remove the folder to run it again")
         troubles = verdict.troubles(self.folder, place(self.method, "score"))
         for trouble in troubles:
-            print(f"vopd: {trouble}", file=sys.stderr, flush=True)
+            say(f"vopd: {trouble}")
         self.console.print((self.folder / "summary.txt").read_text(), markup=False, soft_wrap=True)
         self.console.print(f"records, plots and the trained model: {self.folder}", soft_wrap=True)
         return 1 if troubles else 0
 
     # ---- before anything starts ---------------------------------------------------------------------------------
 
-    def _claim_folder(self) -> None:
-        """Refuse a folder that holds results of other settings."""
-        file = self.folder / "config.yaml"
-        if file.exists():
-            settings = OmegaConf.to_container(self.config, resolve=True)
-            differs = sorted(differences(settings, OmegaConf.to_container(OmegaConf.load(file))))
-            if differs and (self.folder / "metrics.jsonl").exists():
+    def _claim_folder(self) -> int:
+        """Refuse a folder that is not a run's, or that holds results of other settings.
+
+        Returns the updates of a finished run that is to be trained further, 0 otherwise.
+        """
+        before = resuming.settings_of(self.folder)
+        caches.results_folder(self.folder)
+        return self._check_same(before) if before is not None else 0
+
+    def _check_same(self, before: dict[str, Any]) -> int:
+        now = _plain(self.config)
+        changed = resuming.that_matter(resuming.differences(now, before))
+        if changed and resuming.has_results(self.folder):
+            then, value = (OmegaConf.select(OmegaConf.create(tree), changed[0]) for tree in (before, now))
+            raise UserError(
+                f"{self.folder} holds a run with another {changed[0]}: {then!r} then, {value!r} now; remove it or give "
+                "another run_dir."
+            )
+        self.other_settings = bool(changed)
+        steps, finished = before["train"]["steps"], (self.folder / "summary.json").exists()
+        resuming.check_steps(self.folder, now["train"]["steps"], self.method.rollout.weights == "initial")
+        return int(steps) if finished and now["train"]["steps"] != steps else 0
+
+    def left(self) -> str:
+        """What an interrupted run can do next, in words."""
+        found = checkpoints.found(self.folder / "checkpoints")
+        if not found:
+            return "there is no checkpoint yet: the same command starts it again"
+        return f"the same command resumes it from update {found[0].step}"
+
+    def _check_finished(self) -> None:
+        """Refuse to show the result of other code, data or weights as the result of those of now."""
+        file = self.folder / "summary.json"
+        try:
+            facts = json.loads(file.read_text(encoding="utf-8"))["run"]
+            recorded = facts.get("fingerprint")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{file} is not the summary of a run; remove the folder to run it again."
+            ) from error
+        if recorded:  # else there is nothing to compare with, and the data need not be made
+            self.prepare_data()
+        if why := fingerprint.why(recorded, fingerprint.of(self) if recorded else {}):
+            raise UserError(
+                f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
+                "run_dir=... to keep it, or remove the folder to run it again."
+            )
+        if not (self.folder / "summary.txt").exists():  # killed between the two
+            from vopd.report.summary import render, summarise
+
+            (self.folder / "summary.txt").write_text(render(summarise(self.folder, facts)))
+
+    def _begin(self) -> None:
+        """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
+        now = fingerprint.of(self)
+        why = fingerprint.why(fingerprint.read(self.folder), now)
+        if why or self.other_settings:
+            if resuming.has_results(self.folder):
                 raise UserError(
-                    f"{self.folder} holds a run with another {differs[0]}; remove it or give another run_dir."
+                    f"{self.folder} holds an unfinished run with other inputs than now: {why}; give another "
+                    "run_dir=... to keep it, or remove the folder to begin anew."
                 )
-            if differs:
-                shutil.rmtree(self.folder / "records", ignore_errors=True)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, file)
+            # No update was made yet: the base model's answers are asked anew, or taken from where they are kept.
+            for name in ("records/before.jsonl", "evaluations.jsonl"):
+                (self.folder / name).unlink(missing_ok=True)
+            fingerprint.write(self.folder, now)
+        self.origin = {  # as it is now: what is edited while the run goes on has no part in it
+            "code": provenance.code_version(ROOT),
+            "code_hash": provenance.code_hash(ROOT),
+            "scorer": provenance.scorer(ROOT),
+            "fingerprint": now,
+        }
 
     def _check(self) -> None:
-        from vopd import preflight  # both pull in pyarrow: not for --help and mistyped words
+        from vopd import model_facts, preflight  # both pull in pyarrow: not for --help and mistyped words
         from vopd.backbone import recording
 
         config = self.config
         checked_record(self.method)
+        here = host.machine(config.hardware.device)
+        for note in host.prepare_run(config, os.environ, environment(config), caches.place(), here):
+            self.console.print(note, markup=False, soft_wrap=True)
         preflight.check_disk(self.folder, config.hardware.disk_gib)
         preflight.check_memory(config.hardware.memory_gib, config.profile)
+        trackers.check(config.logging)
         preflight.check_attention(config.train.packed, config.model.attention)
         # A name that is no folder is a hub id, except on a CPU machine, which works offline.
         model = Path(config.model.path)
         if config.hardware.device == "cpu" or model.is_absolute() or model.exists():
             preflight.check_model_folder(model)
+        tokens = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+        model_facts.check(
+            model_facts.read(config.model.path),
+            config.model.path,
+            self.method.least_vocabulary,
+            tokens,
+            config.rollout.tensor_parallel,
+        )
         if config.rollout.replay:
             recording.check(
                 Path(config.rollout.replay), config.train.steps, config.train.prompts, config.train.rollouts
@@ -143,12 +239,16 @@ class Run:
         self.prepare_data()
         for split in self.splits():
             preflight.check_parquet(Path(config.data.folder) / f"{split}.parquet", COLUMNS)
+        preflight.check_enough_rows(Path(config.data.folder) / "train.parquet", config.train.prompts)
         self.data_hash()
         self._check_prompts()
 
     def prepare_data(self) -> None:
-        """Run the module that makes the data, if the profile names one; it keeps what is there already."""
-        if self.config.data.prepare is None:
+        """Run the module that makes the data, if the profile names one and the data is not someone else's."""
+        from data import sets  # pulls in pyarrow
+
+        prepare, place = self.config.data.prepare, Path(self.config.data.folder)
+        if prepare is None or not sets.needs_preparing(place, prepare):
             return
         command = watch.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
         # Its progress bars are for a person; the file is read for what went wrong, which stands last.
@@ -169,27 +269,26 @@ class Run:
         config = self.config
         views = sorted(final_views(self.method))
         template = _plain(config.rollout.chat_template)
-        key = provenance.hash_json(
-            [self.data_hash(), self.model_hash(), config.rollout.max_prompt_tokens, template, views]
+        code = fingerprint.files(
+            [ROOT / "vopd" / "preflight.py", *fingerprint.view_files(views, config)], config.recipe_folder
         )
-        stamp = ROOT / ".cache" / "checked_prompts" / key
-        if stamp.exists():
+        limit = config.rollout.max_prompt_tokens
+        key = provenance.hash_json(
+            [self.data_hash(), self.model_hash(), limit, template, views, code, fingerprint.libraries()]
+        )
+        if caches.read("checked_prompts", key) is not None:
             return
-        from transformers import AutoProcessor
-
         from data import schema
         from vopd import preflight
 
-        processor, folder = AutoProcessor.from_pretrained(config.model.path), Path(config.data.folder)
+        processor, folder = preflight.load_processor(config.model.path), Path(config.data.folder)
         for split in self.splits():
             rows = schema.rows(
                 folder / f"{split}.parquet", ("id", "image", "crop", "question", "answer", "options")
             )
             outlined = (schema.outline(row, folder) for row in rows)
-            limit = config.rollout.max_prompt_tokens
             preflight.check_prompt_lengths(outlined, processor, limit, views, template)
-        stamp.parent.mkdir(parents=True, exist_ok=True)
-        stamp.touch()
+        caches.store("checked_prompts", key)
 
     def splits(self) -> list[str]:
         """Names of the splits of this run: the hold-out is one of them if the data has it."""
@@ -208,68 +307,47 @@ class Run:
         return self._data_hash
 
     def model_hash(self) -> str:
-        """Hash of the model folder's files; of the name for a model on the hub."""
-        folder = Path(self.config.model.path)
-        if not folder.is_dir():
-            return provenance.hash_json(str(folder))
-        return provenance.hash_files(
-            f for f in folder.iterdir() if f.suffix in (".json", ".safetensors", ".jinja")
-        )
+        """Hash of the model folder's files; of name and revision for a model on the hub."""
+        if not hasattr(self, "_model_hash"):
+            self._model_hash = provenance.model_hash(self.config.model.path)
+        return self._model_hash
 
     # ---- the run ------------------------------------------------------------------------------------------------
 
     def _train(self) -> watch.Outcome:
         (self.folder / FAILURE).unlink(missing_ok=True)
-        cached, before = self._cached_evaluation(), self.folder / "records" / "before.jsonl"
-        if cached.exists() and not before.exists():
+        before = self.folder / "records" / "before.jsonl"
+        key = provenance.hash_json(fingerprint.answers(self, final_views(self.method)))
+        kept = caches.read("evaluations", key)
+        if kept is not None and not before.exists():
             before.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(cached, before)
+            caches.write_whole(before, kept)
         self.console.print(
             f"{self.config.recipe} on {self.config.profile}, seed {self.config.seed}: {self.config.train.steps} "
             f"updates of {self.config.train.prompts} prompts x {self.config.train.rollouts}\n"
+            f"{self._from_where()}"
             f"starting Ray, the trainer and vLLM (log: {self.folder / 'log.txt'})"
         )
-        env = {**os.environ, **environment(self.config)}
-        command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
-        outcome = watch.run(command, self.folder, env, ROOT, self.console, self.lock, self._tell)
-        if before.exists() and not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(before, cached)
+        with scratch.scratch() as place:
+            env = {**os.environ, **environment(self.config), **scratch.environment(place)}
+            if self.config.hardware.nodes == 1:
+                env |= loopback.start(place)
+            command = watch.python("-m", "vopd.backbone.launch", str(self.folder))
+            outcome = watch.run(command, self.folder, env, ROOT, self.console, self.lock, self._tell)
+        if kept is None and before.exists() and not read_records(before).torn:
+            caches.store("evaluations", key, before.read_bytes())
         return outcome
 
-    def _cached_evaluation(self) -> Path:
-        """Where the base model's answers are kept: the same weights, data and sampling give the same records."""
-        config = self.config
-        sampling = [config.rollout.max_prompt_tokens, config.rollout.max_response_tokens]
-        rows = [config.evaluate.test_rows, config.evaluate.holdout_rows]
-        template = _plain(config.rollout.chat_template)
-        code = provenance.hash_files(
-            [
-                *(ROOT / "vopd/evaluation/scoring").glob("*.py"),
-                ROOT / "vopd/views.py",
-                ROOT / "vopd/backbone/rendering.py",
-                ROOT / "vopd/vllm_delta_rule.py",
-                *(ROOT / "vopd/backbone").glob("verl*.yaml"),
-            ]
-        )
-        key = provenance.hash_json(
-            [
-                self.model_hash(),
-                self.data_hash(),
-                sampling,
-                rows,
-                final_views(self.method),
-                template,
-                code,
-                provenance.library_versions(),
-            ]
-        )
-        return ROOT / ".cache" / "evaluations" / f"{key}.jsonl"
+    def _from_where(self) -> str:
+        """Look at the checkpoints, so that the trainer finds the newest whole one, and say which that is."""
+        newest, damaged = checkpoints.newest_whole(self.folder / "checkpoints")
+        lines = [f"{sentence}; an older one is taken" for sentence in damaged]
+        lines += [f"resuming from the checkpoint of update {newest.step}"] if newest else []
+        return "".join(f"{line}\n" for line in lines)
 
     def _tell(self, failure: Failure) -> None:
         raised = f"raised in the {failure.process}; " if failure.process else ""
-        print(f"vopd: {failure.line()}", file=sys.stderr)
-        print(f"vopd: {raised}the whole story is in {self.folder / 'log.txt'}", file=sys.stderr, flush=True)
+        say(f"vopd: {failure.line()}", f"vopd: {raised}the whole story is in {self.folder / 'log.txt'}")
 
     def _summarise(self, outcome: watch.Outcome) -> None:
         from vopd.report.plots import plot_run  # pulls in matplotlib and scipy
@@ -279,9 +357,7 @@ class Run:
             "recipe": self.config.recipe,
             "profile": self.config.profile,
             "seed": self.config.seed,
-            "code": provenance.code_version(ROOT),
-            "code_hash": provenance.code_hash(ROOT),
-            "scorer": provenance.scorer(ROOT),
+            **self.origin,
             "data_hash": self.data_hash(),
             "model_hash": self.model_hash(),
             "libraries": provenance.library_versions(),
@@ -307,26 +383,16 @@ def _absolute(config: DictConfig) -> DictConfig:
     """Paths of the repository's own things hold from any current folder."""
     runs = Path(config.run_dir)
     config.run_dir = str(runs if runs.is_absolute() else ROOT / runs)
-    config.data.folder = str(ROOT / config.data.folder)
+    config.data.folder = str(caches.inside(config.data.folder))
     if config.rollout.replay:
-        config.rollout.replay = str(ROOT / config.rollout.replay)
-    if (ROOT / config.model.path).exists():
-        config.model.path = str(ROOT / config.model.path)
+        config.rollout.replay = str(caches.inside(config.rollout.replay))
+    if (model := caches.inside(config.model.path)).exists():
+        config.model.path = str(model)
     return config
 
 
 def _plain(config: Any) -> dict[str, Any]:
     return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
-
-
-def differences(first: Any, second: Any, prefix: str = "") -> set[str]:
-    """Dotted keys whose values differ between two trees of settings."""
-    if isinstance(first, dict) and isinstance(second, dict):
-        keys = set(first) | set(second)
-        return set().union(
-            *(differences(first.get(k), second.get(k), f"{prefix}.{k}".lstrip(".")) for k in keys)
-        )
-    return set() if first == second else {prefix}
 
 
 if __name__ == "__main__":

@@ -90,24 +90,3 @@ class TeacherWeights:
             kept = student.clone()
             student.copy_(shard)
             shard.copy_(kept)
-
-    def state_dict(self) -> dict[str, dict[str, torch.Tensor]]:
-        """The shards, for a checkpoint."""
-        return self.shards
-
-    @torch.no_grad()
-    def load_state_dict(self, state: dict[str, dict[str, torch.Tensor]]) -> None:
-        """Take shards from a checkpoint of the same method and number of ranks.
-
-        Raises:
-            ValueError: stores or parameters differ.
-        """
-        if state.keys() != self.shards.keys():
-            raise ValueError(
-                f"checkpoint holds teachers {sorted(state)}, this method keeps {sorted(self.shards)}"
-            )
-        for name, shards in self.shards.items():
-            if state[name].keys() != shards.keys():
-                raise ValueError(f"teacher '{name}': parameters differ from the checkpoint's")
-            for key, shard in shards.items():
-                shard.copy_(state[name][key])

@@ -14,19 +14,21 @@ from typing import Any
 import torch
 
 from vopd.backbone.head import ScoreChunk
+from vopd.bounds import above, one_of, within
 from vopd.divergence import divergence_name, entropy, top_k_tail_divergence
-from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
+from vopd.method import WEIGHTS, Method, Scorer, UpdateBatch, sequence_mean
+from vopd.views import VIEWS
 
 
 @dataclass
 class Settings:
     """Paper, section 4.1 and Tables 3-6: JSD 0.5 on the student's top-100 plus tail, EMA teacher at rate 0.05."""
 
-    top_k: int = 100
-    beta: float = 0.5
-    teacher: str = "ema"
-    teacher_rate: float = 0.05
-    teacher_view: str = "crop"
+    top_k: int = within(100, 1, 10_000_000)
+    beta: float = within(0.5, 0, 1)
+    teacher: str = one_of("ema", *WEIGHTS)
+    teacher_rate: float = above(0.05, 0, 1)
+    teacher_view: str = one_of("crop", *VIEWS)
 
 
 @dataclass(frozen=True)
@@ -68,5 +70,6 @@ def build(settings: Settings) -> Method:
     return VisionOPD(
         outputs=("divergence", "student_mass", "teacher_mass", "entropy"),
         scorers={"teacher": Scorer(settings.teacher_view, settings.teacher, settings.teacher_rate)},
+        least_vocabulary=settings.top_k,
         settings=settings,
     )

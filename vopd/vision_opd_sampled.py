@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 from vopd.backbone.head import ScoreChunk
+from vopd.bounds import above, one_of
 from vopd.divergence import sampled_token_log_prob
-from vopd.method import Method, Scorer, UpdateBatch, sequence_mean
+from vopd.method import WEIGHTS, Method, Scorer, UpdateBatch, sequence_mean
+from vopd.views import VIEWS
 
 
 @dataclass
 class Settings:
     """The teacher is Vision-OPD's."""
 
-    teacher: str = "ema"
-    teacher_rate: float = 0.05
-    teacher_view: str = "crop"
+    teacher: str = one_of("ema", *WEIGHTS)
+    teacher_rate: float = above(0.05, 0, 1)
+    teacher_view: str = one_of("crop", *VIEWS)
 
 
 @dataclass(frozen=True)

@@ -63,11 +63,14 @@ def run(
     lock: int | None = None,
     tell: Callable[[Failure], None] = lambda _: None,
 ) -> Outcome:
-    """Run `command` to its end; on Ctrl-C stop the whole process tree and raise KeyboardInterrupt.
+    """Run `command` to its end. Ctrl-C asks it to keep what it has and end; a second one stops the whole process tree.
 
     Processes that are gone, stopped or stuck are told of as `monitor` finds them. lock: the descriptor of the run
     folder's lock, which the run's processes hold too. tell: is called once with the failure of a run that fails, as
     soon as it is known; what was started is still ended then.
+
+    Raises:
+        KeyboardInterrupt: it was interrupted, and has ended.
     """
     teller = _Teller(tell)
     with _kept(run_dir, lock):
@@ -115,31 +118,43 @@ def _run(
     drawing, monitor = _Drawing(console), Monitor(run_dir, child.pid)
     peak, looked, first_step = 0.0, 0.0, 0.0
     tree: list[psutil.Process] = []
-    try:
-        with drawing.progress:
-            for event in _events(progress_file, child):
-                if event is not None:
-                    monitor.event(event)
-                    drawing.show(event)
-                    if event["kind"] == "step" and not first_step:
-                        first_step = time.monotonic() - begin
-                    continue
-                for notice in monitor.look():
-                    drawing.progress.console.print(notice, markup=False)
-                if known := received(run_dir):
-                    tell(_better(known, monitor))
-                if monitor.lost():
-                    os.killpg(child.pid, signal.SIGKILL)
-                    child.wait()
-                elif time.monotonic() - looked > MEMORY_SECONDS:
-                    looked = time.monotonic()
-                    tree = _tree(child.pid)
-                    peak = max(peak, sum(map(_memory, tree)) / GIB)
-    except KeyboardInterrupt:
-        _stop(child, tree)
-        raise
+    events, asked = _Events(progress_file, child), False
+    while True:
+        try:
+            with drawing.progress:
+                for event in events:
+                    if event is not None:
+                        monitor.event(event)
+                        drawing.show(event)
+                        if event["kind"] == "step" and not first_step:
+                            first_step = time.monotonic() - begin
+                        continue
+                    for notice in monitor.look():
+                        drawing.progress.console.print(notice, soft_wrap=True)
+                    if known := received(run_dir):
+                        tell(_better(known, monitor))
+                    if lost := monitor.lost():
+                        tell(lost)
+                        os.killpg(child.pid, signal.SIGKILL)
+                        child.wait()
+                    elif time.monotonic() - looked > MEMORY_SECONDS:
+                        looked = time.monotonic()
+                        tree = _tree(child.pid)
+                        peak = max(peak, sum(map(_memory, tree)) / GIB)
+            break
+        except KeyboardInterrupt:
+            if asked:
+                _stop(child, tree)
+                raise
+            asked = True
+            console.print("stopping after a checkpoint; once more (Ctrl-C) stops at once", soft_wrap=True)
+            child.send_signal(signal.SIGTERM)
     _stop(child, tree)
     failure = _failure(child, run_dir, monitor)
+    if asked:
+        if known := received(run_dir):
+            tell(known)
+        raise KeyboardInterrupt
     code = failure.code if failure else 0
     return Outcome(code, time.monotonic() - begin, first_step, peak, failure)
 
@@ -193,21 +208,28 @@ def python(*words: str) -> list[str]:
     return [sys.executable, "-P", *words]
 
 
-def _events(file: Path, child: subprocess.Popen[bytes]) -> Iterator[dict[str, Any] | None]:
-    """Events as they are written; None where there is nothing new. Ends after the process has ended."""
-    position = 0
-    while True:
-        ended = child.poll() is not None
-        if file.exists():
-            with open(file) as stream:
-                stream.seek(position)
-                while (line := stream.readline()).endswith("\n"):
-                    position = stream.tell()
-                    yield json.loads(line)
-        if ended:
-            return
-        yield None
-        time.sleep(LOOK_SECONDS)
+class _Events:
+    """Events as they are written; None where there is nothing new. Ends after the process has ended.
+
+    Iterating anew, after an interruption, goes on behind the last event.
+    """
+
+    def __init__(self, file: Path, child: subprocess.Popen[bytes]) -> None:
+        self.file, self.child, self.position = file, child, 0
+
+    def __iter__(self) -> Iterator[dict[str, Any] | None]:
+        while True:
+            ended = self.child.poll() is not None
+            if self.file.exists():
+                with open(self.file) as stream:
+                    stream.seek(self.position)
+                    while (line := stream.readline()).endswith("\n"):
+                        self.position = stream.tell()
+                        yield json.loads(line)
+            if ended:
+                return
+            yield None
+            time.sleep(LOOK_SECONDS)
 
 
 class _Drawing:
@@ -215,8 +237,8 @@ class _Drawing:
 
     def __init__(self, console: Console) -> None:
         columns = [
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}"),
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[shown]}", markup=False),
         ]  # fmt: skip
         self.progress = Progress(*columns, console=console, refresh_per_second=2)
         self.tasks: dict[str, Any] = {}
@@ -224,7 +246,7 @@ class _Drawing:
     def show(self, event: dict[str, Any]) -> None:
         if event["kind"] in TURNING:
             if "text" in event:
-                self.progress.console.print(f"[dim]{event['text']}[/dim]")
+                self.progress.console.print(event["text"], style="dim")
             return
         name = event["name"] if event["kind"] != "evaluation" else f"answering ({event['name']})"
         if name not in self.tasks:

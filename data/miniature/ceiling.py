@@ -8,6 +8,8 @@ architecture's and no post-training method could be judged on it.
 import argparse
 import json
 import math
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,8 @@ from data.miniature import world
 from data.miniature.batches import pictures, response_loss
 from data.miniature.measure import accuracies, load
 from data.miniature.prepare import ROWS
+from vopd import ownership
+from vopd.errors import UserError
 
 BASE = Path(__file__).parent / "base"
 UPDATES = 64
@@ -53,7 +57,20 @@ def ceiling(folder: Path, seed: int, rate: float) -> dict:
     return {"settings": settings, "before": before, "after": after, "share_of_gap_closed": closed}
 
 
-def main() -> None:
+def check_place(out: Path) -> None:
+    """`UserError` unless `out` is free, or holds a result of this command."""
+    if not os.path.lexists(out):
+        return
+    try:
+        there = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        there = None
+    if not isinstance(there, dict) or set(there) != {"settings", "before", "after", "share_of_gap_closed"}:
+        raise UserError(f"{out}: is not a result of data.miniature.ceiling; give another --out.")
+
+
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -62,12 +79,19 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    result = ceiling(args.model, args.seed, args.rate)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    try:
+        check_place(args.out)
+        result = ceiling(args.model, args.seed, args.rate)
+        with ownership.atomic(args.out) as partial:
+            partial.write_text(json.dumps(result, indent=1) + "\n")
+    except UserError as error:
+        print(f"data.miniature.ceiling: {error}", file=sys.stderr)
+        return UserError.exit_code
     print(json.dumps(result, indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

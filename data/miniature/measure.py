@@ -27,7 +27,7 @@ from data.miniature.world import Scene
 def load(folder: Path) -> tuple[FastMiniature, Coder]:
     """The checkpoint in float32 and its coder."""
     model = Qwen3_5ForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
-    return FastMiniature(model), Coder(AutoTokenizer.from_pretrained(folder))
+    return FastMiniature(model), Coder(AutoTokenizer.from_pretrained(folder, trust_remote_code=False))
 
 
 def share(hits: np.ndarray) -> dict[str, float | int]:

@@ -1,11 +1,11 @@
 """Writes the miniature's parquet files: `python -m data.miniature.prepare --out .cache/miniature`.
 
 train, validation, test and holdout (the letter family, which post-training never sees), meta.json, and the stamp of
-`data.validate`. Files that are there already are kept when settings and generator code are the same.
+`data.validate`. Files that are there already are kept when settings and generator code are the same; a folder that
+holds anything else is left alone (`vopd/ownership.py`).
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import sys
@@ -15,11 +15,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import schema, stamp
+from data import schema, sets, stamp
 from data.miniature import world
+from vopd import caches, ownership
 from vopd.errors import UserError
+from vopd.terminal import say
 
 LICENCE = "Apache-2.0"
+MAKER = sets.MINIATURE
 ROWS = {"train": 6241, "validation": 256, "test": 1024, "holdout": 512}
 
 
@@ -55,42 +58,41 @@ def _settings(counts: dict[str, int], seed: int) -> dict:
     return {"rows": counts, "seed": seed, "code": code.hexdigest()[:16]}
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
     """Makes sure that the four files exist and are validated; returns meta: settings and the SHA-256 of every file.
 
     The evaluation splits do not depend on `train_rows`. Where two runs start together the second one waits.
+
+    Raises:
+        UserError: the folder holds something that this command did not write there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".preparing").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return _prepare(out, train_rows, seed)
-
-
-def _prepare(out: Path, train_rows: int, seed: int) -> dict:
     settings = _settings(ROWS | {"train": train_rows}, seed)
-    meta_file = out / "meta.json"
-    if meta_file.is_file():
-        meta = json.loads(meta_file.read_text())
-        there = all((out / f"{split}.parquet").is_file() for split in ROWS)
-        if there and {k: meta.get(k) for k in settings} == settings:
-            if not (out / stamp.NAME).is_file():
-                _validate(out)
-            return meta
+    if (meta := _kept(out, settings)) and stamp.current(out):
+        return meta
+    with ownership.held(out, MAKER, (stamp.NAME,), sets.EARLIER[MAKER], wait=True) as owned:
+        meta = _kept(out, settings) or _make(owned, settings)
+        if not stamp.current(out):
+            _validate(out)
+        return meta
+
+
+def _kept(out: Path, settings: dict) -> dict | None:
+    """meta, if the four files are there and were made with these settings."""
+    meta = sets.meta_of(out)
+    there = all((out / f"{split}.parquet").is_file() for split in ROWS)
+    return meta if there and {k: meta.get(k) for k in settings} == settings else None
+
+
+def _make(owned: ownership.Owned, settings: dict) -> dict:
+    out = owned.folder
     stamp.remove(out)
-    meta = settings | {"sha256": {}}
+    meta: dict = settings | {"sha256": {}}
     for split, count in settings["rows"].items():
         path = out / f"{split}.parquet"
-        schema.write(tqdm(rows(split, count, seed), desc=f"miniature {split}", total=count), path)
-        meta["sha256"][split] = _digest(path)
-    partial = meta_file.with_suffix(".partial")
-    partial.write_text(json.dumps(meta, indent=1) + "\n")
-    partial.replace(meta_file)
-    _validate(out)
+        drawn = tqdm(rows(split, count, settings["seed"]), desc=f"miniature {split}", total=count)
+        schema.write(drawn, path, owned=owned)
+        meta["sha256"][split] = sets.digest(path)
+    owned.write_text(sets.META, json.dumps(meta, indent=1) + "\n")
     return meta
 
 
@@ -107,14 +109,14 @@ def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path(".cache/miniature"))
+    parser.add_argument("--out", type=Path, default=caches.inside(".cache/miniature"))
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
     try:
         print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
     except UserError as error:
-        print(f"data.miniature: {error}", file=sys.stderr)
+        say(f"data.miniature: {error}")
         return UserError.exit_code
     return 0
 

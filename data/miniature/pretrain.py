@@ -17,6 +17,7 @@ numbers; a run that was killed goes on from its last checkpoint.
 import argparse
 import json
 import math
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from data.miniature.fast import FastMiniature
 from data.miniature.model import HINTED, build_config, build_model, build_processor, build_tokenizer, save
 from data.miniature.responses import response
 from data.miniature.world import Facts, Scene
+from vopd import ownership
 from vopd.errors import UserError
 
 FAMILIES = (*world.FAMILIES, world.HOLDOUT_FAMILY)
@@ -52,6 +54,8 @@ HINTED_SHARE_OF_TALK = 0.5
 LOOKUPS = 300
 CROWDED = (20, 30)
 PACKED = (40, 60)
+MAKER = "data.miniature.pretrain"
+CHECKPOINT = "pretrain.pt"
 SAVE_EVERY = 100
 
 
@@ -253,17 +257,25 @@ def _write(
 ) -> None:
     state = {"learner": learner.modules.state_dict(), "optimiser": optimiser.state_dict()}
     state |= {"seed": learner.seed, "stage": stage, "step": step, "seconds": spent}
-    torch.save(state, path.with_suffix(".partial"))
-    path.with_suffix(".partial").replace(path)
+    with ownership.atomic(path) as partial:
+        torch.save(state, partial)
 
 
 def pretrain(out: Path, seed: int, threads: int) -> None:
-    """Runs what is left of the four stages and saves the model's folder to `out`."""
+    """Runs what is left of the four stages and saves the model's folder to `out`.
+
+    Raises:
+        UserError: `out` holds something that this command did not write there, or a checkpoint of another seed.
+    """
+    with ownership.held(out, MAKER, (CHECKPOINT,)) as owned:
+        _pretrain(owned, seed, threads)
+
+
+def _pretrain(owned: ownership.Owned, seed: int, threads: int) -> None:
     torch.set_num_threads(threads)
     learner = Learner(seed)
     optimiser = _optimiser(learner)
-    checkpoint = out / "pretrain.pt"
-    out.mkdir(parents=True, exist_ok=True)
+    checkpoint = owned.folder / CHECKPOINT
     first_stage, first_step, spent = 0, 0, 0.0
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -300,23 +312,30 @@ def pretrain(out: Path, seed: int, threads: int) -> None:
                     {"stage": stage.name, "minutes": (time.monotonic() - began) / 60} | quick_check(learner)
                 )
             )
-    save(learner.model, build_processor(learner.tokenizer), out)
+    with ownership.scratch(owned.folder) as place:
+        save(learner.model, build_processor(learner.tokenizer), place)
+        for file in sorted(place.iterdir()):
+            with owned.writing(file.name) as partial:
+                file.replace(partial)
     checkpoint.unlink()
 
 
-def main() -> None:
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="folder of the model and of the checkpoint")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         pretrain(args.out, args.seed, args.threads)
     except UserError as error:
-        parser.error(str(error))
+        print(f"data.miniature.pretrain: {error}", file=sys.stderr)
+        return UserError.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -9,11 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from data.synthesis import proposers
+from vopd import yaml_file
+from vopd.dotlist import MOST_SEED, TINY, check_bounds, merge
 from vopd.errors import UserError
+from vopd.redaction import check_address
 
 
 @dataclass
@@ -142,59 +143,69 @@ TRANSPORT = (
 )
 
 
+_COUNT = (1, 10_000)
+_SHARE = (0, 1)
+_TEMPERATURE = (0, 2)
+_SECONDS = (TINY, 86_400)
+BOUNDS = {
+    "seed": (0, MOST_SEED),
+    "server.concurrency": _COUNT,
+    "server.timeout_s": _SECONDS,
+    "server.tries": (1, 100),
+    "server.first_wait_s": _SECONDS,
+    "server.longest_wait_s": _SECONDS,
+    "server.max_tokens": (1, 2**20),
+    "server.price_in": (0, 1e9),
+    "server.price_out": (0, 1e9),
+    "propose.per_image": _COUNT,
+    "filter.min_width": (1, 2**20),
+    "filter.min_height": (1, 2**20),
+    "filter.min_score": _SHARE,
+    "filter.max_area": _SHARE,
+    "filter.min_side": (1, 2**20),
+    "crop.enlarge": (1, 16),
+    "crop.jpeg_quality": (1, 100),
+    "ask.questions": (1, 100),
+    "ask.temperature": _TEMPERATURE,
+    "ask.top_p": (TINY, 1),
+    "answer.samples": (1, 1000),
+    "answer.temperature": _TEMPERATURE,
+    "answer.consensus": _SHARE,
+    "box.expand": (0, 10),
+    "box.width": (1, 1000),
+    "difficulty.samples": (1, 1000),
+    "difficulty.drop_at": (1, 1001),
+    "difficulty.temperature": _TEMPERATURE,
+    "transforms.overlay": _SHARE,
+    "transforms.rendered_text": _SHARE,
+}
+
+
 def load(words: list[str]) -> DictConfig:
     """Settings from an optional YAML file (the first word) and key=value words; raises `UserError`."""
     layers = [OmegaConf.structured(Synthesis)]
     if words and words[0].endswith((".yaml", ".yml")):
-        layers.append(_read(Path(words[0])))
+        layers.append(read(Path(words[0])))
         words = words[1:]
-    wrong = [word for word in words if "=" not in word]
-    if wrong:
-        raise UserError(
-            f"'{wrong[0]}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
-        )
-    try:
-        config = OmegaConf.merge(*layers, OmegaConf.from_dotlist(words))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"Setting not understood: {str(error).splitlines()[0]}") from error
-    assert isinstance(config, DictConfig)
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=...")
+    config = merge(layers, words)
     _check(config)
     return config
 
 
-def _read(path: Path) -> DictConfig:
-    try:
-        content = OmegaConf.load(path)
-    except (YAMLError, OSError) as error:
-        raise UserError(f"{path}: not readable as YAML ({str(error).splitlines()[0]}).") from error
-    if not isinstance(content, DictConfig):
-        raise UserError(f"{path}: a mapping of keys is expected.")
+def read(path: Path) -> DictConfig:
+    """A YAML file that holds a mapping; raises `UserError`."""
+    content = OmegaConf.create(yaml_file.read(path))
+    assert isinstance(content, DictConfig)
     return content
 
 
 def _check(config: DictConfig) -> None:
-    shares = {
-        "answer.consensus": config.answer.consensus,
-        "transforms.overlay": config.transforms.overlay,
-        "transforms.rendered_text": config.transforms.rendered_text,
-    }
-    for key, value in shares.items():
-        if not 0 <= value <= 1:
-            raise UserError(f"{key}={value} is not a share; give a number from 0 to 1.")
-    counts = (
-        "server.concurrency",
-        "server.tries",
-        "crop.enlarge",
-        "ask.questions",
-        "answer.samples",
-        "box.width",
-    )
-    for key in counts:
-        if OmegaConf.select(config, key) < 1:
-            raise UserError(f"{key} must be at least 1.")
+    check_bounds(config, BOUNDS)
+    for key in ("images", "out", "server.model"):
+        if not OmegaConf.select(config, key).strip():
+            raise UserError(f"{key} is empty; give {key}=...")
+    check_address("server.base_url", config.server.base_url)
+    check_address("difficulty.base_url", config.difficulty.base_url)
     if config.propose.proposer not in proposers.PROPOSERS:
         known = ", ".join(sorted(proposers.PROPOSERS))
         raise UserError(f"propose.proposer={config.propose.proposer} is unknown; use one of {known}.")

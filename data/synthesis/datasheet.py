@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from vopd.markdown import escaped, fenced
+from vopd.ownership import Owned
 
 if TYPE_CHECKING:
     from data.synthesis.pipeline import Stage
@@ -14,18 +16,20 @@ if TYPE_CHECKING:
 MILLION = 1e6
 
 
-def write(path: Path, config: DictConfig, stages: list[Stage], rows: list[dict[str, Any]]) -> None:
-    """Write the sheet as markdown."""
+def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict[str, Any]]) -> None:
+    """Write datasheet.md into the synthesis's folder."""
     answers = Counter(row["answer"] for row in rows)
     families = Counter(row["family"] for row in rows)
-    text = f"""# {config.source}, synthesised
+    source, model = escaped(config.source), escaped(config.server.model)
+    small = escaped(config.difficulty.model or "none, so nothing was filtered by difficulty")
+    text = f"""# {source}, synthesised
 
-{len(rows)} rows in `train.parquet`, made by `python -m data.synthesize` from the images of {config.source}.
+{len(rows)} rows in `train.parquet`, made by `python -m data.synthesize` from the images of {source}.
 
-- **Licence of the images:** {config.licence}. Questions, answers and options come from `{config.server.model}`; its
+- **Licence of the images:** {escaped(config.licence)}. Questions, answers and options come from {model}; its
   licence may bind their use.
-- **Method:** after ZwZ (arXiv 2602.11858). Regions by `{_proposer(config)}`.
-- **Small model of the difficulty filter:** {config.difficulty.model or "none, so nothing was filtered by difficulty"}.
+- **Method:** after ZwZ (arXiv 2602.11858). Regions by {escaped(_proposer(config))}.
+- **Small model of the difficulty filter:** {small}.
 - **Right letters:** {_counts(answers)}.
 - **Families:** {_counts(families)}.
 - **Known problems:** answers are what one model agrees with itself on, not what is true. The set was not compared with
@@ -42,13 +46,9 @@ An item is an image up to `filter`, whose reasons count regions, then a region, 
 
 ## Settings
 
-```yaml
-{OmegaConf.to_yaml(config).rstrip()}
-```
+{fenced(OmegaConf.to_yaml(config).rstrip(), "yaml")}
 """
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    owned.write_text("datasheet.md", text)
 
 
 def _proposer(config: DictConfig) -> str:
@@ -57,7 +57,7 @@ def _proposer(config: DictConfig) -> str:
 
 
 def _counts(counter: Counter[str]) -> str:
-    return ", ".join(f"{key} {count}" for key, count in sorted(counter.items())) or "none"
+    return ", ".join(escaped(f"{key} {count}") for key, count in sorted(counter.items())) or "none"
 
 
 def _line(stage: Stage, config: DictConfig) -> str:
@@ -74,5 +74,13 @@ def _line(stage: Stage, config: DictConfig) -> str:
         if priced
         else 0.0
     )
-    cells = [stage.name, stage.taken, accepted, _counts(reasons), stage.unanswered, *tokens, f"{cost:.4f}"]
+    cells = [
+        stage.name,
+        stage.taken,
+        accepted,
+        _counts(reasons),
+        len(stage.unanswered),
+        *tokens,
+        f"{cost:.4f}",
+    ]
     return "| " + " | ".join(str(cell) for cell in cells) + " |"

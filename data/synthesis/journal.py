@@ -7,43 +7,38 @@ and an item whose id is in the file is never worked on again.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any
 
+from vopd import jsonl
 from vopd.errors import UserError
+from vopd.redaction import redacted
 
 Record = dict[str, Any]
 
 
 class Journal:
-    """Records of a stage by id, in the file's order. Each has `id`, and `reason`: None, or why it was rejected."""
+    """Records of a stage by id, in the file's order. Each has `id`, and `reason`: None, or why it was rejected.
 
-    def __init__(self, path: Path) -> None:
+    fields: what an accepted record holds beside, by name and type; `UserError` for a line that does not.
+    """
+
+    def __init__(self, path: Path, fields: Mapping[str, type] = MappingProxyType({})) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
-        if path.exists():
-            self._load()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
-
-    def _load(self) -> None:
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
-            with self.path.open("r+b") as file:
-                file.truncate(whole)
-        for number, line in enumerate(content[:whole].splitlines(), 1):
-            try:
-                record = json.loads(line)
-                self.records[record["id"]] = record
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{self.path}: line {number} is no record; delete the line.") from error
+        for number, record in jsonl.objects(path.read_bytes() if path.exists() else b"", path):
+            if not _is_record(record, fields):
+                raise UserError(f"Line {number} of {path} is no record of this stage; remove the line.")
+            self.records[record["id"]] = record
+        self._lines = jsonl.Appender(path)
 
     def append(self, record: Record) -> None:
         """Keep one record: in memory, and handed to the operating system before this returns."""
-        self._file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-        self._file.flush()
+        # A server's refusal may repeat the key that it was sent.
+        record = json.loads(redacted(json.dumps(record, ensure_ascii=False)))
+        self._lines.append(record)
         self.records[record["id"]] = record
 
     def accepted(self) -> list[Record]:
@@ -56,4 +51,14 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        self._lines.__exit__(kind, error, trace)
+
+
+def _is_record(record: Record, fields: Mapping[str, type]) -> bool:
+    reason, tokens = record.get("reason", 0), record.get("tokens", [0, 0])
+    counted = isinstance(tokens, list) and len(tokens) == 2 and all(isinstance(t, int) for t in tokens)
+    if not isinstance(record.get("id"), str) or not counted:
+        return False
+    if reason is None:
+        return all(isinstance(record.get(name), kind) for name, kind in fields.items())
+    return isinstance(reason, str)

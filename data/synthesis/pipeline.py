@@ -10,36 +10,57 @@ are files beside. What a file holds already is not done again, so running the sa
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import hashlib
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import schema, transforms
+from data import schema, stamp, transforms
 from data.synthesis import config as settings
 from data.synthesis import prompts, proposers
 from data.synthesis.client import Client, RejectedError, Request, ask_all, read_json
 from data.synthesis.journal import Journal, Record
+from vopd import fingerprint, ownership, pictures
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.clean import comparable
+from vopd.provenance import hash_contents
 from vopd.seeding import request_seed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-ORIENTATION_TAG = 0x0112
 OBJECTS_SIDE = 1024  # pixels: names of things need no more
 FAMILY = "synthesised"
+MAKER = "data.synthesize"
+IMAGE_FOLDERS = ("originals", "thumbnails", "crops", "images", "transformed")
+WORKING = ("stages/*", *(f"{name}/*" for name in IMAGE_FOLDERS), "config.yaml", "lock", stamp.NAME)
 RED = (255, 0, 0)
+# What later stages take from the accepted records of a stage.
+FIELDS: dict[str, dict[str, type]] = {
+    "scan": {"image": str, "original": str, "size": list},
+    "objects": {"labels": list},
+    "propose": {"regions": list},
+    "filter": {"regions": list, "against": dict},
+    "crop": {"crop": str},
+    "ask": {"questions": list},
+    "answer": {"answer": str},
+    "consensus": {"right": str, "votes": int},
+    "options": {"options": list, "answer": str},
+    "box": {"boxed": str, "text": str},
+    "difficulty": {"right": bool},
+    "row": {"row": dict},
+}
+UNMOVING = ("vopd/caches.py", "vopd/errors.py", "vopd/provenance.py", "vopd/fingerprint.py", "vopd/views.py")
+"""Code that the pipeline imports and that no row depends on."""
 
 
 @dataclass
@@ -49,7 +70,7 @@ class Stage:
     name: str
     taken: int
     journal: Journal
-    unanswered: int = 0
+    unanswered: list[str] = field(default_factory=list)
 
 
 class Pipeline:
@@ -62,16 +83,10 @@ class Pipeline:
         self._open = ExitStack()
 
     def __enter__(self) -> Pipeline:
-        self.out.mkdir(parents=True, exist_ok=True)
-        lock = self._open.enter_context((self.out / "lock").open("w"))
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._open.close()
-            raise UserError(
-                f"{self.out}: another synthesis is writing here; wait for it or stop it."
-            ) from error
-        _claim(self.out / "config.yaml", self.config)
+        with ExitStack() as opened:
+            self.owned = opened.enter_context(ownership.held(self.out, MAKER, WORKING, _made_before))
+            _bind(self.out / "config.yaml", self.config)
+            self._open = opened.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,7 +95,7 @@ class Pipeline:
     # ---- running a stage --------------------------------------------------------------------------------------------
 
     def _journal(self, name: str) -> Journal:
-        return self._open.enter_context(Journal(self.out / "stages" / f"{name}.jsonl"))
+        return self._open.enter_context(Journal(self.out / "stages" / f"{name}.jsonl", FIELDS.get(name, {})))
 
     def local(self, name: str, items: list[Record], work: Callable[[Record], Record]) -> list[Record]:
         """Do `work` for every item that the stage's journal lacks; the accepted items with their new fields."""
@@ -110,7 +125,7 @@ class Pipeline:
             self.stages.append(Stage(name, 0, journal))
             return journal
 
-        async def ask() -> int:
+        async def ask() -> list[str]:
             async with Client(self.config.server, self.config.seed, base_url, model) as client:
                 return await ask_all(client, requests, read, journal, name)
 
@@ -133,31 +148,32 @@ class Pipeline:
 
     def crops(self) -> list[Record]:
         """The stages before the first question: one item an enlarged region."""
-        images = self.local("scan", _image_files(Path(self.config.images), self.out), self._scan)
+        folder = Path(self.config.images)
+        images = self.local("scan", _image_files(folder, self.out), self._scan)
+        for item in images:  # found under its name by an earlier start: is it still the same?
+            if hash_contents([folder / item["id"]])[:16] != item["image"]:
+                raise UserError(
+                    f"{folder / item['id']}: was changed since it was scanned; give the new image another name, or "
+                    "another out=."
+                )
         regions = self.local("filter", self._propose(images), self._filter)
         return self.local("crop", _each(regions, "regions"), self._crop)
 
     def _scan(self, item: Record) -> Record:
-        """Copy an image that can be used; turn it upright and recode it only where it has to be."""
+        """Copy an image that can be used; recode it only where a model's server may decode it otherwise than we do."""
         folder, limits = Path(self.config.images), self.config.filter
         try:
             content = schema.image_bytes({"path": item["id"]}, folder)
-            picture = schema.open_image({"bytes": content}, folder)
-            if picture.width < limits.min_width or picture.height < limits.min_height:
-                raise RejectedError("image too small")
-            picture = schema.decode_image({"bytes": content}, folder)
+            with pictures.open_picture(content) as picture:
+                if picture.size[0] < limits.min_width or picture.size[1] < limits.min_height:
+                    raise RejectedError("image too small")
+            file = pictures.portable(content)
         except UserError as error:
             raise RejectedError("not a usable image", str(error)) from error
         name = hashlib.sha256(content).hexdigest()[:16]
-        upright = picture.getexif().get(ORIENTATION_TAG, 1) == 1
-        if upright and picture.mode in ("RGB", "L"):
-            target = self.out / "originals" / f"{name}.{str(picture.format).lower()}"
-            _save(target, content)
-        else:
-            target = self.out / "originals" / f"{name}.png"
-            picture = ImageOps.exif_transpose(picture).convert("RGB")
-            _save(target, schema.encode(picture)["bytes"])
-        return {"image": name, "original": self._relative(target), "size": list(picture.size)}
+        target = self.out / "originals" / f"{name}.{file.media.removeprefix('image/')}"
+        _save(target, file.content)
+        return {"image": name, "original": self._relative(target), "size": list(file.shown.size)}
 
     def _propose(self, images: list[Record]) -> list[Record]:
         """One item an image, whatever the number of files that hold it; asks for object names where needed."""
@@ -170,8 +186,8 @@ class Pipeline:
             items = self._objects(items)
 
         def propose(item: Record) -> Record:
-            with Image.open(self.out / item["original"]) as picture:
-                found = proposer.propose(picture.convert("RGB"), item.get("labels", []))
+            picture = pictures.decode(self.out / item["original"])
+            found = proposer.propose(picture, item.get("labels", []))
             if not found:
                 raise RejectedError("no region found")
             return {"regions": [{"box": list(r.box), "score": r.score, "label": r.label} for r in found]}
@@ -182,9 +198,9 @@ class Pipeline:
         def small(item: Record) -> Path:
             target = self.out / "thumbnails" / f"{item['id']}.jpg"
             if not target.exists():
-                with Image.open(self.out / item["original"]) as picture:
-                    picture.thumbnail((OBJECTS_SIDE, OBJECTS_SIDE))
-                    _save(target, _jpeg(picture.convert("RGB"), self.config.crop.jpeg_quality))
+                picture = pictures.decode(self.out / item["original"])
+                picture.thumbnail((OBJECTS_SIDE, OBJECTS_SIDE))
+                _save(target, _jpeg(picture, self.config.crop.jpeg_quality))
             return target
 
         journal = self.remote(
@@ -225,8 +241,7 @@ class Pipeline:
     def _crop(self, item: Record) -> Record:
         box = item["box"]
         factor = self.config.crop.enlarge
-        with Image.open(self.out / item["original"]) as picture:
-            part = picture.convert("RGB").crop(box)
+        part = pictures.decode(self.out / item["original"]).crop(box)
         part = part.resize((part.width * factor, part.height * factor), Image.Resampling.LANCZOS)
         target = self.out / "crops" / f"{item['id']}.jpg"
         _save(target, _jpeg(part, self.config.crop.jpeg_quality))
@@ -326,10 +341,8 @@ class Pipeline:
         """Draw the frame; questions of one region share the file. The text becomes the whole text shown."""
         target = self.out / "images" / f"{Path(item['crop']).stem}.jpg"
         if not target.exists():
-            with Image.open(self.out / item["original"]) as picture:
-                boxed = draw_box(
-                    picture.convert("RGB"), item["box"], self.config.box.expand, self.config.box.width
-                )
+            picture = pictures.decode(self.out / item["original"])
+            boxed = draw_box(picture, item["box"], self.config.box.expand, self.config.box.width)
             # Chroma is not subsampled: the thin red frame would bleed.
             _save(target, _jpeg(boxed, self.config.crop.jpeg_quality))
         text = transforms.multiple_choice(item["question"], item["options"], self.config.box.hint)
@@ -413,22 +426,37 @@ class Pipeline:
             cells = {c: {"bytes": None, "path": item["row"][c]} for c in schema.ALL_IMAGES}
             rows.append({**item["row"], **cells, **common, "id": item["id"]})
         if rows:
-            schema.write(rows, self.out / "train.parquet")
-        write_datasheet(self.out / "datasheet.md", self.config, self.stages, rows)
+            schema.write(rows, self.out / "train.parquet", owned=self.owned)
+        write_datasheet(self.owned, self.config, self.stages, rows)
         return len(rows)
 
     def _relative(self, file: Path) -> str:
         return file.relative_to(self.out).as_posix()
 
 
-def _claim(file: Path, config: DictConfig) -> None:
+def _made_before(file: Path) -> bool:
+    """Whether an earlier version wrote this file: it lies in the folder of a synthesis, by one of its names."""
+    if not ((file.parent / "config.yaml").is_file() and (file.parent / "stages").is_dir()):
+        return False
+    return file.name in ("config.yaml", "lock", "train.parquet", "datasheet.md", stamp.NAME)
+
+
+def _bind(file: Path, config: DictConfig) -> None:
     """Bind the folder to these settings; `UserError` when it holds results of others."""
     if file.exists():
-        differing = settings.differences(OmegaConf.load(file), config)
+        differing = settings.differences(settings.read(file), config)
         if differing:
             raise UserError(
                 f"{file.parent}: holds a synthesis with another {differing[0]}; give the same one, or another out=."
             )
+    code = fingerprint.files([Path(__file__)], but=UNMOVING)
+    recorded = fingerprint.read(file.parent)
+    if recorded and (why := fingerprint.why(recorded, code)):
+        raise UserError(
+            f"{file.parent}: holds a synthesis with {why}; give another out=, or remove {fingerprint.FILE} there to go "
+            "on with the results of both."
+        )
+    fingerprint.write(file.parent, code)
     _save(file, OmegaConf.to_yaml(config).encode())
 
 
@@ -514,15 +542,15 @@ def _jpeg(picture: Image.Image, quality: int) -> bytes:
 
 def _save(file: Path, content: bytes) -> None:
     """A file that is whole or not there."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(file)
+    with ownership.atomic(file) as partial:
+        partial.write_bytes(content)
 
 
 def synthesize(config: DictConfig) -> dict[str, Any]:
     """Run or go on; rows written and requests left unanswered."""
     with Pipeline(config) as pipeline:
         rows = pipeline.run()
-        unanswered = sum(stage.unanswered for stage in pipeline.stages)
-    return {"rows": rows, "unanswered": unanswered, "out": config.out}
+        unanswered = [sentence for stage in pipeline.stages for sentence in stage.unanswered]
+    for sentence in unanswered[:3]:
+        print(f"no answer: {sentence}", file=sys.stderr)
+    return {"rows": rows, "unanswered": len(unanswered), "out": config.out}

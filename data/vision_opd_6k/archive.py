@@ -2,9 +2,10 @@
 
 The parts are read one after the other into decompression and tar parsing; nothing is joined on disk or in memory.
 `tarfile`'s own extraction is not used: its filters have had holes. Only regular files are written, by us, under names
-checked here; every link, device or other kind, an absolute name, and `..` are refused. What may come out of the archive
-is bounded: members, bytes of one member, bytes in all, and bytes between two members (headers of any length would
-otherwise be read into memory).
+checked here; every link, device or other kind, an absolute name, `..`, hidden signs, and a name that was there before
+(also in other letters of case) are refused. What may come out of the archive is bounded: members, bytes of one member,
+bytes in all and for each byte that is read, and bytes between two members (headers of any length would otherwise be
+read into memory). An archive inside is a file like any other.
 """
 
 import gzip
@@ -12,13 +13,16 @@ import io
 import os
 import re
 import tarfile
+import unicodedata
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
+from vopd import ownership
 from vopd.errors import UserError
+from vopd.terminal import HIDDEN
 
 BLOCK = 1 << 20
 _BUFFER = 10240  # tarfile reads a stream in pieces of this size
@@ -32,6 +36,7 @@ class Bounds:
     members: int = 200_000
     member_bytes: int = 128 * 2**20
     total_bytes: int = 200 * 2**30
+    ratio: int = 100  # pictures are compressed already; the first MiB of a tiny archive is free
 
 
 def parts_of(folder: Path, name: str) -> list[Path]:
@@ -106,7 +111,7 @@ def extract(parts: Sequence[Path], target: Path, bounds: Bounds | None = None) -
     """
     bounds, label = bounds or Bounds(), parts[0].name
     target.mkdir(parents=True, exist_ok=True)
-    total = 0
+    total, packed, seen = 0, sum(part.stat().st_size for part in parts), set[int]()
     with _Chained(parts) as raw, gzip.GzipFile(fileobj=io.BufferedReader(raw, BLOCK)) as unzipped:
         metered = _Metered(unzipped, label)  # type: ignore[arg-type]
         metered.allow(0)
@@ -115,9 +120,10 @@ def extract(parts: Sequence[Path], target: Path, bounds: Bounds | None = None) -
                 for count, member in enumerate(tar, 1):
                     tar.members.clear()  # tarfile keeps every header: memory would grow with members
                     total += max(member.size, 0)
-                    _check_bounds(label, member, count, total, bounds)
+                    _check_bounds(label, member, count, total, packed, bounds)
                     metered.allow(member.size)
                     if not member.isdir():
+                        _check_new(label, member.name, seen)
                         yield _write(tar, member, target, label)
             metered.allow(BLOCK)
             while metered.read(_BUFFER):  # to the end, where the checksum is
@@ -126,7 +132,9 @@ def extract(parts: Sequence[Path], target: Path, bounds: Bounds | None = None) -
             raise UserError(f"{label}: damaged or cut short ({error}); fetch it again.") from error
 
 
-def _check_bounds(label: str, member: tarfile.TarInfo, count: int, total: int, bounds: Bounds) -> None:
+def _check_bounds(
+    label: str, member: tarfile.TarInfo, count: int, total: int, packed: int, bounds: Bounds
+) -> None:
     where = f"{label}: {member.name!r}"
     if count > bounds.members:
         raise UserError(f"{where}: more than {bounds.members} members; the archive is not extracted further.")
@@ -134,6 +142,19 @@ def _check_bounds(label: str, member: tarfile.TarInfo, count: int, total: int, b
         raise UserError(f"{where}: expands to {member.size} bytes, more than {bounds.member_bytes}.")
     if total > bounds.total_bytes:
         raise UserError(f"{where}: expands to more than {bounds.total_bytes} bytes in all.")
+    if total > bounds.ratio * max(packed, 2**20):
+        raise UserError(f"{where}: expands to more than {bounds.ratio} times the archive's {packed} bytes.")
+
+
+def _check_new(label: str, name: str, seen: set[int]) -> None:
+    """Refuse a second member of a name; `seen` holds hashes, for names alone would fill the memory."""
+    key = hash(unicodedata.normalize("NFC", os.path.normpath(name)).casefold())
+    if key in seen:
+        raise UserError(
+            f"{label}: {name!r}: a name that is there before, perhaps in other letters of case; the archive is not "
+            "extracted further."
+        )
+    seen.add(key)
 
 
 def safe_name(name: str) -> PurePosixPath:
@@ -141,8 +162,10 @@ def safe_name(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError("an absolute path, '..', or no plain name")
-    if any(len(os.fsencode(part)) > 200 for part in path.parts) or len(path.parts) > 16:
+    if any(len(part.encode(errors="surrogateescape")) > 200 for part in path.parts) or len(path.parts) > 16:
         raise ValueError("too long or too deep a name")
+    if any(unicodedata.category(sign) in HIDDEN for sign in name):
+        raise ValueError("a name with hidden signs or in no known encoding")
     return path
 
 
@@ -161,20 +184,16 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, label: s
     # No link comes from the archive, but one may lie in the folder already.
     if not file.parent.resolve().is_relative_to(target.resolve()) or file.is_symlink():
         raise refused("leads through a link out of the folder")
-    if file.is_file() and file.stat().st_size == member.size:
-        return name
+    if file.exists():
+        if file.is_file() and file.stat().st_size == member.size:
+            return name
+        raise refused(f"{file} is there already and is not this file; move it away")
     content = tar.extractfile(member)
     assert content is not None  # a regular file has content
-    part = file.with_name(file.name + ".part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.unlink(missing_ok=True)
+    with ownership.atomic(file) as part:
         with part.open("xb") as out:
             while block := content.read(BLOCK):
                 out.write(block)
         if part.stat().st_size != member.size:
             raise refused("is cut short")
-        part.replace(file)
-    except OSError as error:
-        raise refused(f"cannot be written ({error.strerror})") from error
     return name

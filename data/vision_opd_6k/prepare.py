@@ -25,11 +25,13 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data import crop_match, near_duplicates, schema, stamp, validate
+from data import crop_match, near_duplicates, schema, sets, stamp, validate
 from data.vision_opd_6k import boxes, source
 from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
+from vopd import ownership, pictures
 from vopd.errors import UserError
+from vopd.terminal import say, visible
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
 SAMPLE = 64
@@ -38,6 +40,8 @@ BATCH = 64
 LINE_BYTES = 2**20
 LICENCE = f"as stated on the card of {source.HUB_ID}"
 SPLITS = ("train", "validation", "test")
+MAKER = sets.VISION_OPD_6K
+WORKING = ("work/*", "published/*", *(f"{name}/*" for name in source.ARCHIVES), source.RECORD, stamp.NAME)
 
 
 def prepare(
@@ -50,23 +54,34 @@ def prepare(
 
     local: folder in the published layout; None: the hub. revision: of the hub, None: the one begun with, or the newest.
     choices: most rows of `validation` and `test`, and the `seed` that draws them; None: as before, or `DEFAULTS`.
+
+    Raises:
+        UserError: `out` holds something that this command did not write there, the published files are not to be had
+            or not as they were, or too many rows are bad.
     """
-    meta_file = out / "meta.json"
-    before: dict[str, Any] = json.loads(meta_file.read_text()) if meta_file.is_file() else {}
+    before = sets.meta_of(out)
     given = {key: value for key, value in (choices or {}).items() if value is not None}
     chosen = {key: given.get(key, before.get(key, default)) for key, default in DEFAULTS.items()}
     settings = {**chosen, "code": _code()}
     asked_for_more = local is not None or revision is not None
-    if not asked_for_more and (out / stamp.NAME).is_file() and settings.items() <= before.items():
+    if not asked_for_more and stamp.current(out) and settings.items() <= before.items():
         return before
+    with ownership.held(out, MAKER, WORKING, sets.EARLIER[MAKER]) as owned:
+        return _prepare(owned, local, revision, settings)
+
+
+def _prepare(
+    owned: ownership.Owned, local: Path | None, revision: str | None, settings: dict[str, Any]
+) -> dict[str, Any]:
+    out = owned.folder
     folder = local or source.fetch(out, revision)
     record = source.check_unchanged(out, folder)
-    work = _Work(out, source.revision_of(record))
+    work = _Work(owned, source.revision_of(record))
     work.extract(folder)
     work.read_rows(folder / source.ROWS_FILE)
-    rows = work.write_splits({split: chosen[split] for split in ("test", "validation")}, chosen["seed"])
+    rows = work.write_splits({split: settings[split] for split in ("test", "validation")}, settings["seed"])
     report = validate.stamped(out)
-    print(report.text())
+    print(visible(report.text()))
     if report.blocking:
         raise UserError(
             f"{out}: converted, but some rows did not pass; `python -m data.validate {out} --quarantine OTHER` "
@@ -78,7 +93,7 @@ def prepare(
         "rows": rows,
         "left_out": work.left_out,
     }
-    _write_json(meta_file, meta)
+    owned.write_text(sets.META, json.dumps(meta, indent=1) + "\n")
     return meta
 
 
@@ -87,25 +102,19 @@ def _code() -> str:
     digest = hashlib.sha256()
     files = [
         *Path(__file__).parent.glob("*.py"),
-        *(Path(m.__file__) for m in (schema, near_duplicates, crop_match) if m.__file__),
+        *(Path(m.__file__) for m in (schema, pictures, near_duplicates, crop_match) if m.__file__),
     ]
     for file in sorted(files):
         digest.update(file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def _write_json(file: Path, content: Any) -> None:
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(file)
-
-
 class _Work:
     """The stages after the files are there. What is done stands in work/state.json and work/rows.jsonl."""
 
-    def __init__(self, out: Path, revision: str) -> None:
-        self.out, self.revision = out, revision
-        self.folder = out / "work"
+    def __init__(self, owned: ownership.Owned, revision: str) -> None:
+        self.owned, self.out, self.revision = owned, owned.folder, revision
+        self.folder = self.out / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows_file, self.state_file = self.folder / "rows.jsonl", self.folder / "state.json"
         self.state = {"code": _code(), "extracted": {}, "reading": None}
@@ -124,7 +133,8 @@ class _Work:
         return boxes.Reading(name, growth)
 
     def _save(self) -> None:
-        _write_json(self.state_file, self.state)
+        with ownership.atomic(self.state_file) as partial:
+            partial.write_text(json.dumps(self.state, indent=1) + "\n")
 
     # ---- extract ----------------------------------------------------------------------------------------------------
 
@@ -227,7 +237,7 @@ class _Work:
     def write_splits(self, held_out: dict[str, int], seed: int) -> dict[str, int]:
         """Writes the parquet files and left_out.jsonl; returns rows by split."""
         hashes, self.left_out, first = [], 0, ""
-        with (self.out / "left_out.jsonl").open("w") as file:
+        with self.owned.writing("left_out.jsonl") as partial, partial.open("w") as file:
             for result in self._results():
                 if "row" in result:
                     hashes.append(result["hash"])
@@ -244,7 +254,7 @@ class _Work:
         splits = assign(np.array(hashes, dtype=np.uint64), held_out, seed)
         stamp.remove(self.out)
         for split in SPLITS:
-            schema.write(self._rows_of(split, splits), self.out / f"{split}.parquet")
+            schema.write(self._rows_of(split, splits), self.out / f"{split}.parquet", owned=self.owned)
         return dict(Counter(splits))
 
     def _results(self) -> Iterator[dict[str, Any]]:
@@ -338,7 +348,7 @@ def main(arguments: list[str]) -> int:
     try:
         meta = prepare(args.out, local, args.revision, choices)
     except UserError as error:
-        print(f"data.vision_opd_6k: {error}", file=sys.stderr)
+        say(f"data.vision_opd_6k: {error}")
         return UserError.exit_code
     rows = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
     print(f"{rows} rows; {meta['left_out']} left out; bbox is {meta['bbox']}; revision {meta['revision']}")

@@ -15,6 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
 from data.vision_opd_6k.archive import parts_of
+from vopd import ownership
 from vopd.errors import UserError
 
 HUB_ID = "yuanqianhao/Vision-OPD-6K"
@@ -107,7 +108,5 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    partial = out / f"{RECORD}.partial"
-    partial.write_text(json.dumps({**_read(out), **record}, indent=1) + "\n")
-    partial.replace(out / RECORD)
+    with ownership.atomic(out / RECORD) as partial:
+        partial.write_text(json.dumps({**_read(out), **record}, indent=1) + "\n")

@@ -194,3 +194,14 @@ def test_bad_input_is_a_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[s
     message = capsys.readouterr().err
     assert "bad.parquet" in message and (wrong != "broken image" or "row 7" in message)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_that_is_stored_sideways_is_found(tmp_path: Path) -> None:
+    picture = PHOTOGRAPHS["astronaut"].crop((0, 0, 512, 400))
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6
+    picture.transpose(Image.Transpose.ROTATE_90).save(buffer, "JPEG", quality=90, exif=exif)
+    train = table(tmp_path / "train.parquet", [{"id": "t", "image": cell(picture)}])
+    test = table(tmp_path / "test.parquet", [{"id": "q", "image": cell(buffer.getvalue())}])
+    (pair,), _, _ = audit.audit(train, test)
+    assert (pair.test, pair.train) == ("q", "t")

@@ -48,7 +48,7 @@ def test_holdout_asks_about_letters_only(tmp_path: Path) -> None:
 
 
 def test_a_second_run_waits_for_the_first_one(tmp_path: Path) -> None:
-    with (tmp_path / ".preparing").open("w") as lock, ThreadPoolExecutor() as pool:
+    with (tmp_path / ".vopd-lock").open("w") as lock, ThreadPoolExecutor() as pool:
         fcntl.flock(lock, fcntl.LOCK_EX)
         second = pool.submit(prepare.prepare, tmp_path, 6)
         with pytest.raises(TimeoutError):

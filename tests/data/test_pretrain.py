@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from data.miniature import pretrain
+from data.miniature import ceiling, pretrain
 from data.miniature.pretrain import Learner, Stage
 from vopd.errors import UserError
 
@@ -40,6 +40,19 @@ def test_a_killed_run_ends_with_the_same_weights(tmp_path: Path, monkeypatch: py
     one, two = (load_file(tmp_path / d / "model.safetensors") for d in "ab")
     assert all(torch.equal(one[k], two[k]) for k in one)
     assert not list((tmp_path / "b").glob("*.pt"))
+
+
+def test_a_folder_or_file_of_someone_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "model.safetensors").write_text("mine")
+    assert pretrain.main(["--out", str(tmp_path)]) == 2
+    assert "holds model.safetensors, which data.miniature.pretrain did not make" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["model.safetensors"]
+    with pytest.raises(UserError, match="is not a result"):
+        ceiling.check_place(tmp_path / "model.safetensors")
+    ceiling.check_place(tmp_path / "new.json")
+    ceiling.check_place(ceiling.BASE.parent / "ceiling.json")
 
 
 def test_every_stage_gives_a_finite_loss_and_gradient() -> None:

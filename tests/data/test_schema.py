@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from data import schema
+from data import schema, validate
 from data.miniature import prepare, world
+from vopd import pictures
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.rollout import decode
 from vopd.errors import UserError
@@ -202,7 +203,7 @@ def test_large_rows_are_written_in_small_groups(good: list[dict], monkeypatch: p
 def test_bombs_and_other_formats_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cell = schema.encode(Image.new("RGB", (50, 40)))
     assert schema.open_image(cell, tmp_path).size == (50, 40)
-    monkeypatch.setattr(schema, "MAX_PIXELS", 1999)
+    monkeypatch.setattr(pictures, "MAX_PIXELS", 1999)
     with pytest.raises(UserError, match="50 x 40 pixels"):
         schema.open_image(cell, tmp_path)
     buffer = io.BytesIO()
@@ -233,3 +234,38 @@ def test_a_spoiled_file_decodes_or_is_refused(format_: str, changes: list, keep:
     cell = {"bytes": bytes(content[: round(max(keep, 0.01) * len(content))]), "path": None}
     with suppress(UserError):
         schema.decode_image(cell, Path()).getpixel((0, 0))
+
+
+def stored_sideways(cell: dict, orientation: int, format_: str) -> dict:
+    """A cell that shows the same pixels, stored turned by a quarter and with the EXIF orientation that says so."""
+    back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    picture = Image.open(io.BytesIO(cell["bytes"])).transpose(back)
+    picture.save(buffer, format_, exif=exif, **({"lossless": True} if format_ == "WEBP" else {}))
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+@pytest.mark.parametrize(("orientation", "format_"), [(6, "PNG"), (8, "PNG"), (6, "WEBP")])
+def test_boxes_sizes_and_crops_are_those_of_the_picture_as_shown(
+    good: list[dict], tmp_path: Path, orientation: int, format_: str
+) -> None:
+    for row in good:  # a strip wider than high, whose box lies outside of it before it is turned
+        x0, y0, x1, y1 = row["box"]
+        picture = Image.open(io.BytesIO(row["image"]["bytes"]))
+        top = min(max(0, (y0 + y1) // 2 - 32), 64)
+        row["image"] = schema.encode(picture.crop((0, top, 128, top + 64)).resize((256, 128)))
+        row["box"] = [2 * x0, 2 * (y0 - top), 2 * x1, 2 * (y1 - top)]
+        row["crop"] = schema.encode(picture.crop((x0, y0, x1, y1)).resize((96, 64)))
+        for column in schema.IMAGES:
+            row[column] = stored_sideways(row[column], orientation, format_)
+    assert any(row["box"][2] > 128 for row in good)
+    schema.write(good, tmp_path / "train.parquet")
+    assert validate.validate([tmp_path / "train.parquet"]).blocking == []
+    row = next(schema.rows(tmp_path / "train.parquet"))
+    outlined = schema.outline(row, tmp_path)
+    assert (outlined["image"].size, outlined["crop"].size) == ((256, 128), (96, 64))
+    assert schema.decode_image(row["image"], tmp_path).size == (256, 128)
+    good[2]["box"] = [10, 130, 40, 160]  # inside the stored file's 128 x 256
+    with pytest.raises(UserError, match=r"row 2, column 'box': .* inside the 256 x 128 image"):
+        schema.write(good, tmp_path / "bad.parquet")

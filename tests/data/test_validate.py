@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from jinja2 import TemplateError
 from PIL import Image, PngImagePlugin
 from transformers import AutoProcessor
 
@@ -96,7 +97,38 @@ DEFECTS: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "no answer": ("answer", lambda r: r | {"answer_type": "short", "answer": " ", "options": []}),
     "no hint": ("hint", lambda r: r | {"hint": ""}),
     "hint not said": ("hint", lambda r: r | {"hint": "Look there."}),
-    "marker left": ("schema", lambda r: r | {"question": "<image>" + r["question"]}),
+    "marker left": ("marker", lambda r: r | {"question": "<image>" + r["question"]}),
+    "image pad": ("marker", lambda r: r | {"question": r["question"] + "<|image_pad|>"}),
+    "turn in an option": ("marker", lambda r: r | {"options": [*r["options"][:3], "x<|im_start|>"]}),
+    "reasoning in an answer": (
+        "marker",
+        lambda r: r | {"answer_type": "short", "answer": "<think>", "options": []},
+    ),
+    "end in a hint": (
+        "marker",
+        lambda r: r | {"hint": "See <|endoftext|>", "question": r["question"] + "See <|endoftext|>"},
+    ),
+    "other split": ("split", lambda r: r | {"split": "test"}),
+    "empty id": ("schema", lambda r: r | {"id": ""}),
+    "blank id": ("schema", lambda r: r | {"id": " \t"}),
+    "null id": ("schema", lambda r: r | {"id": None}),
+    "control characters in an id": ("schema", lambda r: r | {"id": "a\x1b[2Jb"}),
+    "question without end": ("schema", lambda r: r | {"question": "a" * 1_000_001 + r["question"]}),
+    "box with a null": ("box", lambda r: r | {"box": [1, None, 3, 4]}),
+    "null option": ("options", lambda r: r | {"options": ["1", None, "2", "3"]}),
+    "null option of a number": (
+        "options",
+        lambda r: r | {"options": [None], "answer_type": "number", "answer": "3"},
+    ),
+    "more options than letters": (
+        "options",
+        lambda r: r | {"options": [str(n) for n in range(27)], "answer": "A"},
+    ),
+    "not yes or no": ("answer", lambda r: r | {"answer_type": "yes/no", "answer": "maybe", "options": []}),
+    "no number": ("answer", lambda r: r | {"answer_type": "number", "answer": "a few", "options": []}),
+    "folder for an image": ("unreadable", lambda r: r | {"image": {"bytes": None, "path": "."}}),
+    "endless name": ("unreadable", lambda r: r | {"image": {"bytes": None, "path": "a" * 5000}}),
+    "neither bytes nor path": ("unreadable", lambda r: r | {"crop": {"bytes": None, "path": None}}),
     "no question": ("schema", lambda r: r | {"question": None}),
     "no type": ("schema", lambda r: r | {"answer_type": "essay"}),
 }
@@ -108,13 +140,15 @@ def test_each_defect_gets_its_kind_and_no_other(name: str, tmp_path: Path) -> No
     data = rows()
     data[7] = spoil(data[7])
     report = validate.validate([raw_write(data, tmp_path / "train.parquet")])
-    assert kinds(report) == {kind: ["train-0-000007"]}
+    assert kinds(report) == {kind: [data[7]["id"] or ""]}
     assert [f.number for f in report.blocking] == [7]
-    assert f"BAD: {kind}: 1" in report.text() and "train-0-000007" in report.text()
+    shown = validate._shown(data[7]["id"]) if (data[7]["id"] or "").strip() else "row 7"
+    assert f"BAD: {kind}: 1" in report.text() and f"train {shown}: " in report.text()
+    assert "\x1b" not in report.text() and len(report.text()) < 2000
 
 
 def test_every_blocking_kind_of_a_row_has_a_defect_here() -> None:
-    of_sets = {"duplicate", "leak", "length"}  # below
+    of_sets = {"duplicate", "leak", "prompt", "length"}  # below
     assert {kind for kind, _ in DEFECTS.values()} == set(validate.BLOCKING) - of_sets
 
 
@@ -153,7 +187,7 @@ def re_encoded(row: dict, id_: str) -> dict:
 def test_near_duplicates_warn_within_a_split_and_block_across(tmp_path: Path) -> None:
     train, test = rows(), rows("test")
     train.append(re_encoded(train[6], "copy"))
-    test.append(re_encoded(train[9], "seen in training"))
+    test.append(re_encoded(train[9], "seen in training") | {"split": "test"})
     paths = [raw_write(train, tmp_path / "train.parquet"), raw_write(test, tmp_path / "test.parquet")]
     report = validate.validate(paths)
     assert kinds(report) == {"near-duplicate": ["copy"], "leak": ["train-0-000009"]}
@@ -234,6 +268,107 @@ def test_quarantine_parts_good_from_bad(tmp_path: Path, paths: bool, shard: int,
     assert len(schema.shards(out / "train.parquet")) == (3 if shard else 1)
 
 
+def bad_set(folder: Path) -> Path:
+    data = rows(count=6)
+    data[0]["answer"] = "Q"
+    raw_write(data, folder / "train.parquet")
+    return folder
+
+
+def test_a_quarantine_replaces_an_earlier_one_and_nothing_else(tmp_path: Path, capsys: Any) -> None:
+    bad, out = bad_set(tmp_path / "bad"), tmp_path / "good"
+    words = [str(bad), "--quarantine", str(out)]
+    assert validate.main(words) == 0 and (out / "quarantined.jsonl").is_file()
+    schema.write(rows("test", 6), bad / "test.parquet")
+    assert validate.main(words) == 0 and (out / "test.parquet").is_file()
+    (bad / "test.parquet").unlink()
+    assert validate.main(words) == 0 and not (out / "test.parquet").exists()  # nothing of another set is left
+    (out / "train.parquet").write_bytes(b"edited")
+    assert validate.main(words) == 2 and "train.parquet: changed since" in capsys.readouterr().err
+    assert (out / "train.parquet").read_bytes() == b"edited"
+
+
+def test_a_quarantine_is_not_written_into_the_set_nor_over_it(tmp_path: Path, capsys: Any) -> None:
+    bad = bad_set(tmp_path / "all" / "bad")
+    before = (bad / "train.parquet").read_bytes()
+    for out in (bad, bad / "good", tmp_path / "all", tmp_path):
+        assert validate.main([str(bad), "--quarantine", str(out)]) == 2
+        assert "another folder" in capsys.readouterr().err
+    (tmp_path / "link").symlink_to(bad)
+    assert validate.main([str(bad), "--quarantine", str(tmp_path / "link")]) == 2
+    assert (bad / "train.parquet").read_bytes() == before and [f.name for f in bad.iterdir()] == [
+        "train.parquet"
+    ]
+
+
+def test_an_image_file_of_the_set_is_not_written_through_its_link(tmp_path: Path) -> None:
+    bad, out = tmp_path / "bad", tmp_path / "good"
+    data = rows(count=6)
+    (bad / "images").mkdir(parents=True)
+    (bad / "images" / "0.png").write_bytes(data[0]["image"]["bytes"])
+    data[0]["image"] = {"bytes": None, "path": "images/0.png"}
+    data[3]["answer"] = "Q"
+    raw_write(data, bad / "train.parquet")
+    for _ in range(2):
+        assert validate.main([str(bad), "--quarantine", str(out)]) == 0
+        assert (out / "images" / "0.png").samefile(bad / "images" / "0.png")
+    assert (bad / "images" / "0.png").read_bytes() == rows(count=1)[0]["image"]["bytes"]
+
+
+def test_the_first_finding_is_on_standard_error(tmp_path: Path, capsys: Any) -> None:
+    assert validate.main([str(bad_set(tmp_path))]) == 2
+    said = capsys.readouterr()
+    assert f"{tmp_path}: not fit for training: train train-0-000000: answer: 'Q' is not" in said.err
+    assert "BAD: answer: 1" in said.out
+
+
+def test_prompts_that_cannot_be_rendered(tmp_path: Path, processor: Any) -> None:
+    class Picky:
+        """A processor whose template refuses some texts, as the model's own program may."""
+
+        def __init__(self) -> None:
+            self.tokenizer, self._get_num_multimodal_tokens = (
+                processor.tokenizer,
+                processor._get_num_multimodal_tokens,
+            )
+
+        def apply_chat_template(self, messages: Any, **more: Any) -> Any:
+            if "forbidden" in messages[0]["content"][1]["text"]:
+                raise TemplateError("no such word")
+            return processor.apply_chat_template(messages, **more)
+
+    data = rows(count=6)
+    data[2]["question"] = "forbidden " + data[2]["question"]
+    path = raw_write(data, tmp_path / "train.parquet")
+    report = validate.validate([path], validate.Prompts(Picky(), 5000))
+    assert [(f.kind, f.id, f.reason) for f in report.findings] == [
+        ("prompt", "train-0-000002", f"in the {view} view: TemplateError: no such word")
+        for view in ("full", "crop")
+    ]
+
+
+def test_special_tokens_of_the_model_are_looked_for(tmp_path: Path) -> None:
+    tokenizer = SimpleNamespace(
+        added_tokens_decoder={
+            0: SimpleNamespace(content="[INST]", special=True),
+            1: SimpleNamespace(content="<b>", special=False),
+        }
+    )
+    found = validate.markers.pattern(tokenizer)
+    assert found.search("a [INST] b") and not found.search("<b> a < b | c > d <|> INST")
+    assert not validate.markers.pattern().search("a [INST] b")
+    for token in ("<|im_start|>", "<|vision_end|>", "<|endoftext|>", "</think>", "<video>", "<tool_call>"):
+        assert validate.markers.pattern().search(f"x{token}y")
+
+
+def test_an_inline_image_of_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = rows(count=6)
+    monkeypatch.setattr(schema, "MAX_BYTES", max(len(r["image"]["bytes"]) for r in data))
+    data[3]["image"] = encoded(picture_of(data[3]["image"]), compress_level=0)
+    path = raw_write(data, tmp_path / "train.parquet")
+    assert kinds(validate.validate([path])) == {"size": ["train-0-000003"]}
+
+
 def test_exit_codes_and_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good, bad = tmp_path / "good", tmp_path / "bad"
     schema.write(rows(), good / "train.parquet")
@@ -276,8 +411,8 @@ def test_a_row_is_in_memory_only_while_it_is_looked_at(
         def __del__(self) -> None:
             alive.now -= 1
 
-    exact = schema.rows
-    monkeypatch.setattr(schema, "rows", lambda p, *c: (row if c else Counted(row) for row in exact(p, *c)))
+    exact = schema.examined
+    monkeypatch.setattr(schema, "examined", lambda path: map(Counted, exact(path)))
     validate.validate([tmp_path / "train.parquet"])
     assert 0 < alive.most <= 130
 
@@ -319,9 +454,18 @@ def test_no_stamp_and_no_real_stamp(stamped: Path, content: str) -> None:
     (stamped / stamp.NAME).write_text(content)
     with pytest.raises(UserError, match="not a stamp"):
         stamp.check(stamped, ["train"])
-    stamp.remove(stamped)
+    (stamped / stamp.NAME).unlink()
     with pytest.raises(UserError, match=f"never validated; run `python -m data.validate {stamped}`"):
         stamp.check(stamped, ["train"])
+
+
+@pytest.mark.parametrize("content", ["mine", "[1]", '{"checks": 1}'])
+def test_what_is_no_stamp_is_not_written_over(stamped: Path, content: str) -> None:
+    (stamped / stamp.NAME).write_text(content)
+    for act in (validate.stamped, stamp.remove):
+        with pytest.raises(UserError, match="move it away, its name is needed"):
+            act(stamped)
+    assert (stamped / stamp.NAME).read_text() == content
 
 
 def test_new_checks_ask_for_a_new_validation(stamped: Path, monkeypatch: pytest.MonkeyPatch) -> None:

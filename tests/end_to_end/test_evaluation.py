@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -46,9 +47,16 @@ def answered(small: Path) -> list[Record]:
     ]
     command = [sys.executable, "-P", "-m", "vopd.evaluate", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    run = subprocess.run(
-        [*command, "rows=40"], env=env, cwd=ROOT, capture_output=True, text=True, timeout=900
-    )
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
+        run = subprocess.run(
+            [*command, "rows=40"],
+            env=env | {"TMPDIR": temporary},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=900,
+        )
+        assert list(Path(temporary).iterdir()) == []
     assert run.returncode == 0, run.stderr[-2000:]
     folder = out / "data_miniature_base" / "small"
     first = read_records(folder / "records.jsonl").records

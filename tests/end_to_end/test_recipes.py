@@ -112,7 +112,9 @@ def test_dapo_evicts_groups_and_draws_new_ones(tmp_path: Path, words_for: Words)
         kept = sum(map(len, pq.read_table(folder / "rollouts" / f"step{line['step']:06d}.parquet")["tokens"]))
         assert line["tokens_generated"] == kept + line["tokens_evicted"] + line["tokens_surplus"]
     # At least one refill: the stream went on beyond the first draw of each step.
-    drawn = json.loads((folder / "checkpoints" / "global_step_2" / "vopd.json").read_text())["prompts_drawn"]
+    drawn = json.loads((folder / "checkpoints" / "global_step_2" / "trainer.json").read_text())[
+        "prompts_drawn"
+    ]
     assert drawn - (24 * 2 + 12) * (not_cached(folder)) >= 8 * 2 + 1
 
 

@@ -5,12 +5,16 @@ where an uninterrupted one ends. Its twin, a teacher that starts again, is injec
 (`tests/vopd/backbone/test_engine.py`).
 """
 
+import contextlib
 import json
 import math
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,15 +27,18 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from vopd import checkpoints, scratch
+from vopd.backbone import shards
 from vopd.config import ROOT
 from vopd.evaluation.records import read_records
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 BASE = ROOT / "data" / "miniature" / "base"
-STORE = "ema:0.05"
+TEACHER = shards.teacher_kind("ema:0.05")
 RUN_SECONDS = 900
 INTERRUPTED = 130
+CANARY = "canary12"
 TRACKERS = ["logging.tensorboard=true", "logging.wandb=true"]
 Words = Callable[[Path], list[str]]
 
@@ -40,7 +47,7 @@ def command(words: list[str]) -> list[str]:
     return [sys.executable, "-P", "-m", "vopd.run", "vision_opd", *words]
 
 
-def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
+def start(words: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
     """The command of a run, its terminal in `log`. It takes Ctrl-C even where the tests run in the background."""
     with log.open("ab") as file:
         return subprocess.Popen(
@@ -49,7 +56,7 @@ def start(words: list[str], log: Path) -> subprocess.Popen[bytes]:
             stdout=file,
             stderr=subprocess.STDOUT,
             cwd=log.parent,
-            env=os.environ | {"WANDB_MODE": "offline"},
+            env=os.environ | {"WANDB_MODE": "offline"} | more,
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
@@ -77,8 +84,10 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its line; of a step that was made again after an interruption, the last one."""
-    return {line["step"]: line for line in lines(folder / "metrics.jsonl")}
+    """Step -> its line; no step stands there twice."""
+    steps = lines(folder / "metrics.jsonl")
+    assert len({line["step"] for line in steps}) == len(steps)
+    return {line["step"]: line for line in steps}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -86,8 +95,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def teacher(folder: Path) -> dict[str, torch.Tensor]:
-    file = folder / "checkpoints" / "global_step_4" / "actor" / "teacher_rank_0.pt"
-    return torch.load(file, weights_only=True)[STORE]
+    return load_file(shards.file_of(folder / "checkpoints" / "global_step_4" / "actor", TEACHER, 0))
 
 
 def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
@@ -103,9 +111,59 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path
     """The folder of an uninterrupted run of four updates."""
     place = tmp_path_factory.mktemp("whole")
     folder, log = place / "run", place / "terminal.txt"
-    code = finish(start([*words_for(folder), *TRACKERS], log), RUN_SECONDS)
+    (place / "home").mkdir()
+    caches = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))
+    began = time.time()
+    with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
+        process = start(
+            [*words_for(folder), *TRACKERS], log, TMPDIR=temporary, HOME=str(place / "home"), XDG_CACHE_HOME=caches,
+            MY_API_KEY=f"{CANARY}1", HF_TOKEN=f"{CANARY}2", OPENAI_API_KEY=f"{CANARY}3", WANDB_API_KEY=CANARY * 5,
+        )  # fmt: skip
+        heard: set[str] = set()
+        threading.Thread(target=listen, args=(process.pid, heard), daemon=True).start()
+        code = finish(process, RUN_SECONDS)
+        left = [*Path(temporary).iterdir(), *scratch.orphans(began)]
+    (place / "seen.json").write_text(
+        json.dumps({"heard": sorted(heard), "left": [str(path) for path in left]})
+    )
     assert code == 0, told(folder, log)
     return folder
+
+
+def listen(pid: int, heard: set[str]) -> None:
+    """Collect the addresses at which the process and those below it listen, until it ends."""
+    while psutil.pid_exists(pid):
+        with contextlib.suppress(psutil.Error):
+            tree = {pid, *(child.pid for child in psutil.Process(pid).children(recursive=True))}
+            found = [
+                c for c in psutil.net_connections("tcp") if c.pid in tree and c.status == psutil.CONN_LISTEN
+            ]
+            heard.update(c.laddr.ip for c in found)
+        time.sleep(0.5)
+
+
+def test_a_run_listens_at_the_loopback_alone(finished: Path) -> None:
+    """The trainer, Ray's daemons, vLLM, TransferQueue; on a machine that has other addresses, or this says nothing."""
+    heard = json.loads((finished.parent / "seen.json").read_text())["heard"]
+    others = {
+        a.address for found in psutil.net_if_addrs().values() for a in found if a.family == socket.AF_INET
+    }
+    assert heard and set(heard) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+    if others == {"127.0.0.1"}:
+        pytest.skip("this machine has no address but the loopback")
+
+
+def test_a_run_leaves_nothing_outside_its_folder(finished: Path) -> None:
+    assert json.loads((finished.parent / "seen.json").read_text())["left"] == []
+    # matplotlib makes its folder of settings, empty, wherever it is imported.
+    home = [path for path in (finished.parent / "home").rglob("*") if path.is_file()]
+    assert home == []
+
+
+def test_no_secret_of_the_environment_is_in_any_file(finished: Path) -> None:
+    files = [path for path in finished.parent.rglob("*") if path.is_file()]
+    assert len(files) > 30
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
 def test_a_run_leaves_everything_behind(finished: Path) -> None:
@@ -113,7 +171,7 @@ def test_a_run_leaves_everything_behind(finished: Path) -> None:
         config.yaml verl_config.yaml metrics.jsonl evaluations.jsonl summary.json summary.txt log.txt
         records/before.jsonl records/after.jsonl plots/training.png plots/accuracy.png
         model/config.json model/model.safetensors model/tokenizer.json
-        checkpoints/latest_checkpointed_iteration.txt checkpoints/global_step_4/actor/teacher_rank_0.pt
+        checkpoints/global_step_4/manifest.json checkpoints/global_step_4/actor/weights_rank_0.safetensors
     """.split()
     assert [name for name in files if not (finished / name).is_file()] == []
     assert [name for name in files if (finished / name).stat().st_size == 0] == []
@@ -185,6 +243,16 @@ def test_the_exported_folder_loads_and_holds_other_weights_than_the_base(finishe
     assert len(still) < len(after) / 10, f"did not move: {still}"
 
 
+def test_a_checkpoint_is_exported_to_the_model_of_the_run(finished: Path, tmp_path: Path) -> None:
+    out = tmp_path / "exported"
+    words = [str(finished / "checkpoints" / "global_step_4"), str(out), "--dtype", "float32"]
+    done = subprocess.run([sys.executable, "-P", "-m", "vopd.export", *words], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert {f.name: f.read_bytes() for f in out.iterdir()} == {
+        f.name: f.read_bytes() for f in (finished / "model").iterdir()
+    }
+
+
 def test_the_teacher_lies_between_the_base_and_the_student(finished: Path) -> None:
     base, student = weights(BASE), weights(finished / "model")
     shards = {name: shard for name, shard in teacher(finished).items() if name in student}
@@ -211,32 +279,35 @@ def test_the_same_command_again_shows_the_result_and_trains_nothing(finished: Pa
 
 @pytest.fixture(scope="module")
 def resumed(tmp_path_factory: pytest.TempPathFactory, words_for: Words, finished: Path) -> Path:
-    """The folder of a run with the settings of `finished`, interrupted after its second update, started again."""
+    """The folder of a run with the settings of `finished`, interrupted after its first update, started again.
+
+    It would save no checkpoint before its end, so the one that it resumes from is that of the interruption.
+    """
     place = tmp_path_factory.mktemp("resumed")
     folder, log = place / "run", place / "terminal.txt"
-    process = start(words_for(folder), log)
-    tree = interrupt_after_checkpoint(process, folder, 2, log)
+    process = start([*words_for(folder), "train.save_every=0"], log)
+    tree = interrupt_after(process, folder, 1, log)
     assert finish(process, 120) == INTERRUPTED, told(folder, log)
     _, alive = psutil.wait_procs(tree, timeout=20)
     left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert left == [], "processes outlive an interrupted run"
     assert not (folder / "summary.json").exists() and not (folder / "model").exists()
-    latest = (folder / "checkpoints" / "latest_checkpointed_iteration.txt").read_text()
-    assert latest == "2", "the run was over before it could be interrupted"
+    (checkpoint,) = checkpoints.found(folder / "checkpoints")
+    assert checkpoint.step == max(metrics(folder)) < 4, "the run was over before it could be interrupted"
+    assert f"the same command resumes it from update {checkpoint.step}" in log.read_text()
     code = finish(start(words_for(folder), log), RUN_SECONDS)
     assert code == 0, told(folder, log)
     return folder
 
 
-def interrupt_after_checkpoint(
+def interrupt_after(
     process: subprocess.Popen[bytes], folder: Path, step: int, log: Path
 ) -> list[psutil.Process]:
-    """Ctrl-C once the checkpoint of `step` is whole and its line is written; returns the processes there were."""
-    latest = folder / "checkpoints" / "latest_checkpointed_iteration.txt"
+    """Ctrl-C once the line of `step` is written; returns the processes there were."""
     end = time.monotonic() + RUN_SECONDS
     while time.monotonic() < end:
         assert process.poll() is None, told(folder, log)
-        if latest.exists() and latest.read_text() == str(step) and step in metrics(folder):
+        if (folder / "metrics.jsonl").exists() and step in metrics(folder):
             tree = psutil.Process(process.pid).children(recursive=True)
             os.kill(process.pid, signal.SIGINT)
             return tree
@@ -245,28 +316,20 @@ def interrupt_after_checkpoint(
     raise AssertionError(told(folder, log))
 
 
-def test_pitfall_03_a_resumed_run_sees_the_same_rollouts(finished: Path, resumed: Path) -> None:
+def test_pitfall_03_a_resumed_run_makes_the_same_updates(finished: Path, resumed: Path) -> None:
+    """To the bit, but for what a clock decides: seconds, memory, and which requests vLLM computed together."""
     first, second = metrics(finished), metrics(resumed)
-    assert sorted(second) == [1, 2, 3, 4]
+    assert sorted(first) == sorted(second) == [1, 2, 3, 4]
     for step in first:
-        for key in ("tokens_generated", "tokens_prompt", "truncated", "rollout_accuracy"):
-            assert first[step][key] == second[step][key], (
-                f"step {step}, {key}: sampling or data order differs"
-            )
-
-
-@pytest.mark.parametrize("key", ["loss", "divergence", "grad_norm", "student_mass", "teacher_mass"])
-def test_pitfall_03_a_resumed_run_makes_the_same_updates(finished: Path, resumed: Path, key: str) -> None:
-    first, second = metrics(finished), metrics(resumed)
-    for step in (3, 4):
-        assert second[step][key] == pytest.approx(first[step][key], rel=1e-6, abs=1e-6), f"step {step}"
+        keys = [key for key in first[step] if not key.startswith(("seconds/", "perf/", "rollout/"))]
+        assert {k: first[step][k] for k in keys} == {k: second[step][k] for k in keys}, f"step {step}"
 
 
 def test_pitfall_03_a_resumed_run_ends_with_the_same_student_and_teacher(
     finished: Path, resumed: Path
 ) -> None:
-    assert largest_difference(weights(finished / "model"), weights(resumed / "model")) <= 1e-6
-    assert largest_difference(teacher(finished), teacher(resumed)) <= 1e-6
+    assert largest_difference(weights(finished / "model"), weights(resumed / "model")) == 0
+    assert largest_difference(teacher(finished), teacher(resumed)) == 0
 
 
 def test_pitfall_03_twin_a_teacher_that_never_moved_is_seen(finished: Path) -> None:

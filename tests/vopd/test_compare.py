@@ -15,7 +15,7 @@ import pytest
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from vopd import compare
+from vopd import compare, fingerprint, provenance, recipe
 from vopd.compare import Job
 from vopd.config import ROOT
 from vopd.errors import UserError
@@ -54,11 +54,12 @@ class Series:
         self.started.append((job.recipe, job.seed))
         job.folder.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(job.settings), job.folder / "config.yaml")
+        fingerprint.write(job.folder, job.origin)
         if code := self.fails.get(job.recipe):
             return code
         self.synthetic.make_run(
             job.folder.parents[1], job.folder.parent.name, job.seed, fixed=0.3, settings=job.settings,
-            code_hash=job.origin["code"], data_hash=job.origin["data"], model_hash=job.origin["base model"],
+            fingerprint=job.origin, data_hash=job.origin["data"], model_hash=job.origin["base model"],
         )  # fmt: skip
         return 0
 
@@ -112,7 +113,7 @@ def test_finished_runs_are_reused_and_the_rest_estimated_from_them(series: Serie
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda m: m.setattr(compare.provenance, "code_hash", lambda root: "new"), "another code"),
+        (lambda m: m.setattr(fingerprint, "training", lambda: [ROOT / "vopd" / "run.py"]), "another code "),
         (lambda m: m.setattr(Run, "data_hash", lambda self: "new"), "another data"),
         (lambda m: m.setattr(Run, "model_hash", lambda self: "new"), "another base model"),
     ],
@@ -156,9 +157,29 @@ def test_a_run_of_another_checkout_or_a_kept_record_is_reused(series: Series, tm
         assert series.started == [] and "reuse      grpo, seed 0" in series.output
 
 
-def test_recipes_of_one_name_outside_the_repository_are_told_apart_by_their_place() -> None:
-    for recipes in ("/a/mine", "/b/mine"):
-        assert compare._placeless({"recipe_folder": recipes}) == {"recipe_folder": recipes}
+def test_a_recipe_outside_the_repository_is_known_by_what_it_holds(series: Series, tmp_path: Path) -> None:
+    for place in ("a", "b"):
+        recipe.new("mine", tmp_path / place)
+    assert series(str(tmp_path / "a" / "mine.yaml"), "seeds=0") == 0
+    assert series(str(tmp_path / "b" / "mine.yaml"), "seeds=0") == 0
+    assert series.started == [] and "reuse " in series.output
+    with (tmp_path / "b" / "mine.py").open("a") as file:
+        file.write("# another line\n")
+    assert series(str(tmp_path / "b" / "mine.yaml"), "seeds=0") == 0
+    assert "seed 0: another recipe module mine.py" in series.output and len(series.started) == 1
+
+
+@pytest.mark.parametrize("facts", [{}, {"fingerprint": None}, {"fingerprint": {}}])
+def test_a_finished_run_of_unknown_code_is_made_again(
+    series: Series, tmp_path: Path, facts: dict[str, None]
+) -> None:
+    series("grpo", "seeds=0")
+    file = tmp_path / "miniature" / "grpo" / "seed0" / "summary.json"
+    summary = json.loads(file.read_text())
+    del summary["run"]["fingerprint"]
+    file.write_text(json.dumps(summary | {"run": summary["run"] | facts}))
+    assert series("grpo", "seeds=0") == 0
+    assert f"run again  grpo, seed 0: {fingerprint.UNKNOWN}" in series.output
 
 
 def test_a_failing_run_stops_nothing_and_is_named(series: Series, tmp_path: Path) -> None:
@@ -197,13 +218,13 @@ def test_an_unfinished_run_of_other_or_unknown_code_begins_anew(
     series("grpo", "seeds=0")
     (half / "metrics.jsonl").write_text('{"step": 1}\n')
     series.fails.clear()
-    monkeypatch.setattr(compare.provenance, "code_hash", lambda root: "new")
+    monkeypatch.setattr(provenance, "version", lambda name: "another")
     assert series("grpo", "seeds=0") == 0
-    assert "grpo, seed 0: unfinished, another code" in series.output
+    assert "grpo, seed 0: unfinished, another library " in series.output
     (half / "summary.json").unlink()
-    (half / compare.STARTED).unlink()
+    (half / fingerprint.FILE).unlink()
     assert series("grpo", "seeds=0") == 0
-    assert "with which code it was started is not known" in series.output
+    assert f"unfinished, {fingerprint.UNKNOWN}" in series.output
     assert len(list(half.with_name("replaced").iterdir())) == 2
 
 
@@ -285,7 +306,18 @@ def test_a_signal_is_waited_out_until_the_run_has_tidied_up(
     assert children[0].stdout.read() == "tidied\n"
 
 
-def test_started_json_holds_what_must_be_equal(series: Series, tmp_path: Path) -> None:
-    series("grpo", "seeds=0")
-    content = json.loads((tmp_path / "miniature" / "grpo" / "seed0" / compare.STARTED).read_text())
-    assert content["data"] == "da7a" and content["base model"] == "ba5e" and len(content["code"]) == 64
+def test_what_is_moved_aside_is_never_merged_or_lost(tmp_path: Path) -> None:
+    for n in (1, 2, 3):
+        (tmp_path / "seed0").mkdir()
+        (tmp_path / "seed0" / "notes").write_text(str(n))
+        if n == 2:
+            (tmp_path / "replaced" / "seed0-2").symlink_to(tmp_path / "nowhere")
+        compare.move_aside(tmp_path / "seed0")
+    found = {f.name: (f / "notes").read_text() for f in (tmp_path / "replaced").iterdir() if f.is_dir()}
+    assert found == {"seed0-1": "1", "seed0-3": "2", "seed0-4": "3"}
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "replaced").write_text("mine")
+    (tmp_path / "other" / "seed0").mkdir()
+    with pytest.raises(UserError, match="cannot be moved"):
+        compare.move_aside(tmp_path / "other" / "seed0")
+    assert (tmp_path / "other" / "replaced").read_text() == "mine"

@@ -1,6 +1,7 @@
 """The contract: what it refuses, how a method outside the repository is found, and its two aggregations."""
 
 import argparse
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -286,3 +287,13 @@ def test_a_mistake_in_a_methods_function_names_its_place(tmp_path: Path) -> None
         raise UserError("wrong")
     with pytest.raises(KeyError), calling(method, "score"):
         raise KeyError("theirs")
+
+
+def test_a_module_is_what_its_file_says_now(tmp_path: Path) -> None:
+    """Python's kept bytecode would answer for a file of the same size and time."""
+    file = tmp_path / "mine.py"
+    for value in ("1", "2"):
+        file.write_text(f"rate = {value}\n")
+        os.utime(file, (1e9, 1e9))
+        assert contract.load_module("mine.py", tmp_path).rate == int(value)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]

@@ -1,6 +1,10 @@
 """Every bad input is refused in one sentence that names it; good input passes without a word."""
 
+import ast
+import contextlib
 import io
+import json
+import re
 import shutil
 from pathlib import Path
 
@@ -12,11 +16,12 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from data import schema
-from vopd import preflight
+from vopd import pictures, preflight
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
-BASE = Path(__file__).parents[2] / "data" / "miniature" / "base"
+ROOT = Path(__file__).parents[2]
+BASE = ROOT / "data" / "miniature" / "base"
 COLUMNS = ("id", "image", "crop", "question")
 
 
@@ -170,6 +175,13 @@ def test_parquet_is_empty(tmp_path):
     assert "no row" in refused(preflight.check_parquet, write_rows(tmp_path / "train.parquet", 0), COLUMNS)
 
 
+def test_a_batch_of_prompts_must_be_there(tmp_path):
+    file = write_rows(tmp_path / "train.parquet", 12)
+    preflight.check_enough_rows(file, 12)
+    message = refused(preflight.check_enough_rows, file, 13)
+    assert "has 12 rows, fewer than train.prompts=13" in message
+
+
 @pytest.mark.parametrize("content", [b"not an image", png()[:100], b"", None])
 @pytest.mark.parametrize(("column", "row"), [("image", 0), ("crop", 49)])
 def test_image_is_no_image(tmp_path, column, row, content):
@@ -179,7 +191,7 @@ def test_image_is_no_image(tmp_path, column, row, content):
 
 
 @pytest.mark.parametrize(
-    "bound", [(schema, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")], ids=["ours", "pillows"]
+    "bound", [(pictures, "MAX_PIXELS"), (Image, "MAX_IMAGE_PIXELS")], ids=["ours", "pillows"]
 )
 def test_image_too_large(tmp_path, monkeypatch, bound):
     monkeypatch.setattr(*bound, 100)
@@ -249,3 +261,74 @@ def test_arguments_of_the_template_count(processor):
     finally:
         processor.chat_template = template
     assert wordy > plain
+
+
+# ---- code from a model folder ---------------------------------------------------------------------------------------
+
+EVIL = "from pathlib import Path\nPath(__file__).with_name('was_run').touch()\nclass Any: pass\n"
+
+
+def change(file: Path, **more: object) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | more))
+
+
+@pytest.mark.parametrize("name", ["config", "tokenizer_config", "processor_config", "generation_config"])
+def test_code_of_a_models_own_is_refused_and_not_run(model, name, monkeypatch):
+    """transformers asks on the terminal whether to run it, which a hasty person answers with y."""
+    (model / "evil.py").write_text(EVIL)
+    classes = {"AutoConfig": "evil.Any", "AutoProcessor": "evil.Any", "AutoTokenizer": ["evil.Any", None]}
+    change(model / f"{name}.json", auto_map=classes, processor_class="Any", model_type="any")
+    assert f"{name}.json" in refused(preflight.check_model_folder, model)
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        preflight.load_processor(str(model))
+    assert not (model / "was_run").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["../model.safetensors", "/etc/x.safetensors", "a/b.safetensors", "x.bin", ""]
+)
+def test_an_index_names_only_safetensors_beside_it(model, name):
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    assert "model.safetensors.index.json" in refused(preflight.check_model_folder, model)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"weight_map": []}', '{"weight_map": {"a": 1}}', "[" * 100_000])
+def test_an_index_that_is_none(model, content):
+    (model / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json" in refused(preflight.check_model_folder, model)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "chat_template.jinja"])
+def test_a_file_of_absurd_size_is_not_read(model, name):
+    with (model / name).open("r+b") as file:
+        file.truncate(10 * 2**30)  # a hole: it takes no room
+    assert name in refused(preflight.check_model_folder, model)
+
+
+def test_a_folder_in_the_place_of_a_file(model):
+    (model / "config.json").unlink()
+    (model / "config.json").mkdir()
+    assert "config.json" in refused(preflight.check_model_folder, model)
+
+
+def test_nothing_of_ours_loads_code_or_pickles():
+    """Every auto class is told so, every checkpoint is read as tensors alone, no YAML makes objects."""
+    wrong = []
+    for file in sorted(p for folder in ("vopd", "data", "baselines") for p in (ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
+            if (
+                (
+                    re.fullmatch(r"Auto\w+\.from_pretrained", called)
+                    and given.get("trust_remote_code") != "False"
+                )
+                or (called == "torch.load" and given.get("weights_only") != "True")
+                or called in ("pickle.load", "pickle.loads", "yaml.load", "yaml.unsafe_load", "eval", "exec")
+                or given.get("allow_pickle") == "True"
+            ):
+                wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {called}")
+    assert wrong == []

@@ -48,3 +48,16 @@ def test_files_that_exist_are_kept(tmp_path: Path, capsys: pytest.CaptureFixture
     assert recipe.main(["new", "mine", "--out", str(tmp_path)]) == 2
     assert "mine.py exists" in capsys.readouterr().err
     assert [f.name for f in tmp_path.iterdir()] == ["mine.py"]
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "test_mine.py").symlink_to(tmp_path / "elsewhere")
+    assert recipe.main(["new", "mine", "--out", str(tmp_path)]) == 2
+    assert "test_mine.py exists" in capsys.readouterr().err
+    assert [f.name for f in tmp_path.iterdir()] == ["test_mine.py"]
+
+
+def test_a_place_that_cannot_be_written_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("")
+    assert recipe.main(["new", "mine", "--out", str(tmp_path / "file" / "below")]) == 2
+    assert "cannot be written to" in capsys.readouterr().err

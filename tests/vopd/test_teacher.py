@@ -123,28 +123,6 @@ def test_current_is_the_student_itself() -> None:
         assert [p.data_ptr() for p in module.parameters()] == pointers
 
 
-def test_checkpoint_round_trip() -> None:
-    module = student()
-    teachers = TeacherWeights(module, ("ema:0.5", "initial"))
-    step(module, 1.0)
-    teachers.update(module)
-    saved = copy.deepcopy(teachers.state_dict())
-    restored = TeacherWeights(module, ("ema:0.5", "initial"))
-    restored.load_state_dict(saved)
-    for name, shards in saved.items():
-        assert all(torch.equal(restored.shards[name][k], v) for k, v in shards.items())
-
-
-def test_checkpoint_of_another_method_or_model_is_refused() -> None:
-    module = student()
-    teachers = TeacherWeights(module, ("ema:0.5",))
-    with pytest.raises(ValueError, match=r"holds teachers \['initial'\]"):
-        teachers.load_state_dict(TeacherWeights(module, ("initial",)).state_dict())
-    other = TeacherWeights(nn.Linear(2, 2), ("ema:0.5",))
-    with pytest.raises(ValueError, match="parameters differ"):
-        teachers.load_state_dict(other.state_dict())
-
-
 @given(st.floats(0.01, 1.0))
 def test_trust_region_is_the_normalised_geometric_mixture(rate: float) -> None:
     """p proportional to p_initial^(1-a) * p_current^a, through `components` and the head."""

@@ -23,7 +23,7 @@ from tensordict.tensorclass import NonTensorStack
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vopd.backbone import delta_rule, inputs, seams
+from vopd.backbone import delta_rule, inputs, seams, shards
 from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
@@ -354,21 +354,31 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
     # ---- checkpoints --------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
-        """verl's checkpoint (weights, optimiser, schedule, RNG) plus every teacher's shards."""
-        super().save_checkpoint(local_path, *args, **kwargs)
-        if self.method is not None:
-            torch.save(self.teachers.state_dict(), self._teacher_file(local_path))
-            torch.distributed.barrier()
+        """This rank's shards of student, optimiser and every teacher (`vopd.backbone.shards`) into a folder.
+
+        verl's own checkpoints are pickles and hold no teacher. Rank 0 adds configuration and processor, so that the
+        folder can be exported without the run.
+        """
+        folder = Path(local_path)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards.save(folder, self.rank, *self._state())
+        if self.rank == 0:
+            self.module.config.save_pretrained(folder / "huggingface")
+            self.model_config.processor.save_pretrained(folder / "huggingface")
+            if self.module.can_generate():
+                self.module.generation_config.save_pretrained(folder / "huggingface")
+        torch.distributed.barrier()
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Counterpart of `save_checkpoint`; a checkpoint without its teacher is an error, not a silent reset."""
-        super().load_checkpoint(local_path, *args, **kwargs)
-        if self.method is not None:
-            state = torch.load(self._teacher_file(local_path), map_location="cpu", weights_only=True)
-            self.teachers.load_state_dict(state)
+        shards.load(Path(local_path), self.rank, *self._state())
+        self._reshard()
+        torch.distributed.barrier()
 
-    def _teacher_file(self, local_path: str) -> Path:
-        return Path(local_path) / f"teacher_rank_{self.rank}.pt"
+    def _state(self) -> tuple[Any, ...]:
+        teachers = self.teachers.shards if self.method is not None else {}
+        ranks = torch.distributed.get_world_size()
+        return ranks, self.module, self.optimizer, self.lr_scheduler, teachers
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter gathered, one after another; all ranks must iterate together."""

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from vopd.backbone import seams
+from vopd.backbone import seams, stopping
 
 METRIC = "correct"
 THROWN = tuple(
@@ -33,11 +33,6 @@ class GroupBuffer(seams.ReplayBuffer):
         super().__init__(*args, **kwargs)
         self.thrown: Counter[str] = Counter()
 
-    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
-        if self.on_poll is not None:
-            self.on_poll(bool(self.failure_keys[partition_id]))
-        return super()._wait_for_next_poll(partition_id, last_debug_time)
-
     def take_thrown(self) -> dict[str, int]:
         """Prompts, rollouts and tokens thrown away since the last call: evicted, and surplus of the batch."""
         taken = {name: self.thrown[name] for name in THROWN}
@@ -54,6 +49,13 @@ class GroupBuffer(seams.ReplayBuffer):
                 self.thrown[f"rollouts_{reason}"] += 1
                 self.thrown[f"tokens_{reason}"] += tag["response_len"]
         super()._clear_groups(partition_id, uids)
+
+    def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
+        """Most of a step may be spent here, and nothing changes meanwhile: a place to answer a request to stop."""
+        stopping.check()
+        if self.on_poll is not None:
+            self.on_poll(bool(self.failure_keys[partition_id]))
+        return super()._wait_for_next_poll(partition_id, last_debug_time)
 
     def _waits(self, partition_id: str) -> bool:
         """Whether rollouts of filtered groups are still under way."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import traceback
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vopd import processes, vitals
-from vopd.backbone import sockets, warm
+from vopd import processes, scratch, vitals
+from vopd.backbone import sockets, stopping, warm
 from vopd.backbone.progress import Progress
 from vopd.failures import FAILURE, ExplainedError, explain, hand_over
+from vopd.redaction import redacted
 
 __all__ = ["FAILURE", "environment", "main", "train"]
 LOG_BYTES = 1 << 22
+STOPPED = 130
 
 
 def environment(run: DictConfig) -> dict[str, str]:
@@ -61,14 +62,14 @@ def train(run_dir: Path) -> None:
     progress = Progress(run_dir)
     progress.note("loading torch, vLLM and verl")
     # Ray's sockets must fit in 107 characters, so its folder cannot be the run's.
-    with tempfile.TemporaryDirectory(prefix="vopd-", dir="/tmp", ignore_cleanup_errors=True) as ray_dir:
-        executable = {}
-        if run.hardware.device == "cpu":
-            address = Path(ray_dir) / "warm"
-            warm.start(address)
-            executable["py_executable"] = warm.executable(address)
-        vitals.start(processes.DRIVER)
-        _train(run, run_dir, progress, {"_temp_dir": ray_dir}, executable)
+    place = Path(os.environ[scratch.VARIABLE])
+    scratch.hold(place)
+    executable = {}
+    if run.hardware.device == "cpu":
+        warm.start(place / "warm")
+        executable["py_executable"] = warm.executable(place / "warm")
+    vitals.start(processes.DRIVER)
+    _train(run, run_dir, progress, {"_temp_dir": str(place)}, executable)
 
 
 def _train(
@@ -94,9 +95,12 @@ def _train(
     progress.note("starting Ray")
     ray.init(**{**arguments, **init, "runtime_env": runtime_env})
     seams.before_queue_closes(progress.ending)
+    stopping.install()
     try:
         seams.TaskRunner().run(config)
         progress.done()
+    except stopping.Stopped:
+        raise
     except Exception as error:  # explained here, where the processes' own output still is
         failure = explain(error, _engine_log(Path(init["_temp_dir"])), vitals.ended(run_dir))
         hand_over(run_dir, failure)
@@ -113,13 +117,15 @@ def _engine_log(ray_dir: Path) -> str:
 
 
 def main() -> int:
-    """Exit code 0, 2 for bad input, 1 for anything else; the sentence goes to RUN_DIR/failure.json."""
+    """Exit code 0, 2 for bad input, 130 if stopped, 1 for anything else; the sentence goes to RUN_DIR/failure.json."""
     run_dir = Path(sys.argv[1])
     processes.die_with_parent()
     try:
         train(run_dir)
+    except stopping.Stopped:
+        return STOPPED
     except Exception as error:  # the process boundary: the cause is handed to the terminal's process
-        traceback.print_exc()
+        print(redacted(traceback.format_exc()), file=sys.stderr)
         failure = explain(error)
         hand_over(run_dir, failure)
         return failure.code

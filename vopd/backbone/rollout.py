@@ -8,7 +8,6 @@ sampled from, so that the trainer scores exactly these.
 from __future__ import annotations
 
 import asyncio
-import io
 import os
 from dataclasses import replace
 from types import SimpleNamespace
@@ -19,9 +18,8 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
-from PIL import Image
 
-from vopd import vitals
+from vopd import pictures, vitals
 from vopd.backbone import seams
 from vopd.backbone.groups import METRIC
 from vopd.backbone.rendering import Rendered, render
@@ -33,17 +31,17 @@ from vopd.views import VIEWS
 
 
 def decode(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with `image` and `crop` as RGB images.
+    """The row with `image` and `crop` as RGB images, as everything else decodes them (vopd/pictures.py).
 
     Raises:
-        UserError: bytes that are not an image, or an image over Pillow's size bound; names row and column.
+        UserError: bytes that are not a whole image, or too large a one; names row and column.
     """
     decoded = dict(row)
     for column in ("image", "crop"):
         try:
-            decoded[column] = Image.open(io.BytesIO(row[column]["bytes"])).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
-            raise UserError(f"Row {row['id']}, column {column}: not a readable image ({error}).") from error
+            decoded[column] = pictures.decode(row[column]["bytes"])
+        except pictures.PictureError as error:
+            raise UserError(f"Row {row['id']}, column {column}: {error}") from error
     return decoded
 
 

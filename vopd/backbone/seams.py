@@ -28,6 +28,7 @@ from verl.utils.seqlen_balancing import get_seqlen_balanced_partitions
 from verl.utils.tensordict_utils import assign_non_tensor, get_tensordict, list_of_dict_to_tensordict
 from verl.utils.tensordict_utils import nested_tensor_from_tensor_list as _nested_from_list
 from verl.utils.tokenizer import hf_processor, hf_tokenizer
+from verl.utils.tracking import Tracking
 from verl.workers.engine import EngineRegistry
 from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
 from verl.workers.engine.utils import prepare_micro_batches
@@ -54,6 +55,7 @@ __all__ = [
     "ReplayBuffer",
     "Role",
     "TaskRunner",
+    "Tracking",
     "TrainingWorker",
     "assign_non_tensor",
     "before_queue_closes",
@@ -74,6 +76,7 @@ __all__ = [
     "register_trainer",
     "use_replay_buffer",
     "use_server_manager",
+    "use_tracking",
     "verdicts_of_groups",
 ]
 
@@ -111,6 +114,11 @@ def use_server_manager(manager: type[LLMServerManager]) -> None:
 def use_replay_buffer(buffer: type[ReplayBuffer]) -> None:
     """Make verl's synchronous trainer wait in `buffer`; a custom sampler would go without group filtering."""
     trainer_base.ReplayBuffer = buffer
+
+
+def use_tracking(make: Callable[..., Any]) -> None:
+    """Make verl's trainers write to what `make` returns, called as the class that they name."""
+    trainer_base.Tracking = make
 
 
 def verdicts_of_groups(buffer: ReplayBuffer, partition_id: str) -> dict[str, float | None]:

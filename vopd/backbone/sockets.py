@@ -7,6 +7,7 @@ would take each other's sockets away, wait for ever, or load the other's weights
 from __future__ import annotations
 
 import os
+import tempfile
 from uuid import uuid4
 
 VARIABLE = "VOPD_RUN_TOKEN"
@@ -19,6 +20,5 @@ def token() -> str:
 
 
 def own(handle: str) -> str:
-    """verl's handle, such as ipc:///tmp/NAME.sock, with this run's token in it."""
-    folder, name = handle.rsplit("/", 1)
-    return f"{folder}/{os.environ[VARIABLE]}-{name}"
+    """verl's handle, such as ipc:///tmp/NAME.sock, in this run's temporary folder and with its token."""
+    return f"ipc://{tempfile.gettempdir()}/{os.environ[VARIABLE]}-{handle.rsplit('/', 1)[1]}"

@@ -11,6 +11,7 @@ import dataclasses
 import importlib
 import json
 import math
+import shutil
 import threading
 import time
 from collections import defaultdict
@@ -23,27 +24,32 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
-from vopd.backbone import recording, seams
+from vopd import checkpoints
+from vopd.backbone import recording, seams, stopping
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.groups import GroupBuffer
+from vopd.backbone.history import History
 from vopd.backbone.policy_gradient import advantages
 from vopd.backbone.progress import Progress
 from vopd.backbone.rollout import early_workers, training_limit
 from vopd.backbone.servers import ServerManager
+from vopd.backbone.tracking import Trackers
 from vopd.backbone.worker import MethodWorker
 from vopd.errors import UserError
-from vopd.evaluation.records import drop_torn_line, write_records
-from vopd.failures import ExplainedError, Failure
+from vopd.evaluation.records import read_records, write_records
+from vopd.failures import ExplainedError, Failure, explain
 from vopd.guards import collapse_flags
 from vopd.method import Method, Rollouts, build, calling, checked, checked_rewards
 
 NAME = "vopd"
-UNWRITTEN = "unwritten_step.json"  # there while an evaluation goes on
+STATE, DATA, ACTOR = "trainer.json", "data.pt", "actor"  # in a checkpoint, beside the run's config.yaml
+SAVING_SHARE = 0.1  # of the time at most goes to checkpoints that are made because of the time
 LOOK_SECONDS = 5.0
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
 UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "rendered")
@@ -69,12 +75,18 @@ class Trainer(seams.PPOTrainerSync):
         self.first_line: dict[str, Any] | None = None
         self.thrown: dict[str, int] = {}
         self.unwritten: Callable[[], dict[str, Any]] | None = None
+        self.history = History(self.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
+        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.finished: Finished | None = None
+        self.resumed_line: dict[str, Any] | None = None
         self.train_dataloader_it: Any = None
         self.until_death: list[Any] = []
         self.looked_at_workers = 0.0
         self.recorded = self._recorded()
         seams.use_server_manager(ServerManager)
         seams.use_replay_buffer(GroupBuffer)
+        seams.use_tracking(partial(Trackers, seams.Tracking, self.progress.note))
         super().__init__(config)
         # The training process is about to import and load for a while: load what comes next meanwhile.
         threading.Thread(
@@ -243,6 +255,7 @@ class Trainer(seams.PPOTrainerSync):
             self._store(batch, self.run_dir / "rollouts", self.global_steps, timing_raw["gen"])
         with marked_timer("prepare", timing_raw):
             prepared = self._prepare(batch, metrics)
+        stopping.check()  # from here on the weights are under way to those of the next update
         with marked_timer("update_actor", timing_raw):
             self._update_actor(batch, metrics, prepared)
         return batch
@@ -325,7 +338,7 @@ class Trainer(seams.PPOTrainerSync):
         if self.skipped_in_a_row >= self.vopd.train.max_skipped_updates:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite gradient and were skipped; stopped at "
-                f"step {self.global_steps}. The last checkpoint is in {self.config.trainer.default_local_dir}."
+                f"step {self.global_steps}. The last checkpoint is in {self.checkpoints}."
             )
 
     # ---- the record ---------------------------------------------------------------------------------------------
@@ -337,12 +350,20 @@ class Trainer(seams.PPOTrainerSync):
         return batch
 
     def on_validate_begin(self) -> None:
-        """An evaluation takes minutes and the update before it has its checkpoint: keep its line meanwhile."""
+        """An evaluation takes minutes: the update before it is kept first, with its line."""
         super().on_validate_begin()
         if self.unwritten:
-            part = self.run_dir / f"{UNWRITTEN}.part"
-            part.write_text(json.dumps(self.unwritten()))
-            part.replace(self.run_dir / UNWRITTEN)
+            self._finish_update(self.unwritten())
+            self._save_checkpoint()
+
+    def _finish_update(self, line: dict[str, Any]) -> None:
+        """What a checkpoint of the update just made holds beside weights; kept, for it may be written later."""
+        state = {
+            "prompts_drawn": self.prompts_drawn,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "line": line,
+        }
+        self.finished = Finished(self.global_steps, self.train_dataloader.state_dict(), state)
 
     def _line(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float]
@@ -369,7 +390,7 @@ class Trainer(seams.PPOTrainerSync):
             **_renamed(metrics),
             **{f"seconds/{k}": v for k, v in seconds.items()},
         }
-        self.first_line = self.first_line or self._first_line() or line
+        self.first_line = self.first_line or self.history.first_update() or line
         return line | {f"collapse/{k}": int(v) for k, v in collapse_flags(line, self.first_line).items()}
 
     def _compute_metrics(
@@ -384,37 +405,48 @@ class Trainer(seams.PPOTrainerSync):
         line = self._line(batch, metrics, timing_raw)
         metrics.clear()
         metrics.update({k: v for k, v in line.items() if isinstance(v, int | float)})
-        self._write(line)
+        self.history.add_update(line)
         self.unwritten = None
         self.progress.step(global_steps, self.total_training_steps, line)
-
-    def _write(self, line: dict[str, Any]) -> None:
-        with open(self.run_dir / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        (self.run_dir / UNWRITTEN).unlink(missing_ok=True)
-
-    def _first_line(self) -> dict[str, Any] | None:
-        """The run's first step, where an interruption lies between it and now."""
-        file = self.run_dir / "metrics.jsonl"
-        lines = file.read_text().splitlines() if file.exists() else []
-        return dict(json.loads(lines[0])) if lines else None
+        self._finish_update(line)
+        if self._save_is_due():
+            self._save_checkpoint()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
 
     def _validate(self) -> dict[str, float]:
-        """verl calls this before training, every `test_freq` steps and after the last one."""
-        last = self.global_steps >= self.total_training_steps
+        """verl calls this before the first update of this process, every `test_freq` updates, and after the last one.
+
+        A run that resumes makes up for the evaluation that its checkpoint was written before.
+        """
         if self.global_steps == 0:
             return self._evaluate("before", self.vopd.evaluate.final)
-        if last:
-            return self._evaluate("after", self.vopd.evaluate.final)
-        return self._evaluate(f"step{self.global_steps}", self.vopd.evaluate.during)
+        last = self.global_steps >= self.total_training_steps
+        found = {"evaluation/none": 0.0}  # verl wants some figure
+        if last or self.global_steps % self.config.trainer.test_freq == 0:
+            plan = self.vopd.evaluate.final if last else self.vopd.evaluate.during
+            found = self._evaluate("after" if last else f"step{self.global_steps}", plan)
+        if self.resumed_line:
+            self.history.add_update(self.resumed_line | found)
+            self.resumed_line = None
+        return found
 
     def _evaluate(self, name: str, plan: Any) -> dict[str, float]:
         """Greedy answers of the current weights to every (file, view) of the plan; one record per question."""
         path = self.run_dir / "records" / f"{name}.jsonl"
-        if path.exists():
-            return {"evaluation/reused": 1.0}
+        start = time.perf_counter()
+        if not path.exists():
+            write_records(path, self._answers(name, plan))
+        groups: dict[str, list[bool]] = defaultdict(list)
+        for record in read_records(path).records:
+            groups[f"{record.split}/{record.view}"].append(record.correct)
+        accuracy = {f"evaluation/{k}": sum(v) / len(v) for k, v in groups.items()}
+        self.history.add_evaluation(
+            {"name": name, "step": self.global_steps, "seconds": time.perf_counter() - start, **accuracy}
+        )
+        return accuracy
+
+    def _answers(self, name: str, plan: Any) -> list[dict[str, Any]]:
         requests = [
             (rows, index, view)
             for part in plan
@@ -423,20 +455,12 @@ class Trainer(seams.PPOTrainerSync):
             for view in part.views
         ]
         records: list[dict[str, Any]] = []
-        start, size = time.perf_counter(), int(self.vopd.evaluate.batch)
+        size = int(self.vopd.evaluate.batch)
         for first in range(0, len(requests), size):
             batch = [(rows.row(index), view) for rows, index, view in requests[first : first + size]]
             records += self._answer(batch)
             self.progress.evaluation(name, len(records), len(requests))
-        write_records(path, records)
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for record in records:
-            groups[f"{record['split']}/{record['view']}"].append(record["correct"])
-        accuracy = {f"evaluation/{k}": sum(v) / len(v) for k, v in groups.items()}
-        line = {"name": name, "step": self.global_steps, "seconds": time.perf_counter() - start, **accuracy}
-        with open(self.run_dir / "evaluations.jsonl", "a") as file:
-            file.write(json.dumps(line) + "\n")
-        return accuracy
+        return records
 
     def _answer(self, requests: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
         batch = self._requests([row for row, _ in requests], [view for _, view in requests])
@@ -459,38 +483,82 @@ class Trainer(seams.PPOTrainerSync):
 
     # ---- checkpoints and the end --------------------------------------------------------------------------------
 
+    def _save_is_due(self) -> bool:
+        """By count, by time, and after the last update; not twice for one update."""
+        if self._newest() == self.global_steps:
+            return False
+        passed = time.monotonic() - self.saved_at
+        by_time = passed > max(60 * self.vopd.train.save_minutes, self.save_seconds / SAVING_SHARE)
+        by_count = self.vopd.train.save_every > 0 and self.global_steps % self.vopd.train.save_every == 0
+        return by_time or by_count or self.global_steps >= self.total_training_steps
+
+    def _newest(self) -> int:
+        return max((checkpoint.step for checkpoint in checkpoints.found(self.checkpoints)), default=0)
+
     def _save_checkpoint(self) -> None:
-        super()._save_checkpoint()
-        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        (folder / "vopd.json").write_text(json.dumps({"prompts_drawn": self.prompts_drawn}))
+        """Everything that the run resumes from, as it was after the last finished update; replaces verl's."""
+        assert self.finished is not None
+        start, step = time.monotonic(), self.finished.step
+        try:
+            with checkpoints.writing(self.checkpoints, step) as folder:
+                self.actor_rollout_wg.save_checkpoint(str(folder / ACTOR), None, step)
+                torch.save(self.finished.data_state, folder / DATA)
+                (folder / STATE).write_text(json.dumps(self.finished.state), encoding="utf-8")
+                shutil.copyfile(self.run_dir / "config.yaml", folder / "config.yaml")
+        except (OSError, SafetensorError) as error:
+            newest = self._newest()
+            kept = f"the last one is of update {newest}" if newest else "there is none yet"
+            raise TrainingError(
+                f"The checkpoint of update {step} could not be written to {self.checkpoints} "
+                f"({explain(error).sentence}); {kept}. Make room there and run the same command again."
+            ) from error
+        checkpoints.prune(self.checkpoints, self.vopd.train.keep)
+        self.saved_at = time.monotonic()
+        self.save_seconds = self.saved_at - start
 
     def _load_checkpoint(self) -> None:
-        super()._load_checkpoint()
-        folder = Path(self.config.trainer.default_local_dir) / f"global_step_{self.global_steps}"
-        if self.global_steps and (folder / "vopd.json").exists():
-            self.prompts_drawn = json.loads((folder / "vopd.json").read_text())["prompts_drawn"]
-        self._mend_metrics()
-
-    def _mend_metrics(self) -> None:
-        """After an interruption: no torn line, and the line of an update whose evaluation was interrupted."""
-        if (self.run_dir / "metrics.jsonl").exists():
-            drop_torn_line(self.run_dir / "metrics.jsonl")
-        kept = self.run_dir / UNWRITTEN
-        if not kept.exists():
-            return
-        line = json.loads(kept.read_text())
-        if line["step"] == self.global_steps:  # a later one is made again
-            self._write(line)
-        kept.unlink(missing_ok=True)
+        """Resume from the newest checkpoint, which `vopd.run` has looked at; replaces verl's, which unpickles."""
+        found = checkpoints.found(self.checkpoints)
+        self.global_steps = found[0].step if found else 0
+        if found:
+            folder = found[0].folder
+            self.progress.note(f"resuming from update {self.global_steps}")
+            self.actor_rollout_wg.load_checkpoint(str(folder / ACTOR))
+            self.train_dataloader.load_state_dict(torch.load(folder / DATA, weights_only=True))
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            self.prompts_drawn = state["prompts_drawn"]
+            self.skipped_in_a_row = state["skipped_in_a_row"]
+            self.resumed_line = state["line"]
+        if self.history.cut_back(self.global_steps) == self.global_steps:
+            self.resumed_line = None  # the line was written before the interruption
 
     def fit(self, agent_loop_manager: Any) -> None:
         self.agent_loop_manager = agent_loop_manager
-        if self.recorded is not None and not self.vopd.rollout.replay:
-            self._generate_ahead()
-        super().fit(agent_loop_manager)
+        with stopping.patiently():
+            try:
+                if self.recorded is not None and not self.vopd.rollout.replay:
+                    self._generate_ahead()
+                super().fit(agent_loop_manager)
+            except stopping.Stopped:
+                if self.finished and self.finished.step > self._newest():
+                    self.progress.note(f"saving the checkpoint of update {self.finished.step}")
+                    self._save_checkpoint()
+                raise
+            finally:
+                if hasattr(self, "logger"):
+                    self.logger.finish()
         if self.vopd.export:
             self.progress.note("writing the trained weights")
             self.actor_rollout_wg.export(str(self.run_dir / "model"), self.vopd.export)
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    """An update that was made: its number, the place in the prompt stream behind it, counters and its line."""
+
+    step: int
+    data_state: Any
+    state: dict[str, Any]
 
 
 def step_rollouts(keys: list[str], records: list[dict[str, Any]], limit: int) -> Rollouts:

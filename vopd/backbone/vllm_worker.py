@@ -1,6 +1,7 @@
 """What vLLM's workers need to serve as a rollout (`engine_kwargs.vllm.worker_extension_cls`).
 
-On every device the socket of the weight sync is this run's own (`sockets.py`). On CPU:
+On every device the socket of the weight sync is this run's own (`sockets.py`), and no port is opened to the network
+(`vopd/loopback.py`). On CPU:
 
 1. vLLM's linear layers pack their weights for oneDNN after loading and drop the plain tensors, so verl's in-place
    `load_weights` finds none; vLLM's own `reload_weights` restores load-time parameters first.
@@ -16,12 +17,12 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from vopd import vitals, vllm_delta_rule
+from vopd import loopback, vitals, vllm_delta_rule
 from vopd.backbone.sockets import own
 from vopd.vllm_blocks import clear_used_blocks
 
 
-class WorkerExtension(vLLMColocateWorkerExtension):
+class WorkerExtension(vLLMColocateWorkerExtension, loopback.Worker):
     """See the module's docstring."""
 
     def __new__(cls, **kwargs: Any) -> WorkerExtension:

@@ -2,23 +2,24 @@
 
 A record file is only ever appended to. Killed at any point and started again, a run asks what has no record yet;
 with all records there, nothing is asked. Questions that got no answer (server errors after retries) leave no
-record either.
+record either, and neither do those whose picture is none.
 """
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import fcntl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vopd.chat import together
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import Question, Questions
 from vopd.evaluation.engines import Engine, NoAnswerError, Reply
-from vopd.evaluation.records import Appender, Record, read_records
+from vopd.evaluation.records import Appender, Record, read_answers
 from vopd.evaluation.scoring import is_correct, parse_answer
+from vopd.pictures import PictureError
 
 Key = tuple[str, str]  # question id, view
 MOST_FAILURES = 20  # in a row: then the server is gone rather than a question odd
@@ -28,7 +29,7 @@ def missing(questions: Questions, views: list[str], rows: int, records: Path) ->
     """Questions and views without a record, in order; rows > 0 keeps the first so many questions."""
     done: set[Key] = set()
     if records.is_file():
-        done = {(r.id, r.view) for r in read_records(records).records}
+        done = {(r.id, r.view) for r in read_answers(records).records}
     asked = questions.questions[: rows or None]
     return [(q, view) for view in views if view in questions.views for q in asked if (q.id, view) not in done]
 
@@ -69,6 +70,9 @@ async def ask(
             key = f"{questions.name}/{question.id}/{view}"
             try:
                 reply = await engine.answer(key, view, questions.picture(question, view), question.prompt)
+            except PictureError as error:  # of this question alone; the server may be well
+                failures.append(f"{key}: its picture {error}")
+                continue
             except NoAnswerError as error:
                 failures.append(f"{key}: {error}")
                 in_a_row += 1
@@ -82,13 +86,7 @@ async def ask(
             advance()
 
     with Appender(records) as appender:
-        workers = [asyncio.create_task(worker(appender)) for _ in range(min(concurrency, len(todo)))]
-        try:
-            await asyncio.gather(*workers)
-        finally:  # the first error ends all
-            for task in workers:
-                task.cancel()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await together(worker(appender) for _ in range(min(concurrency, len(todo))))
     return failures
 
 

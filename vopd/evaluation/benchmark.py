@@ -1,4 +1,4 @@
-"""A benchmark: what its YAML file says (vopd/evaluation/benchmarks/), and its questions read from published files.
+"""A benchmark's questions, read from published files as its YAML file says (vopd/evaluation/benchmarks/).
 
 The files come from the hub (a snapshot, whose revision is recorded in `lock.json` beside it at the first download
 and asked for ever after) or from a local folder in the published layout. Column names that nobody here has read
@@ -10,93 +10,31 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import io
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from PIL import Image, UnidentifiedImageError
-from yaml import YAMLError
-
+from vopd import caches, pictures
 from vopd.errors import UserError
+from vopd.evaluation import description
+from vopd.evaluation.description import BY_GOLD, PAIR, Benchmark, leads_out
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
 from vopd.evaluation.scoring.numbers import parse_gold_number
-from vopd.provenance import hash_json
+from vopd.provenance import hash_contents, hash_json
 
 ROOT = Path(__file__).resolve().parents[2]  # not from vopd.config, which pulls in torch
 FOLDER = Path(__file__).parent / "benchmarks"
 LOCK = "lock.json"
-BY_GOLD = "by gold"
-PAIR = "pair"
+MOST_ROWS = 1_000_000
+MOST_OPTIONS = 26
+PICTURES = (*pictures.FORMATS, "GIF", "BMP")
+"""Formats of published pictures, by Pillow's names."""
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
 _LABEL = re.compile(r"(?:^|(?<=[\s,]))\(?([A-Ha-h])[).:]\s+(?=\S)")
-
-
-@dataclass
-class Columns:
-    """Names of the columns; `id` lists those that together name a question (none: the row's number)."""
-
-    verified: bool = False
-    id: list[str] = field(default_factory=list)
-    image: str | None = None
-    crop: str | None = None
-    question: str = MISSING
-    answer: str = MISSING
-
-
-@dataclass
-class Mean:
-    """An official average: the mean over the values of these groups, weighted if weights are given."""
-
-    over: list[str] = MISSING
-    weights: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Metrics:
-    """Beside plain accuracy: accuracy per value of a group, an average over groups, pairs, yes/no figures."""
-
-    per: list[str] = field(default_factory=list)
-    mean: Mean | None = None
-    pairs: bool = False
-    yes_no: bool = False
-
-
-@dataclass
-class Hub:
-    """A data set on the hub. `revision` stays null here: the lock beside the download holds it."""
-
-    id: str = MISSING
-    revision: str | None = None
-
-
-@dataclass
-class Benchmark:
-    """One YAML file. `options`: a list column, several columns, or a text column that holds them labelled."""
-
-    title: str = MISSING
-    files: str = MISSING
-    rows: int = MISSING
-    licence: str = MISSING
-    columns: Columns = field(default_factory=Columns)
-    prompt: str = MISSING
-    answer_type: str = MISSING
-    official_rule: str = MISSING
-    hub: Hub | None = None
-    folder: str | None = None
-    pictures: str | None = None
-    options: Any = None
-    groups: dict[str, str] = field(default_factory=dict)
-    cluster: Any = None
-    suffix: str = ""
-    metrics: Metrics = field(default_factory=Metrics)
-    lowercase_options: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,12 +54,19 @@ class Question:
 class Questions:
     """The questions of one benchmark, and their pictures on demand."""
 
-    def __init__(self, name: str, spec: Benchmark, table: Any, folder: Path, revision: str | None) -> None:
+    def __init__(
+        self, name: str, spec: Benchmark, files: Sequence[Path], folder: Path, revision: str | None
+    ) -> None:
         self.name, self.spec, self.revision = name, spec, revision
-        self._table, self._folder = table, folder
-        _check_columns(name, spec, table.column_names)
+        self._files, self._folder = files, folder
+        table = _table(name, files, spec)
+        # What is not named is not looked at: reading a cell can mean to open a file that it names.
+        self._table = table.select_columns(_check_columns(name, spec, table.features))
         columns = [c for c in (spec.columns.image, spec.columns.crop) if c]
-        self.questions = [self._question(i, row) for i, row in enumerate(table.remove_columns(columns))]
+        self._plain = self._table.remove_columns(columns)
+        self.questions = [self._question(i, self._row(i)) for i in range(len(self._plain))]
+        if not self.questions:
+            raise UserError(f"{name}: its files hold no question; get them again.")
         _check_ids(name, self.questions)
 
     @property
@@ -133,39 +78,69 @@ class Questions:
         """sha256 of what is asked and scored."""
         return hash_json([[q.id, q.prompt, q.answer, q.cluster] for q in self.questions])
 
+    def content_hash(self) -> str:
+        """sha256 over the files, and over the pictures that they name."""
+        rows = range(len(self._plain)) if self.spec.pictures else ()
+        named = [self._picture_file(index, self._row(index)) for index in rows]
+        return hash_contents([*self._files, *(file for file in named if file.is_file())])
+
     def picture(self, question: Question, view: str) -> bytes:
-        """The encoded picture as published."""
+        """The encoded picture as published; PictureError if there is none."""
         columns = self.spec.columns
         if self.spec.pictures and view == "full":
-            file = self._folder / self.spec.pictures.format(**self._table[question.row])
-            if not file.is_file():
-                raise UserError(f"{self.name}: question {question.id}: no picture {file}.")
-            return file.read_bytes()
-        column = columns.crop if view == "crop" else columns.image
-        return _bytes(self._table[question.row][column], f"{self.name}: question {question.id}, {column}")
+            return pictures.read(self._picture_file(question.row, self._row(question.row)))
+        column = str(columns.crop if view == "crop" else columns.image)
+        content = self._cell_bytes(question.row, column)
+        if not content:
+            raise pictures.PictureError(f"is not there: column {column} holds neither bytes nor base64 text.")
+        return content
+
+    def _cell_bytes(self, index: int, column: str) -> bytes | None:
+        try:
+            return _bytes(self._table[index][column])
+        except UnicodeDecodeError:  # text it is not
+            return None
+
+    def _row(self, index: int) -> dict[str, Any]:
+        try:
+            return dict(self._plain[index])
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.name}: row {index}: holds text that is not UTF-8; correct the file."
+            ) from error
+
+    def _picture_file(self, index: int, row: Mapping[str, Any]) -> Path:
+        """The file that holds a question's picture; UserError when its name leads out of the folder."""
+        where = f"{self.name}: row {index}"
+        name = description.PLACEHOLDER.sub(lambda match: _cell(row, match[1], where), str(self.spec.pictures))
+        if leads_out(name) or not _is_inside(self._folder / name, self._folder):
+            raise UserError(f"{where}: its picture '{name}' leads out of {self._folder}; correct the row.")
+        return self._folder / name
 
     def _question(self, index: int, row: dict[str, Any]) -> Question:
-        spec = self.spec
-        answer = str(row[spec.columns.answer]).strip()
-        options = _options(spec, row)
+        spec, where = self.spec, f"{self.name}: row {index}"
+        answer = _cell(row, spec.columns.answer, where).strip()
+        options = _options(spec, row, where)
         answer_type = _type_of(answer) if spec.answer_type == BY_GOLD else spec.answer_type
         # Str.format would choke on braces in a question; only our two fields are replaced.
         published = row[spec.options] if isinstance(spec.options, str) else None
         shown = published.strip() if isinstance(published, str) else "\n".join(_labelled(options))
         prompt = spec.prompt.replace("{options}", shown)
-        prompt = prompt.replace("{question}", str(row[spec.columns.question]).strip())
+        prompt = prompt.replace("{question}", _cell(row, spec.columns.question, where).strip())
         if not prompt.endswith(spec.suffix.strip()):
             prompt += spec.suffix
         question = Question(
-            id="/".join(str(row[c]) for c in spec.columns.id) or f"{index:05d}",
+            id="/".join(_cell(row, c, where) for c in spec.columns.id) or f"{index:05d}",
             row=index,
             prompt=prompt,
             options=tuple(options) if answer_type == "letter" else (),
             answer=answer,
             answer_type=answer_type,
-            groups={name: str(row[column]) for name, column in spec.groups.items()},
+            groups={name: _cell(row, column, where) for name, column in spec.groups.items()},
             cluster=self._cluster(index, row),
         )
+        if spec.pictures:
+            self._picture_file(index, row)
         try:
             is_correct(Parsed(None, "unparsed", "check of the gold answer"), answer, answer_type)
         except UserError as error:
@@ -180,28 +155,28 @@ class Questions:
             return str(index // 2)
         values = []
         for column in columns:
-            value = self._table[index][column] if column == self.spec.columns.image else row[column]
-            picture = column == self.spec.columns.image
-            values.append(hashlib.sha256(_bytes(value, column)).hexdigest() if picture else str(value))
+            if column != self.spec.columns.image:
+                values.append(_cell(row, column, f"{self.name}: row {index}"))
+            elif content := self._cell_bytes(index, column):
+                values.append(hashlib.sha256(content).hexdigest())
+            else:  # a cluster of its own; asking says what is wrong
+                values.append(f"row {index}")
         return hash_json(values)[:16]
 
 
 def find(name: str) -> tuple[str, Benchmark]:
     """Name and description of a benchmark given by name or by the path of a YAML file; UserError if there is none."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in FOLDER.glob("*.yaml")))
+    known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
+    is_path = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_path else FOLDER / f"{name}.yaml"
+    if not (path.is_file() if is_path else name in known):
         raise UserError(
-            f"There is no benchmark '{name}'; known are {known}, or give the path of a YAML file."
+            f"There is no benchmark '{name}'; known are {', '.join(known)}, or give the path of a YAML file."
         )
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Benchmark), OmegaConf.load(path))
-        missing = sorted(OmegaConf.missing_keys(merged))
-        if missing:
-            raise UserError(f"{path}: the key '{missing[0]}' is missing.")
-        return path.stem, OmegaConf.to_object(merged)  # type: ignore[return-value]
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise UserError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+    if path.stem.strip(".") == "":
+        raise UserError(f"{path}: its name is no name for a folder of records; rename it.")
+    return path.stem, description.read(path)
 
 
 def load(name: str, data: Path) -> Questions:
@@ -211,78 +186,219 @@ def load(name: str, data: Path) -> Questions:
         UserError: no such benchmark, files or columns; two questions of one id; a gold answer not of its type.
     """
     name, spec = find(name)
-    folder = ROOT / spec.folder if spec.folder else data / name
+    folder = caches.inside(spec.folder) if spec.folder else data / name
     revision = None
     if spec.hub and (not folder.is_dir() or (folder / LOCK).is_file()):
         revision = _download(spec, folder)
-    files = sorted(folder.glob(spec.files))
+    return Questions(name, spec, _files(name, spec, folder), folder, revision)
+
+
+def _files(name: str, spec: Benchmark, folder: Path) -> list[Path]:
+    """The published files: regular ones of one kind, inside the folder."""
+    try:
+        files = sorted(folder.glob(spec.files))
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{name}: '{spec.files}' is no pattern of files ({error}); correct `files`."
+        ) from error
     if not files:
         how = (
             "run `python -m data.miniature.prepare` first" if spec.folder else "put the published files there"
         )
         raise UserError(f"{name}: no files {spec.files} in {folder}; {how}.")
-    return Questions(name, spec, _table(files, spec), folder, revision)
+    for file in files:
+        if file.suffix not in _READERS or file.suffix != files[0].suffix:
+            raise UserError(f"{file}: a {', '.join(_READERS)} file is expected, and one kind alone.")
+        if not file.is_file() or not _is_inside(file, folder):
+            raise UserError(f"{file}: no file inside {folder}; copy the file to there.")
+    return files
+
+
+def _is_inside(file: Path, folder: Path) -> bool:
+    try:
+        return file.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a loop of links, a name too long
+        return False
 
 
 def _download(spec: Benchmark, folder: Path) -> str:
     """Fetch the files into `folder` at the revision of the lock, which the first download writes."""
+    import httpx
     from huggingface_hub import HfApi, snapshot_download
 
     assert spec.hub is not None
     lock = folder / LOCK
-    if lock.is_file():
-        locked = json.loads(lock.read_text())
-        if sorted(folder.glob(spec.files)):
-            return str(locked["revision"])
-        revision = str(locked["revision"])
-    else:
-        revision = spec.hub.revision or str(HfApi().dataset_info(spec.hub.id).sha)
-        folder.mkdir(parents=True)
-        lock.write_text(json.dumps({"id": spec.hub.id, "revision": revision}) + "\n")
-    patterns = [spec.files] + ([re.sub(r"\{\w+\}", "*", spec.pictures)] if spec.pictures else [])
-    snapshot_download(
-        spec.hub.id, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=patterns
-    )
+    try:
+        if lock.is_file():
+            revision = _locked(lock)
+            if sorted(folder.glob(spec.files)):
+                return revision
+        else:
+            revision = spec.hub.revision or str(HfApi().dataset_info(spec.hub.id).sha)
+            folder.mkdir(parents=True)
+            lock.write_text(json.dumps({"id": spec.hub.id, "revision": revision}) + "\n")
+        patterns = [spec.files] + ([description.PLACEHOLDER.sub("*", spec.pictures)] if spec.pictures else [])
+        snapshot_download(
+            spec.hub.id, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=patterns
+        )
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{spec.hub.id} could not be downloaded ({said}); try again, or put the published files into {folder}."
+        ) from error
     return revision
 
 
-def _table(files: Sequence[Path], spec: Benchmark) -> Any:
-    import datasets
+def _locked(lock: Path) -> str:
+    try:
+        revision = json.loads(lock.read_text(encoding="utf-8"))["revision"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        revision = None
+    if not isinstance(revision, str) or not revision:
+        raise UserError(
+            f"{lock}: holds no revision; remove it to take the newest files, or the whole folder."
+        )
+    return revision
 
-    reader = _READERS.get(files[0].suffix)
-    if reader is None:
-        raise UserError(f"{files[0]}: a {', '.join(_READERS)} file is expected.")
+
+def _table(name: str, files: Sequence[Path], spec: Benchmark) -> Any:
+    import datasets
+    import pyarrow as pa
+
+    suffix = files[0].suffix
     datasets.disable_progress_bars()
-    extra: dict[str, Any] = {"keep_default_na": False} if reader == "csv" else {}
-    if files[0].suffix == ".tsv":
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # it says what we say
+    extra: dict[str, Any] = {"keep_default_na": False} if suffix in (".csv", ".tsv") else {}
+    if suffix == ".tsv":
         extra["sep"] = "\t"
-    table = datasets.load_dataset(reader, data_files=[str(f) for f in files], split="train", **extra)
+    extra["cache_dir"] = str(caches.workspace("datasets", hash_contents(files)))  # as in data/schema.py
+
+    def read(some: Sequence[Path]) -> Any:
+        return datasets.load_dataset(
+            _READERS[suffix], data_files=[str(f) for f in some], split="train", **extra
+        )
+
+    unreadable = (
+        datasets.exceptions.DatasetsError, pa.ArrowException, OSError, ValueError, TypeError, KeyError, StopIteration,
+    )  # fmt: skip
+    for file in files if suffix == ".parquet" else ():
+        _check_parquet(file)
+    try:
+        table = read(files)
+    except unreadable:
+        broken = f"{name}: the files {spec.files} together"
+        for file in files:
+            try:
+                read([file])
+            except unreadable as its:
+                broken, error = str(file), its
+                break
+        raise UserError(
+            f"{broken}: not readable as {_READERS[suffix]} ({_cause(error)}); get the file again."
+        ) from error
     for column in (spec.columns.image, spec.columns.crop):
         if column in table.column_names and isinstance(table.features[column], datasets.Image):
             table = table.cast_column(column, datasets.Image(decode=False))
     return table
 
 
-def _check_columns(name: str, spec: Benchmark, found: Sequence[str]) -> None:
+def _check_parquet(file: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_metadata(file).num_rows
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as parquet ({_cause(error)}); get the file again.") from error
+    if rows > MOST_ROWS:
+        raise UserError(f"{file}: says it holds {rows} rows, more than any benchmark; get the file again.")
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+def _check_columns(name: str, spec: Benchmark, features: Mapping[str, Any]) -> list[str]:
+    """The columns that the description names; UserError when one is not there or holds another kind of value."""
     columns = spec.columns
-    needed = [
-        columns.image,
-        columns.crop,
-        columns.question,
+    pictures = [c for c in (columns.image, columns.crop) if c]
+    plain = [
         columns.answer,
         *columns.id,
         *spec.groups.values(),
+        *(c for c in spec.cluster_columns() if c != columns.image),
+        *spec.picture_columns(),
     ]
-    needed += [spec.options] if isinstance(spec.options, str) else list(spec.options or [])
-    needed += list(spec.cluster) if isinstance(spec.cluster, list) else []
-    wanted = list(dict.fromkeys(c for c in needed if c))
-    missing = [c for c in wanted if c not in found]
+    options = spec.option_columns()
+    wanted = list(dict.fromkeys([*pictures, columns.question, *plain, *options]))
+    missing = [c for c in wanted if c not in features]
     if missing:
         why = "" if columns.verified else " (its names were never read from a published file)"
         raise UserError(
             f"{name}: no column {', '.join(map(repr, missing))}; expected are {', '.join(wanted)}, found "
-            f"{', '.join(found)}; correct the benchmark's YAML file{why}."
+            f"{', '.join(features)}; correct the benchmark's YAML file{why}."
         )
+    lists = isinstance(spec.options, str)
+    for column, fits, kind in [
+        *((c, _holds_pictures, "pictures (bytes or base64 text)") for c in pictures),
+        (columns.question, _holds_text, "text"),
+        *((c, _holds_plain, "text or numbers") for c in plain),
+        *((c, _holds_options if lists else _holds_plain, "the text of options") for c in options),
+    ]:
+        if not fits(features[column]):
+            raise UserError(
+                f"{name}: column '{column}' should hold {kind} and holds {features[column]}; correct the file, or the "
+                "benchmark's YAML file."
+            )
+    return wanted
+
+
+def _dtype(feature: Any) -> str:
+    """The type of a column of single values; "" for any other column. Mixed JSON values are looked at row by row."""
+    import datasets
+
+    if isinstance(feature, (datasets.ClassLabel, datasets.Json)):
+        return "string" if isinstance(feature, datasets.Json) else "int64"
+    return str(feature.dtype) if isinstance(feature, datasets.Value) else ""
+
+
+def _holds_text(feature: Any) -> bool:
+    return _dtype(feature) in ("string", "large_string")
+
+
+def _holds_plain(feature: Any) -> bool:
+    return _dtype(feature) not in ("", "null", "binary", "large_binary")
+
+
+def _holds_options(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, (datasets.List, datasets.LargeList)):
+        return _holds_plain(feature.feature)
+    return _holds_text(feature)
+
+
+def _holds_pictures(feature: Any) -> bool:
+    import datasets
+
+    if isinstance(feature, Mapping):
+        return _dtype(feature.get("bytes")) in ("binary", "large_binary")
+    binary = _dtype(feature) in ("string", "large_string", "binary", "large_binary")
+    return binary or isinstance(feature, datasets.Image)
+
+
+def _cell(row: Mapping[str, Any], column: str, where: str) -> str:
+    """A cell's text; UserError for one that is empty, or holds something else than text or a number."""
+    value = row[column]
+    plain = isinstance(value, (str, int, float)) and value == value
+    if not plain or not str(value).strip() or "\0" in str(value):
+        raise UserError(
+            f"{where}: {column} holds {value!r:.80}; text or a number is expected, correct the file."
+        )
+    return str(value)
 
 
 def _check_ids(name: str, questions: Sequence[Question]) -> None:
@@ -301,15 +417,24 @@ def _type_of(answer: str) -> str:
     return "number" if re.fullmatch(r"[\d.,]+", answer) and parse_gold_number(answer) else "short"
 
 
-def _options(spec: Benchmark, row: Mapping[str, Any]) -> list[str]:
+def _options(spec: Benchmark, row: Mapping[str, Any], where: str) -> list[str]:
     """Option texts in order, with their labels if published so; empty ones end the list."""
     if spec.options is None:
         return []
     if isinstance(spec.options, str):
         value = row[spec.options]
-        return inline_options(value) if isinstance(value, str) else [str(v).strip() for v in value]
-    values = [row[column] for column in spec.options]
-    return [str(v).strip() for v in values if v is not None and str(v).strip()]
+        if isinstance(value, str):
+            return inline_options(value)
+        if not isinstance(value, list):
+            raise UserError(f"{where}: {spec.options} holds {value!r:.80}; a list of options is expected.")
+        found = [_cell({spec.options: option}, spec.options, where).strip() for option in value]
+    else:
+        values = {column: row[column] for column in spec.options}
+        shown = [c for c, value in values.items() if value is not None and str(value).strip()]
+        found = [_cell(values, column, where).strip() for column in shown]
+    if len(found) > MOST_OPTIONS:
+        raise UserError(f"{where}: has {len(found)} options, more than there are letters; correct the file.")
+    return found
 
 
 def _labelled(options: Sequence[str]) -> list[str]:
@@ -336,22 +461,13 @@ def inline_options(text: str) -> list[str]:
     return [option.split("\n", 1)[0].strip().rstrip(",;") for option in texts]
 
 
-def _bytes(value: Any, where: str) -> bytes:
-    """Encoded picture from what a cell holds: bytes, a file's bytes in a mapping, or base64 text."""
+def _bytes(value: Any) -> bytes | None:
+    """Encoded picture from what a cell holds: bytes, a file's bytes in a mapping, or base64 text; None for neither."""
     if isinstance(value, Mapping):
         value = value.get("bytes")
     if isinstance(value, bytes):
         return value
     try:
         return base64.b64decode(value, validate=True)
-    except (TypeError, ValueError, binascii.Error) as error:
-        raise UserError(f"{where}: holds no picture (bytes or base64 text).") from error
-
-
-def decode(content: bytes, where: str) -> Image.Image:
-    """The picture, RGB; UserError naming the question for a broken one and for one beyond PIL's limit."""
-    try:
-        with Image.open(io.BytesIO(content)) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: not a readable picture.") from error
+    except (TypeError, ValueError, binascii.Error):
+        return None

@@ -14,12 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, judge, metrics, statistics
-from vopd.evaluation.records import Record, answers, read_records, select
+from vopd.evaluation.records import Record, answers, read_answers, select
+from vopd.terminal import Terminal, say
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _scored(folder: Path, scorer: str, judged: bool) -> dict[tuple[str, str], li
     for file in sorted(folder.glob("*/records.jsonl")):
         name, spec = benchmark.find(file.parent.name)
         verdicts = judge.read_verdicts(file.with_name("judge.jsonl")) if judged else {}
-        records = metrics.score(read_records(file).records, spec, scorer, verdicts).records
+        records = metrics.score(read_answers(file).records, spec, scorer, verdicts).records
         for view in ("full", "crop"):
             if part := select(records, view=view):
                 found[name, view] = part
@@ -117,7 +117,7 @@ def table(rows: Sequence[Row], names: tuple[str, str], scorer: str) -> Table:
         d = row.difference
         shown.add_row(
             row.name, str(row.questions), f"{100 * row.first:.1f}", f"{100 * row.second:.1f}", f"{100 * d.value:+.1f}",
-            f"\\[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", f"{d.p_value:.4f}", f"{row.holm:.4f}",
+            f"[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", f"{d.p_value:.4f}", f"{row.holm:.4f}",
             f"{100 * row.detectable:.1f}" if row.detectable else "-",
         )  # fmt: skip
     return shown
@@ -139,10 +139,10 @@ def main(words: list[str]) -> int:
         first, second = ([Path(p) for p in side.split(",")] for side in words[:2])
         rows = compare(first, second, options["scorer"], options["judge"] == "true")
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
-    console = Console(highlight=False)
-    console = console if console.is_terminal else Console(highlight=False, width=140)
+    console = Terminal()
+    console = console if console.is_terminal else Terminal(width=140)
     console.print(table(rows, (first[0].name, second[0].name), options["scorer"]))
     return 0
 

@@ -1,19 +1,20 @@
 """Who answers: an OpenAI-compatible endpoint, or vLLM's engine in this process. Both take a question at a time.
 
-Pictures go as they are published: the endpoint is sent the file's own bytes, vLLM the decoded pixels. A model's
-processor may resize them; the size that it makes is worked out by its own rule and recorded with the answer.
+Both are shown the pixels that training would see (vopd/pictures.py): vLLM is given them, an endpoint is sent the
+published file where it decodes to them anywhere, else a PNG of them. A model's processor may resize them; the size that
+it makes is worked out by its own rule and recorded with the answer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
-import io
 import os
 import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,25 +22,22 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import vllm_delta_rule
+from vopd import chat, loopback, pictures, preflight, scratch, vllm_delta_rule
 from vopd.backbone.launch import environment
+from vopd.chat import NoAnswerError
 from vopd.errors import UserError
-from vopd.evaluation.benchmark import decode
+from vopd.evaluation.benchmark import PICTURES
+from vopd.preflight import check_model_folder
 from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
 from vopd.vllm_blocks import clear_used_blocks
 
-RETRIES = 4  # the client waits longer each time; then the question stays unanswered and the next run asks it
 GIB = 2**30
 
 
 # A template that opens the reasoning block itself leaves the response without the opening tag. It is put back, so
 # that reasoning which was never closed is not read as an answer.
 THINK = "<think>\n"
-
-
-class NoAnswerError(Exception):
-    """A question could not be answered; it is left out of the records and asked again by the next run."""
 
 
 @dataclass(frozen=True)
@@ -59,12 +57,13 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Reply:
-    """One answer. seconds: from being asked to the last token. image_in, image_out: width and height in pixels as
-    published and as the model's processor makes them; out is None where its rule is not known here."""
+    """One answer. Token counts are None where a server gives none. seconds: from being asked to the last token.
+    image_in, image_out: width and height in pixels as shown and as the model's processor makes them; out is None where
+    its rule is not known here."""
 
     text: str
-    response_tokens: int
-    prompt_tokens: int
+    response_tokens: int | None
+    prompt_tokens: int | None
     truncated: bool
     seconds: float
     image_in: tuple[int, int]
@@ -76,7 +75,7 @@ class Engine(Protocol):
     """What the harness needs of an engine."""
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
-        """Answer one question; NoAnswerError if that fails for this question."""
+        """Answer one question; NoAnswerError if that fails for this question, PictureError for a bad picture."""
 
     def close(self) -> None:
         """Give back what the engine holds."""
@@ -94,7 +93,7 @@ class Resizing:
         self._limits: Mapping[str, int] | None = None
         from transformers import AutoImageProcessor
 
-        processor = AutoImageProcessor.from_pretrained(model)
+        processor = AutoImageProcessor.from_pretrained(model, trust_remote_code=False)
         if type(processor).__name__.startswith("Qwen2VL"):
             size = processor.size
             self._limits = {
@@ -108,72 +107,64 @@ class Resizing:
             return None
         from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
-        out_height, out_width = smart_resize(height, width, **self._limits)
+        try:
+            out_height, out_width = smart_resize(height, width, **self._limits)
+        except ValueError:  # a strip that the rule has no size for; a server may have answered all the same
+            return None
         return out_width, out_height
 
 
 class Endpoint:
-    """Any OpenAI-compatible server. `api_key` is the environment's OPENAI_API_KEY, if there is one."""
+    """Any OpenAI-compatible server (`vopd.chat`)."""
 
     def __init__(self, url: str, model: str, sampling: Sampling, timeout: float) -> None:
-        self._client = client(url, timeout)
+        self._server = chat.Server(url, timeout)
+        self._resizing: Resizing | None = None
         self._model, self._sampling = model, sampling
-        # A name is the server's own, and says nothing of a processor here.
-        self._resizing = Resizing(model) if Path(model).is_dir() else None
+        # A name is the server's own, and says nothing of a processor here; so does a folder without one.
+        with suppress(OSError, ValueError):
+            self._resizing = Resizing(model) if Path(model).is_dir() else None
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Ask the server once (with retries)."""
-        import openai
-
-        with Image.open(io.BytesIO(picture)) as header:
-            size, kind = header.size, Image.MIME[header.format or "PNG"]
-        url = f"data:{kind};base64,{base64.b64encode(picture).decode()}"
+        url, size = await asyncio.to_thread(_data_url, picture)
         sampling = self._sampling
+        body = {
+            "model": self._model,
+            "messages": _for_server(messages(key, view, url, prompt)),
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "max_tokens": sampling.max_tokens,
+            "chat_template_kwargs": {"enable_thinking": sampling.thinking},
+        }
+        if (seed := sampling.seed_for(key)) is not None:
+            body["seed"] = seed
         start = time.perf_counter()
-        try:
-            completion = await self._client.chat.completions.create(
-                model=self._model,
-                messages=_for_server(messages(key, view, url, prompt)),
-                temperature=sampling.temperature,
-                top_p=sampling.top_p,
-                max_tokens=sampling.max_tokens,
-                seed=sampling.seed_for(key),
-                extra_body={"chat_template_kwargs": {"enable_thinking": sampling.thinking}},
-            )
-        except openai.OpenAIError as error:
-            raise NoAnswerError(f"{type(error).__name__}: {error}") from error
+        completion = await self._server.complete(body)
         seconds = time.perf_counter() - start
-        if not completion.choices or completion.usage is None:
-            raise NoAnswerError("the server's answer has no choices or no token counts")
-        choice, usage = completion.choices[0], completion.usage
-        # A server with a reasoning parser hands the reasoning block over apart from the answer.
-        extra = choice.message.model_extra or {}
-        reasoning = extra.get("reasoning_content") or extra.get("reasoning")
-        text, cut = choice.message.content or "", choice.finish_reason == "length"
+        text, cut = completion.text, completion.finish_reason == "length"
         # A server does not show its prompt: only a cut response is suspected of being still inside the block.
-        if sampling.thinking and cut and not reasoning and "</think>" not in text:
+        if sampling.thinking and cut and not completion.reasoning and "</think>" not in text:
             text = THINK + text
         return Reply(
             text=text,
-            response_tokens=usage.completion_tokens,
-            prompt_tokens=usage.prompt_tokens,
+            response_tokens=completion.response_tokens,
+            prompt_tokens=completion.prompt_tokens,
             truncated=cut,
             seconds=seconds,
             image_in=size,
             image_out=self._resizing(*size) if self._resizing else None,
-            reasoning=reasoning,
+            reasoning=completion.reasoning,
         )
 
     def close(self) -> None:
         """Nothing is held."""
 
 
-def client(url: str, timeout: float) -> Any:
-    """An OpenAI client for a server."""
-    import openai
-
-    key = os.environ.get("OPENAI_API_KEY", "none")
-    return openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=RETRIES, timeout=timeout)
+def _data_url(picture: bytes) -> tuple[str, tuple[int, int]]:
+    """A picture as a request holds it, and its size as shown; no pixels are kept while the answer is waited for."""
+    file = pictures.portable(picture, PICTURES)
+    return f"data:{file.media};base64,{base64.b64encode(file.content).decode()}", file.shown.size
 
 
 def _for_server(chat: Messages) -> Any:
@@ -214,22 +205,43 @@ class LocalEngine:
     def __init__(self, model: str, sampling: Sampling, concurrency: int, extra: Mapping[str, Any]) -> None:
         import torch
 
+        if Path(model).is_dir():
+            preflight.check_model_folder(Path(model))
+        place = scratch.for_this_process()
+        os.environ.update(loopback.start(place))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         os.environ.update(environment(OmegaConf.create({"hardware": {"device": device}})))
         os.environ.setdefault(
             "VLLM_LOGGING_LEVEL", "ERROR"
         )  # a line for every step would bury the progress bar
-        from transformers import AutoProcessor, logging
-        from vllm import LLM, SamplingParams
+        _check_model(model)
+        from transformers import logging
 
         logging.set_verbosity_error()
+        try:
+            self._processor = preflight.load_processor(model)
+            self._resizing = Resizing(model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model={model}: has no processor that can be loaded ({_first_line(error)})."
+            ) from error
+        from vllm import LLM, SamplingParams
 
         self._params, self._sampling = SamplingParams, sampling
-        self._processor = AutoProcessor.from_pretrained(model)
-        self._resizing = Resizing(model)
         if device == "cpu":
             vllm_delta_rule.install()
-        self.llm = LLM(**engine_settings(model, device, concurrency, sampling.seed), **extra)
+        try:
+            self.llm = LLM(**{**engine_settings(model, device, concurrency, sampling.seed), **extra})
+        except (
+            OSError,
+            ValueError,
+            TypeError,
+            RuntimeError,
+        ) as error:  # vLLM has no error of its own for this
+            said = f"{type(error).__name__}: {_first_line(error)}"
+            raise UserError(
+                f"vLLM did not start with model={model} ({said}); see the lines above."
+            ) from error
         if device == "cpu":
             self.llm.collective_rpc(lambda worker: clear_used_blocks(worker.model_runner))
         self._failure: UserError | None = None
@@ -256,7 +268,7 @@ class LocalEngine:
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Queue one question and wait for its answer."""
-        image = decode(picture, key)
+        image = await asyncio.to_thread(pictures.decode, picture, PICTURES)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         start = time.perf_counter()
@@ -313,6 +325,26 @@ class LocalEngine:
         return True
 
 
+def _check_model(model: str) -> None:
+    """Refuse a folder that is no whole model, and an id that the hub (or its cache here) does not have."""
+    if Path(model).is_dir():
+        check_model_folder(Path(model))
+        return
+    import httpx
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(model, "config.json")
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        raise UserError(
+            f"model={model}: neither a folder here nor a model that could be fetched ({_first_line(error)})."
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
 def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dict[str, Any]:
     """Arguments of vLLM's LLM; on CPU as the trainer's rollout has them (vopd/backbone/verl_cpu.yaml says why)."""
     common: dict[str, Any] = {
@@ -321,6 +353,9 @@ def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dic
         "limit_mm_per_prompt": {"image": 1},
         "mamba_ssm_cache_dtype": "float32",
         "seed": seed,
+        "load_format": "safetensors",
+        "trust_remote_code": False,
+        "worker_extension_cls": "vopd.loopback.Worker",
     }
     if device != "cpu":
         return common

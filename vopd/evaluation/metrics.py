@@ -6,15 +6,16 @@ All figures are fractions. What a benchmark wants stands in its YAML file (`metr
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vopd.errors import UserError
 from vopd.evaluation import statistics
-from vopd.evaluation.benchmark import Benchmark, Mean
+from vopd.evaluation.description import Benchmark, Mean
 from vopd.evaluation.judge import State, wants_judge
-from vopd.evaluation.records import Record, answers
+from vopd.evaluation.records import Record, answers, mean_tokens
 from vopd.evaluation.scoring import is_correct, parse_answer
 from vopd.evaluation.scoring.official import parse_official
 
@@ -37,14 +38,13 @@ def score(
 ) -> Scored:
     """Read the raw responses again, so that records of any age are scored by one and the same rule.
 
-    verdicts: what a judge said, by question and view; only the strict scorer takes them.
+    verdicts: what a judge said, by question and view, none at all without a judge; only the strict scorer takes them.
+    What the judge has not come to is as good as failed.
     """
     kept, failed = [], 0
-    for given in records:
-        record = _parsed(given, spec, scorer)
-        verdict = (
-            verdicts.get((record.id, record.view)) if scorer == "strict" and wants_judge(record) else None
-        )
+    for record in parsed(records, spec, scorer):
+        judged = verdicts and scorer == "strict" and wants_judge(record)
+        verdict = verdicts.get((record.id, record.view), "failed") if judged else None
         if verdict == "failed":
             failed += 1
             continue
@@ -52,6 +52,11 @@ def score(
             record = dataclasses.replace(record, correct=verdict == "right")
         kept.append(record)
     return Scored(kept, failed)
+
+
+def parsed(records: Sequence[Record], spec: Benchmark, scorer: str) -> list[Record]:
+    """The same responses, read by the present parser."""
+    return [_parsed(record, spec, scorer) for record in records]
 
 
 def _parsed(record: Record, spec: Benchmark, scorer: str) -> Record:
@@ -78,7 +83,7 @@ def figures(records: Sequence[Record], spec: Benchmark) -> dict[str, Any]:
         "accuracy": _interval(right, groups),
         "unparsed": sum(r.parsed is None for r in records) / len(records),
         "truncated": sum(r.truncated for r in records) / len(records),
-        "response_tokens": sum(r.response_tokens for r in records) / len(records),
+        "response_tokens": None if math.isnan(tokens := mean_tokens(records)) else tokens,
         "seconds": sum(r.details["seconds"] for r in records) / len(records),
         "resized": _resized(records),
     }
@@ -106,7 +111,13 @@ def _interval(right: Mapping[str, bool], groups: Mapping[str, str] | None) -> di
 def _split(records: Sequence[Record], over: Sequence[str]) -> dict[str, list[Record]]:
     parts: dict[str, list[Record]] = {}
     for record in records:
-        parts.setdefault(" / ".join(record.details["groups"][g] for g in over), []).append(record)
+        groups = record.details["groups"]
+        if absent := [g for g in over if g not in groups]:
+            raise UserError(
+                f"The record of question '{record.id}' has no group '{absent[0]}', which the benchmark's metrics name; "
+                "it was made by another version of the benchmark: give another out=... and ask again."
+            )
+        parts.setdefault(" / ".join(str(groups[g]) for g in over), []).append(record)
     return dict(sorted(parts.items()))
 
 

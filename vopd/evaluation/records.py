@@ -9,22 +9,26 @@ from __future__ import annotations
 import dataclasses
 import gzip
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
+from vopd import jsonl
 from vopd.errors import UserError
+from vopd.evaluation.scoring import ANSWER_TYPES
+from vopd.jsonl import drop_torn_line as drop_torn_line
 
 MAX_UNPACKED = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Record:
-    """One question, answered in one view. parsed is None where the response was unparsed.
+    """One question, answered in one view. parsed is None where the response was unparsed, response_tokens where a
+    server did not count them.
 
     details: whatever else the writer knows (seconds, picture sizes, groups ...); in the file these keys stand
     beside the others.
@@ -36,7 +40,7 @@ class Record:
     split: str
     prompt: str
     response: str
-    response_tokens: int
+    response_tokens: int | None
     truncated: bool
     parsed: str | None
     gold: str
@@ -59,42 +63,39 @@ _TYPES: dict[str, tuple[type, ...]] = {
     "split": (str,),
     "prompt": (str,),
     "response": (str,),
-    "response_tokens": (int,),
+    "response_tokens": (int, type(None)),
     "truncated": (bool,),
     "parsed": (str, type(None)),
     "gold": (str,),
     "correct": (bool,),
 }
-
-
-def drop_torn_line(path: Path) -> None:
-    """Cut a file back to its last complete line, so that an append does not continue a torn one."""
-    with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+_DETAILS: dict[str, tuple[type, ...]] = {
+    "answer_type": (str,),
+    "options": (list,),
+    "groups": (dict,),
+    "cluster": (str, type(None)),
+    "concurrency": (int,),
+    "seconds": (int, float),
+    "image_in": (list,),
+    "image_out": (list, type(None)),
+}
 
 
 class Appender:
-    """A record file open for appending: each record is flushed as one whole line, so that a kill tears at most one."""
+    """A record file open for appending (`vopd.jsonl`)."""
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            drop_torn_line(path)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._lines = jsonl.Appender(path)
 
     def append(self, record: Record) -> None:
-        """Write one record."""
-        self._file.write(_line(record))
-        self._file.flush()
+        """Write one record; UserError when there is no room for it."""
+        self._lines.append(_fields(record))
 
     def __enter__(self) -> Appender:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+    def __exit__(self, *error: Any) -> None:
+        self._lines.__exit__(*error)
 
 
 def append_records(path: Path, records: Iterable[Record]) -> int:
@@ -115,7 +116,7 @@ def write_records(path: Path, records: Iterable[Record | Mapping[str, Any]]) -> 
     lines = []
     for number, given in enumerate(records, start=1):
         record = given if isinstance(given, Record) else _record(given, f"Record {number} for {path}")
-        lines.append(_line(record))
+        lines.append(json.dumps(_fields(record), ensure_ascii=True) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_text("".join(lines), encoding="utf-8")
@@ -123,9 +124,9 @@ def write_records(path: Path, records: Iterable[Record | Mapping[str, Any]]) -> 
     return len(lines)
 
 
-def _line(record: Record) -> str:
+def _fields(record: Record) -> dict[str, Any]:
     fields = dataclasses.asdict(record)
-    return json.dumps(fields | fields.pop("details"), ensure_ascii=True) + "\n"
+    return fields | fields.pop("details")
 
 
 def _record(fields: Any, where: str) -> Record:
@@ -172,15 +173,10 @@ def read_records(path: Path) -> RecordFile:
         content = read_packed(path)
     except FileNotFoundError as error:
         raise UserError(f"There is no record file {path}; run the evaluation first.") from error
-    complete, _, rest = content.rpartition(b"\n")
     records: list[Record] = []
     seen: dict[tuple[str, str], int] = {}
-    for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):
+    for number, fields in jsonl.objects(content, path):
         where = f"Line {number} of {path}"
-        try:
-            fields = json.loads(line)
-        except ValueError as error:  # broken JSON and broken UTF-8 alike
-            raise UserError(f"{where} is not JSON ({error}); remove the line or the file.") from error
         record = _record(fields, where)
         key = (record.id, record.view)
         if key in seen:
@@ -189,7 +185,29 @@ def read_records(path: Path) -> RecordFile:
             )
         seen[key] = number
         records.append(record)
-    return RecordFile(records, torn=int(bool(rest)))
+    return RecordFile(records, torn=int(not content.endswith(b"\n") and bool(content)))
+
+
+def read_answers(path: Path) -> RecordFile:
+    """The record file of an evaluation: `read_records`, and that each record holds what scoring and figures take.
+
+    UserError as there, and naming the record that lacks one of these details or holds another kind of value.
+    """
+    file = read_records(path)
+    for record in file.records:
+        for key, types in _DETAILS.items():
+            value = record.details.get(key)
+            if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+                raise UserError(
+                    f"{path}: the record of question '{record.id}' is none of an evaluation: {key} holds "
+                    f"{value!r}; remove the line or the file."
+                )
+        if record.details["answer_type"] not in ANSWER_TYPES:
+            raise UserError(
+                f"{path}: the record of question '{record.id}' has the unknown answer type "
+                f"'{record.details['answer_type']}'; remove the line or the file."
+            )
+    return file
 
 
 def select(records: Iterable[Record], *, view: str | None = None, split: str | None = None) -> list[Record]:
@@ -209,7 +227,7 @@ def answers(records: Iterable[Record]) -> dict[str, bool]:
 
 @dataclass(frozen=True)
 class Rates:
-    """Sums over a group of records, as fractions of `count`."""
+    """Sums over a group of records, as fractions of `count`; response_tokens is the mean of those counted, or NaN."""
 
     count: int
     accuracy: float
@@ -228,8 +246,14 @@ def rates(records: Sequence[Record]) -> Rates:
         accuracy=sum(r.correct for r in records) / n,
         truncated=sum(r.truncated for r in records) / n,
         unparsed=sum(r.parsed is None for r in records) / n,
-        response_tokens=sum(r.response_tokens for r in records) / n,
+        response_tokens=mean_tokens(records),
     )
+
+
+def mean_tokens(records: Sequence[Record]) -> float:
+    """Mean length of the responses whose tokens were counted; NaN where none was."""
+    counted = [r.response_tokens for r in records if r.response_tokens is not None]
+    return sum(counted) / len(counted) if counted else math.nan
 
 
 Column = Literal["view", "split", "family"]

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from vopd.chat import one_line
 from vopd.errors import UserError
 from vopd.evaluation import metrics, statistics
 from vopd.evaluation.benchmark import Questions
@@ -30,14 +32,17 @@ def read_exclusions(files: Sequence[Path], sets: Sequence[Questions]) -> dict[st
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not a readable JSON file.") from error
         if not isinstance(content, dict) or {"benchmark", "train", "excluded", "method"} - set(content):
             raise UserError(
                 f"{file}: an object with the keys benchmark, train, excluded and method is expected."
             )
-        name, excluded = content["benchmark"], [str(i) for i in content["excluded"]]
-        if name not in known:
+        name, ids = content["benchmark"], content["excluded"]
+        if not isinstance(ids, list) or not all(isinstance(i, (str, int)) for i in ids):
+            raise UserError(f"{file}: excluded is not a list of question ids.")
+        excluded = [str(i) for i in ids]
+        if not isinstance(name, str) or name not in known:
             raise UserError(
                 f"{file}: is for benchmark '{name}', which is not evaluated; drop it or add the benchmark."
             )
@@ -97,14 +102,14 @@ def percent(interval: Mapping[str, float] | None) -> str:
     """An interval in per cent: "66.9 [64.0, 69.7]"."""
     if interval is None:
         return "-"
-    return "{value:.1f} \\[{low:.1f}, {high:.1f}]".format(
+    return "{value:.1f} [{low:.1f}, {high:.1f}]".format(
         **{k: 100 * interval[k] for k in ("value", "low", "high")}
     )
 
 
 def table(summaries: Sequence[Mapping[str, Any]], model: str) -> Table:
     """The printed table; accuracies in per cent with 95% intervals."""
-    shown = Table(title=f"{model}: accuracy in per cent with 95% intervals", title_justify="left")
+    shown = Table(title=f"{plain(model)}: accuracy in per cent with 95% intervals", title_justify="left")
     texts = ("benchmark", "view", "variant")
     numbers = (
         "questions",
@@ -121,8 +126,19 @@ def table(summaries: Sequence[Mapping[str, Any]], model: str) -> Table:
     for result in summaries:
         for variant, views in result["variants"].items():
             for view, part in views.items():
-                shown.add_row(result["title"], view, variant, *_cells(result, view, part), result["scorer"])
+                shown.add_row(
+                    plain(result["title"]),
+                    view,
+                    variant,
+                    *_cells(result, view, part),
+                    plain(result["scorer"]),
+                )
     return shown
+
+
+def plain(text: str) -> str:
+    """Text from a file or a person as rich shall print it: no markup, nothing that steers the terminal."""
+    return escape(one_line(text))
 
 
 def _cells(result: Mapping[str, Any], view: str, part: Mapping[str, Any]) -> list[str]:
@@ -141,18 +157,23 @@ def _cells(result: Mapping[str, Any], view: str, part: Mapping[str, Any]) -> lis
         f"{100 * part['unparsed']:.1f}%",
         f"{100 * part['truncated']:.1f}%",
         str(result["judge_failed"]),
-        f"{part['response_tokens']:.1f}",
+        _tokens(part),
         resized,
     ]
+
+
+def _tokens(part: Mapping[str, Any]) -> str:
+    return "?" if part["response_tokens"] is None else f"{part['response_tokens']:.1f}"
 
 
 def speed(result: Mapping[str, Any]) -> str:
     """The paper's Figure 6 (appendix A): the inverse of the mean inference time of a question, full view."""
     part = result["variants"][FULL].get("full")
+    title = plain(result["title"])
     if part is None or not part["seconds"]:
-        return f"{result['title']}: no times recorded"
+        return f"{title}: no times recorded"
     at_once = ", ".join(map(str, result["concurrency"]))
     return (
-        f"{result['title']}: {1 / part['seconds']:.3f} questions/s = 1 / mean seconds per question "
-        f"({part['seconds']:.3f} s, {part['response_tokens']:.1f} tokens), {at_once} at once"
+        f"{title}: {1 / part['seconds']:.3f} questions/s = 1 / mean seconds per question "
+        f"({part['seconds']:.3f} s, {_tokens(part)} tokens), {at_once} at once"
     )

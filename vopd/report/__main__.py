@@ -21,15 +21,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from vopd import ownership
+from vopd.caches import results_folder
 from vopd.config import ROOT
 from vopd.errors import UserError
+from vopd.markdown import escaped
 from vopd.report import comparison, curves, gallery, page, published, tables
 from vopd.report.comparison import Comparison
 from vopd.report.keep import keep
 from vopd.report.sheet import to_markdown, to_terminal
 from vopd.report.summary import as_json
+from vopd.terminal import Terminal, say, visible
+
+MAKER = "vopd.report"
+NAMES = {
+    "table.md": b"# Comparison\n",
+    "report.html": b"<title>Comparison of ",
+    "report.json": b'"verdict": ',
+}
+"""Files that are written, each with what stands at its beginning."""
 
 
 @dataclass(frozen=True)
@@ -67,14 +77,23 @@ def words(arguments: Sequence[str]) -> Words:
 
 
 def write(c: Comparison, out: Path) -> None:
-    """table.md, report.html and report.json."""
+    """table.md, report.html and report.json; `UserError` where files by these names are someone's, or were edited."""
+    results_folder(out, "out=...")
+    owned = ownership.claim(out, MAKER, tuple(NAMES), recognise=_made_before)
     sheets = tables.sheets(c)
-    out.mkdir(parents=True, exist_ok=True)
-    text = f"# Comparison\n\n{tables.verdict(c)}\n\n" + "\n".join(to_markdown(sheet) for sheet in sheets)
+    text = f"# Comparison\n\n{escaped(tables.verdict(c))}\n\n" + "\n".join(
+        to_markdown(sheet) for sheet in sheets
+    )
     made = page.html(c, sheets, curves.pictures(c), gallery.make(c.groups))
     content = json.dumps(_numbers(c), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
     for name, written in (("table.md", text), ("report.html", made), ("report.json", content)):
-        (out / name).write_text(written, encoding="utf-8")
+        owned.write_text(name, written)
+
+
+def _made_before(file: Path) -> bool:
+    """Whether an earlier version of this command wrote the file."""
+    with file.open("rb") as stream:
+        return NAMES[file.name] in stream.read(4096)
 
 
 def _numbers(c: Comparison) -> dict[str, Any]:
@@ -107,20 +126,22 @@ def main(arguments: Sequence[str]) -> int:
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
-    console = Console(highlight=False)
+    console = Terminal()
     try:
         given = words(arguments)
+        ownership.check(given.out, MAKER, tuple(NAMES), recognise=_made_before)
         c = comparison.make(given.runs, given.mixed)
         kept = keep(c.runs, given.keep) if given.keep else []
         write(c, given.out)
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     width = console.width if console.is_terminal else 180
-    print(to_terminal(tables.sheets(c)[0], width), tables.verdict(c), sep="\n\n", end="\n\n")
+    print(to_terminal(tables.sheets(c)[0], width), visible(tables.verdict(c)), sep="\n\n", end="\n\n")
     for folder in kept:
-        print(f"kept: {folder}")
-    print(f"all tables, curves and answers: {given.out / 'report.html'} (also table.md, report.json)")
+        say(f"kept: {folder}", file=sys.stdout)
+    shown = given.out / "report.html"
+    say(f"all tables, curves and answers: {shown} (also table.md, report.json)", file=sys.stdout)
     return 0
 
 

@@ -1,8 +1,8 @@
 """Whether runs may stand in one table: the same data, base model, budget, judge, parser and questions.
 
 A method may differ in its own settings and, as an ablation, in whatever its recipe says; what is listed here may not
-differ between any two rows. Runs of one recipe must also agree in every setting but the seed, or they are no seeds of
-one another.
+differ between any two rows. Runs of one recipe must also agree in every setting but the seed and in the code that made
+them (the repository's, the recipe's module and what it imports), or they are no seeds of one another.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from vopd import fingerprint
 from vopd.errors import UserError
 from vopd.evaluation.records import Record
+from vopd.provenance import hash_json
 from vopd.report.runs import Run
 
 BUDGET = (
@@ -69,8 +71,11 @@ def check(runs: Sequence[Run], mixed: bool = False) -> list[str]:
 
 def label(run: Run, runs: Sequence[Run]) -> str:
     """The recipe's name; with the settings that differ where runs of the recipe are not seeds of one another."""
-    own = settings_of(run)
-    others = [settings_of(other) for other in runs if other.recipe == run.recipe and other.kind == run.kind]
+    same = [other for other in runs if other.recipe == run.recipe and other.kind == run.kind]
+    coded = len({_code_hash(other) for other in same}) > 1
+    own, *others = (
+        settings_of(other) | ({"code": _code_hash(other)[:8]} if coded else {}) for other in (run, *same)
+    )
     keys = sorted({key for other in others for key in own | other if own.get(key) != other.get(key)})
     chosen = ", ".join(f"{key}={own.get(key)}" for key in keys)
     return f"{run.recipe} ({chosen})" if chosen else run.recipe
@@ -82,6 +87,17 @@ def settings_of(run: Run) -> dict[str, Any]:
     return {
         key: value for key, value in flat.items() if key not in PLACES and key.split(".", 1)[0] not in PLACES
     }
+
+
+def code_of(run: Run) -> Mapping[str, str]:
+    """The code of a run, file by file; of older runs one hash over that of the repository."""
+    parts = run.facts.get("fingerprint")
+    return fingerprint.of_code(parts) if parts else {"code": str(run.facts.get("code_hash"))}
+
+
+def _code_hash(run: Run) -> str:
+    parts = code_of(run)
+    return parts.get("code") or hash_json(parts)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -127,6 +143,9 @@ def _differences(runs: Sequence[Run]) -> Iterator[tuple[str, Run, Run, tuple[Any
         for key in sorted(one | two):
             if one.get(key) != two.get(key):
                 yield f"the setting {key} of {run.recipe}", other, run, (one.get(key), two.get(key))
+        codes = code_of(other), code_of(run)
+        for name in fingerprint.differences(*codes):
+            yield f"the {name} of {run.recipe}", other, run, (codes[0].get(name), codes[1].get(name))
 
 
 def _shared(run: Run) -> dict[str, Any]:

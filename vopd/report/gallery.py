@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from data import schema, stamp
-from vopd import provenance
+from vopd import pictures, provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation.records import Record
@@ -172,7 +172,7 @@ def _pictures(chosen: Sequence[_Chosen]) -> tuple[dict[str, str], dict[str, str]
             continue
         boxes[f"{split}/{name}/box"] = ", ".join(map(str, row["box"]))
         for column in schema.IMAGES:
-            kind, content = _small(row[column], folder)
+            media, content = _small(row[column], folder)
             held += len(content)
             if held > PAGE_BYTES:
                 return (
@@ -180,9 +180,7 @@ def _pictures(chosen: Sequence[_Chosen]) -> tuple[dict[str, str], dict[str, str]
                     boxes,
                     f"Some pictures are left out: a page holds {PAGE_BYTES >> 20} MiB of them.",
                 )
-            pictures[f"{split}/{name}/{column}"] = (
-                f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
-            )
+            pictures[f"{split}/{name}/{column}"] = f"data:{media};base64,{base64.b64encode(content).decode()}"
     return pictures, boxes, ""
 
 
@@ -216,16 +214,14 @@ def _rows(folder: Path, wanted: Sequence[tuple[str, str]]) -> dict[tuple[str, st
 
 
 def _small(cell: Mapping[str, Any], folder: Path) -> tuple[str, bytes]:
-    """The picture as (format, file): as it is where it is small, shrunk otherwise."""
-    content = schema.image_bytes(cell, folder)
-    picture = schema.decode_image(cell, folder)
-    if len(content) <= PICTURE_BYTES and max(picture.size) <= SIDE:
-        return (picture.format or "png").lower(), content
-    picture = ImageOps.exif_transpose(picture).convert("RGB")
-    side = min(SIDE, max(picture.size))
+    """The picture as the models saw it, as (media type, file): shrunk where it is not small."""
+    file = pictures.portable(schema.image_bytes(cell, folder))
+    if len(file.content) <= PICTURE_BYTES and max(file.shown.size) <= SIDE:
+        return file.media, file.content
+    side = min(SIDE, max(file.shown.size))
     while True:
         buffer = io.BytesIO()
-        ImageOps.contain(picture, (side, side), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
+        ImageOps.contain(file.shown, (side, side), Image.Resampling.LANCZOS).save(buffer, "JPEG", quality=85)
         if buffer.tell() <= PICTURE_BYTES or side <= 64:
-            return "jpeg", buffer.getvalue()
+            return "image/jpeg", buffer.getvalue()
         side = side * 3 // 4

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import shutil
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from vopd import ownership
 from vopd.errors import UserError
 from vopd.evaluation.records import read_packed
 from vopd.report.runs import METHODS, Run
@@ -23,11 +26,17 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write each run to <folder>/<profile>/[ablations|controls/]<recipe>/seed<k>; returns those folders.
 
     Raises:
-        UserError: two runs would land in one place (one recipe and seed with different settings), or a run lies there
-            itself.
+        UserError: a run's recipe or profile is no name of a folder; two runs would land in one place (one recipe and
+            seed with different settings), or a run lies there itself, or something else than this run's record, which
+            is not written over.
     """
     targets: dict[Path, Run] = {}
     for run in runs:
+        for name in (str(run.facts["profile"]), run.recipe):
+            if Path(name).name != name or name in ("", "..") or not name.isprintable():
+                raise UserError(
+                    f"{run.folder}: its summary names a recipe or profile {name!r}; that is no name."
+                )
         kind = "" if run.kind == METHODS else run.kind
         target = folder / str(run.facts["profile"]) / kind / run.recipe / f"seed{run.seed}"
         if target in targets:
@@ -45,8 +54,32 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
 
 
 def _keep(run: Run, target: Path) -> None:
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    with ownership.scratch(target.parent) as place:
+        packed = place / target.name
+        _pack(run, packed)
+        if not os.path.lexists(target):
+            packed.rename(target)
+        elif _contents(target) != _contents(packed):
+            raise UserError(
+                f"{target}: holds something else than the record of {run.folder}; remove it or give another "
+                "keep=FOLDER."
+            )
+
+
+def _contents(folder: Path) -> dict[str, bytes] | None:
+    """What the files below hold, unpacked; None if it is no folder or cannot be read."""
+    try:
+        return {
+            file.relative_to(folder).as_posix(): gzip.decompress(content) if file.suffix == ".gz" else content
+            for file in folder.rglob("*")
+            if not file.is_dir()
+            for content in [file.read_bytes()]
+        }
+    except (OSError, EOFError, zlib.error):
+        return None
+
+
+def _pack(run: Run, partial: Path) -> None:
     (partial / "records").mkdir(parents=True)
     summary = json.loads((run.folder / "summary.json").read_text(encoding="utf-8"))
     settings = summary["run"]["settings"]
@@ -59,8 +92,6 @@ def _keep(run: Run, target: Path) -> None:
     for name in ("metrics.jsonl", *(f"records/{name}.jsonl" for name in names)):
         packed = gzip.compress(read_packed(run.folder / name), compresslevel=9, mtime=0)
         (partial / f"{name}.gz").write_bytes(packed)
-    shutil.rmtree(target, ignore_errors=True)
-    partial.rename(target)
 
 
 def repository(settings: dict[str, Any]) -> Path | None:

@@ -24,6 +24,7 @@ PANELS = (
     ("response_length", "response length\n(tokens)", ORANGE),
 )
 STYLE: dict[Any, Any] = {
+    "text.parse_math": False,  # a name with $ in it is a name
     "font.size": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,

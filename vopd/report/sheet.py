@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from io import StringIO
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
+
+from vopd.markdown import escaped
+from vopd.terminal import Terminal
 
 
 @dataclass(frozen=True)
@@ -26,19 +28,16 @@ class Sheet:
 
 def to_markdown(sheet: Sheet, level: int = 2) -> str:
     """Heading, pipe table and notes; what would end a cell or open a tag is escaped."""
-    lines = ["|" + "|".join(f" {_cell(c)} " for c in sheet.columns) + "|", "|---" * len(sheet.columns) + "|"]
-    lines += ["|" + "|".join(f" {_cell(c)} " for c in row) + "|" for row in sheet.rows]
-    return "\n".join([f"{'#' * level} {_cell(sheet.title)}", "", *lines, *_notes(sheet.notes)]) + "\n"
+    lines = [
+        "|" + "|".join(f" {escaped(c)} " for c in sheet.columns) + "|",
+        "|---" * len(sheet.columns) + "|",
+    ]
+    lines += ["|" + "|".join(f" {escaped(c)} " for c in row) + "|" for row in sheet.rows]
+    return "\n".join([f"{'#' * level} {escaped(sheet.title)}", "", *lines, *_notes(sheet.notes)]) + "\n"
 
 
 def _notes(notes: Sequence[str]) -> list[str]:
-    return ["", *(f"- {_cell(note)}" for note in notes)] if notes else []
-
-
-def _cell(text: str) -> str:
-    for sign, written in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("*", "\\*"), ("`", "\\`")):
-        text = text.replace(sign, written)
-    return " ".join(text.split())
+    return ["", *(f"- {escaped(note)}" for note in notes)] if notes else []
 
 
 def to_terminal(sheet: Sheet, width: int) -> str:
@@ -50,10 +49,10 @@ def to_terminal(sheet: Sheet, width: int) -> str:
     for number, column in enumerate(sheet.columns):
         table.add_column(column, justify="right" if number else "left")
     for row in sheet.rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in row))
-    console = Console(file=StringIO(), width=width, color_system=None, highlight=False)
+        table.add_row(*row)
+    console = Terminal(file=StringIO(), width=width, color_system=None)
     console.print(table)
     for note in sheet.notes:
-        console.print(f"- {note}", markup=False)
+        console.print(f"- {note}")
     assert isinstance(console.file, StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().split("\n"))

@@ -17,14 +17,15 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
+from vopd.caches import write_whole
 from vopd.errors import UserError
 from vopd.evaluation import statistics
 from vopd.evaluation.records import Record, answers, rates_by, read_packed, read_records, select
 from vopd.evaluation.statistics import Difference, Interval
 from vopd.guards import FLAGS
+from vopd.terminal import Terminal
 
 TEST, HOLD_OUT = "test", "holdout"
 
@@ -136,7 +137,7 @@ def summarise(run_dir: Path, extra: Mapping[str, Any]) -> Summary:
         run=dict(extra),
     )
     text = json.dumps(as_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
-    (run_dir / "summary.json").write_text(text + "\n", encoding="utf-8")
+    write_whole(run_dir / "summary.json", f"{text}\n".encode())
     return summary
 
 
@@ -274,9 +275,9 @@ def accuracy_table(rows: Sequence[Row], title: str) -> Table:
 
 def to_text(*parts: Table | str) -> str:
     """Render tables and lines as plain text, 100 columns wide."""
-    console = Console(file=StringIO(), width=100, color_system=None, highlight=False)
+    console = Terminal(file=StringIO(), width=100, color_system=None)
     for part in parts:
-        console.print(part, markup=False) if isinstance(part, str) else console.print(part)
+        console.print(part)
     assert isinstance(console.file, StringIO)
     return "\n".join(line.rstrip() for line in console.file.getvalue().rstrip().split("\n"))
 

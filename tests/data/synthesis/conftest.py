@@ -41,10 +41,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def words_in(photographs: Path) -> Callable[..., list[str]]:
-    """Words of a synthesis into a folder that asks little and does not wait long."""
+    """Words of a synthesis into a folder that asks little and does not wait long; `more` go before these."""
 
     def words(out: Path, url: str, *more: str) -> list[str]:
-        return [
+        usual = [
             f"images={photographs}",
             f"out={out}",
             "source=sample photographs",
@@ -57,8 +57,9 @@ def words_in(photographs: Path) -> Callable[..., list[str]]:
             "filter.min_height=300",
             "propose.per_image=1",
             "answer.samples=4",
-            *more,
         ]
+        given = {word.split("=")[0] for word in more}
+        return [*(word for word in usual if word.split("=")[0] not in given), *more]
 
     return words
 

@@ -39,18 +39,34 @@ def test_a_file_goes_before_words(tmp_path: Path) -> None:
         ("seed=many", "many"),
         ("resume", "'resume' is not a setting"),
         ("answer.consensus=75", "answer.consensus=75"),
-        ("server.concurrency=0", "server.concurrency must be at least 1"),
+        ("server.concurrency=0", "server.concurrency=0 cannot be; give a number of at least 1 "),
         ("propose.proposer=sam", "sam is unknown"),
         ("propose.proposer=zero_shot_detection", "propose.detector has no value"),
         ("server.model=???", "'server.model' has no value"),
+        ("seed=1.5", "seed"),
+        ("seed=-1", "seed=-1 cannot be"),
+        ("server.model=''", "server.model is empty"),
+        ("answer.temperature=nan", "answer.temperature=nan cannot be"),
+        ("server.timeout_s=.inf", "server.timeout_s=inf cannot be"),
+        ("ask.top_p=0", "ask.top_p=0.0 cannot be; give a number of more than 0"),
+        ("crop.enlarge=1000", "crop.enlarge=1000 cannot be"),
+        ("server.tries=true", "server.tries"),
+        ("ask={questions: 3", "stands in quotes"),
+        ("3]", "stands in quotes"),
+        ("=3", "'=3' is not a setting"),
     ],
 )
 def test_a_wrong_word_is_a_sentence(word: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        config.load([*NEEDED, word])
+        config.load([*(given for given in NEEDED if given.split("=")[0] != word.split("=")[0]), word])
 
 
-@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "answer: 3"])
+def test_a_key_given_twice_is_a_sentence() -> None:
+    with pytest.raises(UserError, match="seed is given twice"):
+        config.load([*NEEDED, "seed=1", "seed=2"])
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "a: [", "answer: 3", "seed: &a [*a]", "seed: ${nothing}"])
 def test_a_wrong_file_is_a_sentence(tmp_path: Path, content: str) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text(content)
@@ -61,7 +77,7 @@ def test_a_wrong_file_is_a_sentence(tmp_path: Path, content: str) -> None:
 def test_only_what_changes_results_is_a_difference() -> None:
     first, second = (
         config.load(NEEDED),
-        config.load([*NEEDED, "server.concurrency=1", "out=c", "server.timeout_s=9"]),
+        config.load(["images=a", "out=c", *NEEDED[2:], "server.concurrency=1", "server.timeout_s=9"]),
     )
     assert config.differences(first, second) == []
     third = config.load([*NEEDED, "ask.top_p=1.0", "seed=1"])

@@ -43,5 +43,5 @@ def test_cut_anywhere_it_goes_on(
 def test_a_broken_line_inside_is_named(tmp_path: Path) -> None:
     path = tmp_path / "stage.jsonl"
     path.write_text('{"id": "a", "reason": null}\n{"id": \n{"id": "b", "reason": null}\n')
-    with pytest.raises(UserError, match="line 2"):
+    with pytest.raises(UserError, match="Line 2"):
         Journal(path)

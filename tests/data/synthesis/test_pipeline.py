@@ -21,6 +21,7 @@ from PIL import Image
 
 from data import audit, schema, synthesize, validate
 from data.synthesis import config, pipeline, prompts, proposers
+from vopd import fingerprint
 from vopd.config import ROOT
 from vopd.errors import UserError
 
@@ -138,16 +139,17 @@ def test_every_fault_ends_as_a_retry_or_a_reason(
     )
     with stub_server.StubServer(faults=dict(enumerate(kinds))) as stub:
         words = words_for(stub.url, "server.concurrency=1", "server.timeout_s=1", "propose.per_image=2")
-        assert synthesize.main(words) == 0
-    # Six crops: the faults all fall on the stage that asks.
-    assert reasons(out, "ask") == {
-        "reply is not the JSON asked for": 1,
-        "the model refused": 2,
-        "reply cut off at max_tokens": 1,
-        "reply breaks the protocol": 1,
-    }
+        assert synthesize.main(words) == 1
+        # Six crops: the faults all fall on the stage that asks.
+        assert reasons(out, "ask") == {
+            "reply is not the JSON asked for": 1,
+            "the model refused": 2,
+            "reply cut off at max_tokens": 1,
+        }
+        assert len(records(out, "ask")) == 5
+        assert synthesize.main(words) == 0  # what was no reply at all is asked again
     assert len(records(out, "ask")) == 6
-    assert len({r["id"][:16] for r in rows(out)}) == 1
+    assert len({r["id"].rsplit("-", 1)[0] for r in rows(out)}) == 2
 
 
 def test_json_of_another_shape_is_a_reason_at_every_stage(
@@ -226,6 +228,27 @@ def test_a_folder_belongs_to_one_run_and_its_settings(
         assert "another synthesis is writing here" in capsys.readouterr().err
     assert synthesize.main([*words, "crop.enlarge=3"]) == 2
     assert "another crop.enlarge" in capsys.readouterr().err
+
+
+def test_results_of_other_code_or_of_a_changed_image_are_not_gone_on_with(
+    stub_server: ModuleType, words_for: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = tmp_path / "own", tmp_path / "out"
+    folder.mkdir()
+    Image.new("RGB", (400, 400)).save(folder / "blank.png")
+    with stub_server.StubServer() as stub:
+        words = words_for(stub.url, f"images={folder}")
+        assert synthesize.main(words) == 0 == synthesize.main(words)
+        recorded = fingerprint.read(out)
+        assert recorded and "code data/synthesis/prompts.py" in recorded
+        fingerprint.write(out, {**recorded, "code data/synthesis/prompts.py": "edited"})
+        assert synthesize.main(words) == 2
+        assert "a synthesis with another code data/synthesis/prompts.py" in capsys.readouterr().err
+        (out / fingerprint.FILE).unlink()  # the way on that the sentence names
+        assert synthesize.main(words) == 0
+        Image.new("RGB", (400, 400), "red").save(folder / "blank.png")
+        assert synthesize.main(words) == 2
+        assert "blank.png: was changed since it was scanned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("images", ["absent", "empty"])
@@ -315,6 +338,8 @@ def test_pictures_are_turned_upright_once(
         coffee.rotate(90, expand=True).save(folder / "turned.jpg", exif=exif, quality=95)
         coffee.convert("RGBA").save(folder / "layered.png")
         coffee.convert("L").save(folder / "grey.png")
+        grey = np.asarray(coffee.convert("L"))
+        Image.fromarray(grey.astype(np.uint16) * 256).save(folder / "sixteen_bits.png")
         expected = np.asarray(coffee).astype(int)
     with stub_server.StubServer() as stub:
         assert synthesize.main(words_for(stub.url, f"images={folder}")) == 0
@@ -322,7 +347,9 @@ def test_pictures_are_turned_upright_once(
     for name, record in scanned.items():
         with Image.open(tmp_path / "out" / record["original"]) as kept:
             assert list(kept.size) == record["size"] == [600, 400], name
-            assert kept.getexif().get(0x0112, 1) == 1
+            assert kept.getexif().get(0x0112, 1) == 1 and kept.mode in ("RGB", "L")
+            if name == "sixteen_bits.png":
+                assert np.array_equal(np.asarray(kept.convert("L")), grey)
             if name == "turned.jpg":
                 assert abs(np.asarray(kept).astype(int) - expected).mean() < 5
 

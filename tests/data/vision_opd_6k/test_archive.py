@@ -5,6 +5,7 @@ import os
 import random
 import tarfile
 import tracemalloc
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -60,11 +61,19 @@ def test_parts_are_ordered_as_numbers(tmp_path: Path) -> None:
 def test_a_second_extraction_writes_only_what_is_missing(good: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     list(extract([good], out))
-    (out / "images/a.jpg").write_bytes(b"half")
+    (out / "images/a.jpg").unlink()
     kept = (out / "images/sub/b.jpg").stat().st_mtime_ns
     list(extract([good], out))
     assert everything_below(out) == FILES
     assert (out / "images/sub/b.jpg").stat().st_mtime_ns == kept
+
+
+def test_a_file_of_someone_is_not_replaced(good: Path, tmp_path: Path) -> None:
+    (tmp_path / "out" / "images").mkdir(parents=True)
+    (tmp_path / "out" / "images" / "a.jpg").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"images/a\.jpg is there already"):
+        list(extract([good], tmp_path / "out"))
+    assert (tmp_path / "out" / "images" / "a.jpg").read_bytes() == b"mine"
 
 
 @pytest.mark.parametrize(
@@ -74,6 +83,13 @@ def test_a_second_extraction_writes_only_what_is_missing(good: Path, tmp_path: P
         (member("../evil.jpg"), r"'\.\.'"),
         (member("images/../../evil.jpg"), r"'\.\.'"),
         (member("images\\..\\evil.jpg"), "no plain name"),
+        (member("images/a\x1b[2J.jpg"), "hidden signs"),
+        (member("images/a\n.jpg"), "hidden signs"),
+        (member("images/gpj.\u202ea.exe"), "hidden signs"),
+        (member("images/\udcff.jpg"), "no known encoding"),
+        (member("first.jpg"), "there before"),
+        (member("./first.jpg"), "there before"),
+        (member("FIRST.jpg"), "there before"),
         (member("n" * 300), "too long"),
         (member("/".join("d" * 20)), "too deep"),
         (member("link.jpg", tarfile.SYMTYPE, "../../evil.jpg"), "a link"),
@@ -116,6 +132,36 @@ def test_a_link_in_the_folder_is_not_followed(good: Path, tmp_path: Path) -> Non
 def test_bounds(good: Path, tmp_path: Path, bounds: Bounds, why: str) -> None:
     with pytest.raises(UserError, match=why):
         list(extract([good], tmp_path / "out", bounds))
+
+
+def test_what_expands_out_of_proportion_is_refused(tmp_path: Path) -> None:
+    """Each file within its bound, and all of them within theirs: the sum would still fill a disk."""
+    info = member("0.jpg")
+    info.size = 6 << 20
+    with gzip.open(tmp_path / "bomb.tar.gz", "wb", compresslevel=1) as file:
+        for number in range(2):
+            info.name = f"{number}.jpg"
+            file.write(info.tobuf())
+            for _ in range(info.size >> 20):
+                file.write(bytes(1 << 20))
+    with pytest.raises(UserError, match=r"'1\.jpg': expands to more than 10 times"):
+        list(extract([tmp_path / "bomb.tar.gz"], tmp_path / "out", Bounds(ratio=10)))
+
+
+def test_an_archive_inside_stays_a_file(good: Path, layout: ModuleType, tmp_path: Path) -> None:
+    inner = good.read_bytes()
+    outer = layout.archive_of(tmp_path / "outer.tar.gz", [(member("inner.tar.gz"), inner)])
+    list(extract([outer], tmp_path / "out"))
+    assert everything_below(tmp_path / "out") == {"inner.tar.gz": inner}
+
+
+@pytest.mark.parametrize("encrypted", [0, 1])
+def test_a_zip_archive_is_no_archive_here(tmp_path: Path, encrypted: int) -> None:
+    with zipfile.ZipFile(tmp_path / "x.tar.gz", "w") as file:
+        file.writestr("../a.jpg", b"a")
+        file.filelist[0].flag_bits |= encrypted
+    with pytest.raises(UserError, match="damaged"):
+        list(extract([tmp_path / "x.tar.gz"], tmp_path / "out"))
 
 
 def bomb(path: Path, header: bytes, zeros: int) -> Path:

@@ -9,6 +9,7 @@ Cases ending in `_defect` play the same with a defect put in on purpose.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import sys
@@ -487,6 +488,23 @@ def case_non_finite(s: Setting) -> dict[str, Any]:
     return {"ranks": gathered}
 
 
+def one_rank_checkpoint(folder: Path) -> Path:
+    """The same checkpoint as one rank would have written it."""
+    from safetensors.torch import save_file
+
+    from vopd.backbone import shards as files
+
+    merged = folder.with_name(f"{folder.name}_of_one_rank")
+    if torch.distributed.get_rank() == 0:
+        merged.mkdir()
+        for kind in (files.WEIGHTS, files.OPTIMIZER, files.teacher_kind("ema:0.3")):
+            save_file(dict(files.whole(folder, kind)), files.file_of(merged, kind, 0))
+        numbers = json.loads((folder / "rank_0.json").read_text())
+        (merged / "rank_0.json").write_text(json.dumps(numbers | {"ranks": 1}))
+    torch.distributed.barrier()
+    return merged
+
+
 def case_checkpoint(s: Setting) -> dict[str, Any]:
     """One update, save, one update; against a new engine that loads and makes the second update."""
     path = str(s.folder / f"checkpoint{torch.distributed.get_world_size()}")
@@ -497,13 +515,15 @@ def case_checkpoint(s: Setting) -> dict[str, Any]:
     engine.save_checkpoint(path, global_step=1)
     update(engine, mini_batch(s.fields))
     out = {"through": (weights(engine), weights(engine, "ema:0.3"))}
-    for name in ("resumed", "resumed_defect"):
+    merged = one_rank_checkpoint(Path(path))
+    for name in ("resumed", "resumed_defect", "resumed_from_one_rank"):
         engine = build_engine(s.models["tied"], lr=1e-2)
         engine.attach(method, chunk=64)
         fresh = {k: v.clone() for k, v in engine.teachers.shards["ema:0.3"].items()}
-        engine.load_checkpoint(path, del_local_after_load=False)
+        engine.load_checkpoint(str(merged) if name.endswith("one_rank") else path, del_local_after_load=False)
         if name.endswith("_defect"):  # pitfall 3: the teacher starts again
-            engine.teachers.load_state_dict({"ema:0.3": fresh})
+            for key, shard in engine.teachers.shards["ema:0.3"].items():
+                shard.copy_(fresh[key])
         update(engine, mini_batch(s.fields))
         out[name] = (weights(engine), weights(engine, "ema:0.3"))
     return out

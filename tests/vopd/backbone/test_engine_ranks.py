@@ -29,6 +29,7 @@ def test_pitfall_01_twin_a_forgotten_root_unit_is_seen(
 
 def test_pitfall_03_resumed_ranks_go_on_bit_by_bit(two_ranks: Results, check_resumed: Any) -> None:
     check_resumed(two_ranks("checkpoint"), "resumed")
+    check_resumed(two_ranks("checkpoint"), "resumed_from_one_rank")
 
 
 def test_pitfall_03_twin_a_teacher_that_starts_again_is_seen(two_ranks: Results, check_resumed: Any) -> None:

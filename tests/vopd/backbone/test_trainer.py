@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +18,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
+from torchdata.stateful_dataloader import StatefulDataLoader
+from torchdata.stateful_dataloader.sampler import RandomSampler
 from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import create_rl_sampler
 from verl.trainer.ppo.v1 import replay_buffer
 
-from vopd.backbone import seams
+from vopd import checkpoints
+from vopd.backbone import seams, stopping
 from vopd.backbone.groups import METRIC, GroupBuffer
+from vopd.backbone.history import History
 from vopd.backbone.trainer import Trainer, TrainingError, _renamed, _sort_key, row_fields, step_rollouts
 from vopd.backbone.verl_config import verl_config
 from vopd.config import load
@@ -76,12 +82,13 @@ def test_pitfall_15_twin_another_source_of_order_is_seen(trees: dict[int, DictCo
 def trainer(ranks: int = 1, updates: int = 1, **vopd: Any) -> Trainer:
     made = Trainer.__new__(Trainer)
     made.resource_pool_manager = SimpleNamespace(get_n_gpus=lambda: ranks)
-    made.vopd = OmegaConf.create({"train": {"updates_per_batch": updates, "max_skipped_updates": 3}, **vopd})
+    train = {"updates_per_batch": updates, "max_skipped_updates": 3}
+    made.vopd = OmegaConf.create({"train": train} | vopd)
     made.config = OmegaConf.create(
         {"actor_rollout_ref": {"rollout": {"n": 2}}, "trainer": {"default_local_dir": "runs/x/checkpoints"}}
     )
     made.global_steps, made.skipped_in_a_row, made.run_dir = 4, 0, Path("runs/x")
-    made.thrown, made.unwritten = {}, None
+    made.checkpoints, made.thrown, made.unwritten = Path("runs/x/checkpoints"), {}, None
     return made
 
 
@@ -143,71 +150,233 @@ def test_names_of_the_record() -> None:
     assert (line["loss"], line["divergence"]) == (1.0, 2.0)
 
 
-# ---- an interrupted evaluation -------------------------------------------------------------------------------------
+# ---- checkpoints and interruptions ---------------------------------------------------------------------------------
 
 
-def at_step_4(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Trainer:
-    """A trainer whose fourth update was just made."""
-    made = trainer()
-    made.run_dir, made.recorded, made.first_line, made.steps_per_epoch = folder, None, None, 8
-    made.total_training_steps = 4
+class Workers:
+    """The trainer's workers: their checkpoint is one file."""
+
+    def __init__(self) -> None:
+        self.loaded = ""
+
+    def save_checkpoint(self, folder: str, _remote: None, step: int) -> None:
+        Path(folder).mkdir(parents=True)
+        (Path(folder) / "weights").write_text(f"weights of update {step}")
+
+    def load_checkpoint(self, folder: str) -> None:
+        self.loaded = (Path(folder) / "weights").read_text()
+
+
+class Loader:
+    """A data loader whose state is a number."""
+
+    def __init__(self) -> None:
+        self.place = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"yielded": self.place, "generator": torch.tensor([self.place], dtype=torch.uint8)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        assert state["generator"].tolist() == [state["yielded"]]
+        self.place = state["yielded"]
+
+
+def at_step(step: int, folder: Path, **train: Any) -> Trainer:
+    """A trainer of 8 updates that is in update `step`; every second one is evaluated."""
+    settings = {
+        "updates_per_batch": 1,
+        "max_skipped_updates": 3,
+        "save_every": 0,
+        "save_minutes": 60,
+        "keep": 1,
+    }
+    made = trainer(train=settings | train, evaluate={"final": [], "during": []})
+    made.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": 2}}, "trainer": {"test_freq": 2}})
+    made.run_dir, made.global_steps, made.recorded, made.first_line = folder, step, None, None
+    made.steps_per_epoch, made.total_training_steps, made.prompts_drawn = 8, 8, 2 * step
+    made.history, made.checkpoints = History(folder), folder / "checkpoints"
+    made.saved_at, made.save_seconds, made.finished, made.resumed_line = time.monotonic(), 0.0, None, None
+    made.actor_rollout_wg, made.train_dataloader = Workers(), Loader()
     made.replay_buffer = SimpleNamespace(take_thrown=lambda: {"tokens_evicted": 5, "tokens_surplus": 0})
-    made.progress = SimpleNamespace(step=lambda *_: None)
-    rows = [{"response_tokens": 3, "truncated": False, "correct": i == 0} for i in range(4)]
-    monkeypatch.setattr(Trainer, "_records", lambda *_: rows)
-    monkeypatch.setattr(seams.PPOTrainerSync, "step", lambda *_: batch([0, 1, 2, 3]))
-    monkeypatch.setattr(seams.PPOTrainerSync, "_load_checkpoint", lambda _: None)
-    (folder / "metrics.jsonl").write_text('{"step": 3}\n')
+    made.progress = SimpleNamespace(step=lambda *_: None, note=lambda *_: None, evaluation=lambda *_: None)
+    (folder / "config.yaml").write_text("seed: 0")
     return made
 
 
-def made_and_evaluated(made: Trainer, seconds: dict[str, float], whole: bool) -> None:
-    """What verl's loop calls after an update that an evaluation follows; not `whole`: interrupted in that one."""
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [{"response_tokens": 3, "truncated": False, "correct": i == 0} for i in range(4)]
+    monkeypatch.setattr(Trainer, "_records", lambda *_: found)
+    monkeypatch.setattr(seams.PPOTrainerSync, "step", lambda *_: batch([0, 1, 2, 3]))
+    answered = {
+        "id": "r",
+        "family": "f",
+        "view": "full",
+        "split": "validation",
+        "prompt": "p",
+        "response": "A",
+    }
+    answered |= {"response_tokens": 1, "truncated": False, "parsed": "A", "gold": "A", "correct": True}
+    monkeypatch.setattr(Trainer, "_answers", lambda *_: [answered])
+
+
+class Killed(Exception):  # noqa: N818
+    """The process is gone."""
+
+
+def update(made: Trainer, killed: str = "") -> None:
+    """What verl's loop calls in an update; `killed` names where it ends early."""
     metrics: dict[str, Any] = {"update/update_loss": 0.5, "update/token/entropy": 0.4}
-    rows = made.step(metrics, seconds)
-    made.on_validate_begin()
-    if whole:
-        made._compute_metrics(rows, metrics, {**seconds, "testing": 9.0}, made.global_steps, 0)
+    made.train_dataloader.place = made.global_steps
+    made.prompts_drawn += 2
+    rows = made.step(metrics, {"step": 2.0})
+    if killed == "after the update":
+        raise Killed
+    if made.global_steps % 2 == 0:
+        made.on_validate_begin()
+        if killed == "before the evaluation":
+            raise Killed
+        metrics.update(made._validate())
+        if killed == "after the evaluation":
+            raise Killed
+    made._compute_metrics(rows, metrics, {"step": 2.0}, made.global_steps, 0)
+    made.global_steps += 1
+
+
+def resumed(folder: Path, **train: Any) -> Trainer:
+    """A new process on the folder, as far as its first update."""
+    made = at_step(0, folder, **train)
+    made._load_checkpoint()
+    if made.global_steps:
+        made._validate()
+    made.global_steps += 1
+    return made
 
 
 def steps(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def test_an_update_before_an_interrupted_evaluation_keeps_its_line(
+def without_seconds(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in line.items() if not k.startswith("seconds/")} for line in lines]
+
+
+@pytest.mark.parametrize("killed", ["after the update", "before the evaluation", "after the evaluation"])
+@pytest.mark.parametrize("at", [3, 4])
+@pytest.mark.parametrize("save_every", [0, 1, 3])
+@pytest.mark.usefixtures("rows")
+def test_a_run_that_is_killed_anywhere_has_the_history_of_one_that_is_not(
+    tmp_path: Path, killed: str, at: int, save_every: int
+) -> None:
+    (tmp_path / "whole").mkdir(), (tmp_path / "killed").mkdir()
+    whole = at_step(1, tmp_path / "whole", save_every=save_every)
+    for _ in range(6):
+        update(whole)
+    made = at_step(1, tmp_path / "killed", save_every=save_every)
+    with contextlib.suppress(Killed):
+        for step in range(1, 7):
+            update(made, killed if step == at else "")
+    again = resumed(tmp_path / "killed", save_every=save_every)
+    assert again.train_dataloader.place == again.global_steps - 1
+    while again.global_steps < 7:
+        update(again)
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        first, second = (
+            [json.loads(line) for line in (tmp_path / place / name).read_text().splitlines()]
+            for place in ("whole", "killed")
+        )
+        for line in (*first, *second):
+            line.pop("seconds", None)
+        assert without_seconds(first) == without_seconds(second)
+    assert again.prompts_drawn == whole.prompts_drawn
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_stop_in_the_middle_of_an_update_keeps_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_and_evaluated(at_step_4(tmp_path, monkeypatch), {"step": 2.0}, whole=False)
-    assert [line["step"] for line in steps(tmp_path)] == [3]
-    again = trainer()
-    again.run_dir = tmp_path
-    again._load_checkpoint()
-    assert [line["step"] for line in steps(tmp_path)] == [3, 4]
-    kept = steps(tmp_path)[1]
-    assert (kept["tokens_generated"], kept["loss"], kept["seconds/step"]) == (17, 0.5, 2.0)
-    again._load_checkpoint()
-    assert [line["step"] for line in steps(tmp_path)] == [3, 4]
+    made = at_step(1, tmp_path)
+
+    def stopped(self: Trainer, _: Any) -> None:
+        update(made)
+        made.train_dataloader.place, made.prompts_drawn = 99, 99  # the next prompts are drawn already
+        raise stopping.Stopped
+
+    monkeypatch.setattr(seams.PPOTrainerSync, "fit", stopped)
+    with pytest.raises(stopping.Stopped):
+        made.fit(None)
+    again = resumed(tmp_path)
+    assert (again.global_steps, again.train_dataloader.place, again.prompts_drawn) == (2, 1, 4)
+    assert again.actor_rollout_wg.loaded == "weights of update 1"
 
 
-def test_an_evaluation_that_ends_leaves_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = at_step_4(tmp_path, monkeypatch)
-    made_and_evaluated(made, {"step": 2.0}, whole=True)
-    made._load_checkpoint()
-    assert [line["step"] for line in steps(tmp_path)] == [3, 4]
-    assert steps(tmp_path)[1]["seconds/testing"] == 9.0
-
-
-def test_a_line_of_an_update_that_is_made_again_and_a_torn_one_are_dropped(
+@pytest.mark.usefixtures("rows")
+def test_checkpoints_are_made_by_count_by_time_and_after_the_last_update(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made_and_evaluated(at_step_4(tmp_path, monkeypatch), {"step": 2.0}, whole=False)
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 4, "lo')
-    again = trainer()
-    again.run_dir, again.global_steps = tmp_path, 3
-    again._load_checkpoint()
-    assert steps(tmp_path) == [{"step": 3}]
-    assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]
+    made = at_step(1, tmp_path, save_every=3, save_minutes=1, keep=9)
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    made.config.trainer.test_freq = 100
+    written: dict[int, list[int]] = {}
+    for passed in (0, 0, 0, 0, 61, 0, 0, 0):
+        now += passed
+        step = made.global_steps
+        metrics: dict[str, Any] = {"update/update_loss": 0.5, "update/token/entropy": 0.4}
+        made._compute_metrics(made.step(metrics, {"step": 2.0}), metrics, {"step": 2.0}, step, 0)
+        written[step] = [c.step for c in checkpoints.found(made.checkpoints)][::-1]
+        made.global_steps += 1
+    assert written[2] == [] and written[3] == [3] and written[4] == [3]
+    assert written[5] == [3, 5] and written[8] == [3, 5, 6, 8]
+    made.save_seconds = 30.0  # slow saves: at most a tenth of the time
+    now += 61
+    made.global_steps, made.total_training_steps = 10, 100
+    assert not made._save_is_due()
+    now += 300
+    assert made._save_is_due()
+
+
+@pytest.mark.usefixtures("rows")
+def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = at_step(1, tmp_path, save_every=1)
+    update(made)
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Workers, "save_checkpoint", full)
+    with pytest.raises(TrainingError, match=r"update 2 could not be written.*No space left.*update 1\. Make"):
+        update(made)
+    assert [path.name for path in made.checkpoints.iterdir()] == ["global_step_1"]
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize("drawn", range(1, 9))
+def test_the_prompt_stream_continues_after_a_resume_also_over_epochs(drawn: int) -> None:
+    """12 rows in batches of 4: three draws an epoch."""
+
+    def loader() -> Trainer:
+        generator = torch.Generator().manual_seed(5)
+        data = [{"row": {"id": i}} for i in range(12)]
+        made = trainer(data={})
+        made.train_dataloader = StatefulDataLoader(
+            data, batch_size=4, num_workers=0, drop_last=True, sampler=RandomSampler(data, generator=generator),
+            collate_fn=lambda rows: {"row": [row["row"] for row in rows]},
+        )  # fmt: skip
+        made.train_dataloader_it = None
+        return made
+
+    def draws(made: Trainer, count: int) -> list[list[int]]:
+        return [[row["id"] for row in made._draw(4)] for _ in range(count)]
+
+    through = loader()
+    draws(through, drawn)
+    state, after = through.train_dataloader.state_dict(), loader()
+    after.train_dataloader.load_state_dict(state)
+    assert draws(after, 6) == draws(through, 6)
 
 
 # ---- groups that are thrown away -----------------------------------------------------------------------------------
@@ -411,7 +580,7 @@ def test_without_evaluations_in_between_the_last_one_is_still_made(every: str, f
 # ---- rollout workers that fail or are gone -----------------------------------------------------------------------
 
 
-class Workers:
+class RolloutWorkers:
     """Ray and a rollout worker: its failures, and whether it is gone."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -434,7 +603,7 @@ class Workers:
 
 
 def test_a_rollout_worker_that_is_gone_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    workers = Workers(monkeypatch)
+    workers = RolloutWorkers(monkeypatch)
     workers.trainer._look_at_workers(False)
     workers.gone = True
     workers.trainer.looked_at_workers = 0.0
@@ -445,7 +614,7 @@ def test_a_rollout_worker_that_is_gone_is_not_waited_for(monkeypatch: pytest.Mon
 def test_why_a_rollout_failed_is_raised_while_the_others_are_under_way(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workers = Workers(monkeypatch)
+    workers = RolloutWorkers(monkeypatch)
     workers.found = [
         Failure("Row 7: not readable.", 2, "UserError", "", "rollout worker (pid 3)"),
         Failure("later"),

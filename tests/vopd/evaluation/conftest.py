@@ -226,7 +226,7 @@ def stub() -> Iterator[Callable[..., Stub]]:
 
     def start(answer: Callable[[dict[str, Any]], dict[str, Any] | int], delay: float = 0.0) -> Stub:
         server = Stub(answer, delay)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         started.append(server)
         return server
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -148,6 +149,40 @@ def test_records_of_other_settings_are_refused(
     assert evaluate.main(words(server, published, tmp_path, word)) == 2
     assert f"its records were made with {key} " in capsys.readouterr().err
     assert len(server.asked) == 2
+
+
+def test_records_of_other_code_or_pictures_are_refused(
+    stub: Start,
+    published: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server, data = stub(right), tmp_path / "data"
+    shutil.copytree(published / "mmvp", data / "mmvp")
+    arguments = words(server, data, tmp_path, name="mmvp")
+    settings = tmp_path / "stub" / "mmvp" / "settings.json"
+    assert evaluate.main(arguments) == 0 == evaluate.main(arguments)
+    before = settings.read_text()
+
+    def refused(by: str) -> bool:
+        answer = evaluate.main(arguments)
+        return answer == 2 and f"do not go with those of now: {by}" in capsys.readouterr().err
+
+    content = json.loads(before)
+    content["made_from"]["code vopd/views.py"] = "an older one"
+    settings.write_text(json.dumps(content))
+    assert refused("another code vopd/views.py;")
+    settings.write_text(json.dumps({k: v for k, v in content.items() if k != "made_from"}))
+    assert refused("with which code")
+    settings.write_text(before)
+    assert evaluate.main(arguments) == 0
+    picture = sorted(data.rglob("*.jpg"))[0]
+    content = bytearray(picture.read_bytes())
+    content[-9] ^= 1
+    picture.write_bytes(content)
+    assert refused("another content of the files;")
+    assert settings.read_text() == before
 
 
 def test_settings_reach_the_server(stub: Start, published: Path, tmp_path: Path) -> None:
@@ -339,4 +374,12 @@ def test_the_judge_sees_only_what_is_open_and_its_failure_is_a_third_state(
     assert result["variants"]["full"]["full"]["accuracy"]["value"] == pytest.approx(2 / 3)
     assert evaluate.main(judged) == 0
     assert len(judge.asked) == 4  # verdicts are kept
+    assert evaluate.main([*judged, "judge.model=k"]) == 0
+    assert len(judge.asked) == 6  # another judge's are not taken for its own
+    assert evaluate.main(judged) == 0
+    assert len(judge.asked) == 6
+    verdicts = tmp_path / "stub" / "zoombench" / "judge.jsonl"
+    verdicts.write_text(verdicts.read_text().replace('"asked": "', '"asked": "otherwise '))
+    assert evaluate.main(judged) == 0
+    assert len(judge.asked) == 8  # nor those that were asked for with other words
     assert len(server.asked) == 3

@@ -272,6 +272,34 @@ def test_runs_of_a_recipe_with_other_settings_are_no_seeds_of_one_another(synthe
     assert set(comparison.make(runs, mixed=True).rows) == {"one (train.lr=3e-05)", "one (train.lr=0.001)"}
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "what"),
+    [
+        ({"fingerprint": {"code vopd/views.py": "1", "recipe module m.py": "a", "data": "x"}},
+         {"fingerprint": {"code vopd/views.py": "1", "recipe module m.py": "b", "data": "y"}}, "recipe module m.py"),
+        ({"fingerprint": {"code vopd/views.py": "1"}}, {"fingerprint": {"code vopd/views.py": "2"}},
+         "code vopd/views.py"),
+        ({"fingerprint": {"code vopd/views.py": "1"}}, {}, "code"),
+        ({}, {"code_hash": "other"}, "code"),
+    ],
+)  # fmt: skip
+def test_runs_of_other_code_are_no_seeds_of_one_another(
+    synthetic, tmp_path: Path, first: dict, second: dict, what: str
+) -> None:
+    runs = [synthetic.make_run(tmp_path, "one", seed, **facts) for seed, facts in enumerate((first, second))]
+    with pytest.raises(UserError, match=rf"differ in the {what} of one \("):
+        comparison.make(runs)
+    rows = comparison.make(runs, mixed=True).rows
+    assert len(rows) == 2 and all("one (code=" in name for name in rows)
+
+
+def test_seeds_of_one_code_are_one_row(synthetic, tmp_path: Path) -> None:
+    for seed, data in enumerate(("x", "y")):  # the data is compared by its own hash
+        parts = {"code vopd/views.py": "1", "recipe module m.py": "a", "data": data}
+        synthetic.make_run(tmp_path, "one", seed, fingerprint=parts)
+    assert set(comparison.make([tmp_path]).rows) == {"one"}
+
+
 def test_a_method_may_differ_in_its_own_settings(synthetic, tmp_path: Path) -> None:
     synthetic.make_run(tmp_path, "one")
     synthetic.make_run(

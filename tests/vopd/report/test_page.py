@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -12,7 +14,7 @@ from PIL import Image
 
 from data import schema, stamp, validate
 from data.miniature import prepare
-from vopd import provenance
+from vopd import ownership, provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
@@ -66,7 +68,8 @@ def made(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_command_prints_the_main_table_and_writes_three_files(
     made: Path, runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert {file.name for file in made.iterdir()} == {"table.md", "report.html", "report.json"}
+    shown = {file.name for file in made.glob("[!.]*")}
+    assert shown == {"table.md", "report.html", "report.json"}
     assert report.main([str(runs / "good"), f"out={tmp_path}"]) == 0
     printed = capsys.readouterr().out
     assert "Methods: accuracy" in printed and "good is highest" in printed
@@ -172,9 +175,17 @@ def test_the_gallery_is_bounded_and_its_choice_seeded(runs: Path, monkeypatch: p
 def test_large_pictures_are_shrunk() -> None:
     noise = Image.effect_noise((1600, 900), 90).convert("RGB")
     kind, content = gallery._small(schema.encode(noise), Path())
-    assert kind == "jpeg" and len(content) <= gallery.PICTURE_BYTES
+    assert kind == "image/jpeg" and len(content) <= gallery.PICTURE_BYTES
     width, height = Image.open(io.BytesIO(content)).size
     assert width <= gallery.SIDE and width / height == pytest.approx(16 / 9, rel=0.02)
+
+
+def test_small_pictures_are_shown_as_the_models_saw_them() -> None:
+    small = Image.effect_noise((60, 40), 90)
+    assert gallery._small(schema.encode(small), Path()) == ("image/png", schema.encode(small)["bytes"])
+    media, content = gallery._small(schema.encode(Image.new("RGBA", (60, 40), (255, 0, 0, 0))), Path())
+    shown = Image.open(io.BytesIO(content))
+    assert (media, shown.mode, shown.getpixel((3, 3))) == ("image/png", "RGB", (255, 255, 255))
 
 
 def test_without_the_runs_data_there_are_texts_and_a_reason(
@@ -253,6 +264,37 @@ def test_kept_records_give_the_same_tables(runs: Path, tmp_path: Path) -> None:
     assert report.main([str(kept), f"out={tmp_path / 'out'}", f"keep={kept}"]) == 2  # onto themselves
 
 
+def test_another_record_is_not_replaced(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [str(runs / "good" / "seed0"), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'kept'}"]
+    assert report.main(words) == 0
+    run = tmp_path / "kept" / "miniature" / "good" / "seed0"
+    (run / "notes.md").write_text("mine")
+    capsys.readouterr()
+    assert report.main(words) == 2
+    assert f"{run}: holds something else than the record of" in capsys.readouterr().err
+    assert (run / "notes.md").read_text() == "mine"
+    (run / "notes.md").unlink()
+    assert report.main(words) == 0
+    assert [f.name for f in run.parent.iterdir()] == ["seed0"]  # no temporary folder is left
+
+
+def test_a_report_is_written_over_a_report_and_nothing_else(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = Path(shutil.copytree(made, tmp_path / "out"))
+    (out / ownership.LEDGER).unlink()  # as an earlier version left it
+    check = partial(ownership.check, out, report.MAKER, tuple(report.NAMES), recognise=report._made_before)
+    check()
+    ownership.claim(out, report.MAKER, tuple(report.NAMES), recognise=report._made_before)
+    (out / "notes.md").write_text("mine")
+    check()
+    (out / "table.md").write_text("# Comparison\n\nwith my remarks\n")
+    assert report.main(["nowhere", f"out={out}"]) == 2
+    assert "table.md: changed since vopd.report made it" in capsys.readouterr().err
+
+
 def test_broken_packed_records_are_named(runs: Path, tmp_path: Path) -> None:
     report.main([str(runs / "good" / "seed0"), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'kept'}"])
     file = tmp_path / "kept" / "miniature" / "good" / "seed0" / "records" / "after.jsonl.gz"
@@ -268,3 +310,45 @@ def test_the_documents_show_the_tables_of_the_committed_records(monkeypatch: pyt
     monkeypatch.setattr("vopd.evaluation.statistics.RESAMPLES", 9999)
     assert accuracies([KEPT]) in (ROOT / "README.md").read_text()
     assert accuracies([KEPT], "ablations") in (ROOT / "recipes" / "README.md").read_text()
+
+
+# ---- names from outside --------------------------------------------------------------------------------------------
+
+
+def renamed(runs: Path, folder: Path, **facts: str) -> Path:
+    """A copy of a run that says other things about itself."""
+    run = folder / "given" / "seed0"
+    shutil.copytree(runs / "good" / "seed0", run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary["run"] |= facts
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_names_from_a_summary_are_text_everywhere(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "x|\n|y <img src=x onerror=1> [a](javascript:1) `b` $\\frac$ \x1b]52;c;eA==\x07\u202e[/red]"
+    run = renamed(runs, tmp_path, recipe=name, profile="</title><script>1</script>")
+    assert report.main([str(run), f"out={tmp_path / 'out'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed and "\x07" not in printed and "\u202e" not in printed
+    page, table = ((tmp_path / "out" / file).read_text() for file in ("report.html", "table.md"))
+    assert "<img src=x" not in page and "</title><script>" not in page and page.count("<script>") == 1
+    assert "<img" not in table and "](" not in table and "\x1b" not in table
+    pipes = {
+        len(re.findall(r"(?<!\\)\|", line)) for line in table.split("## ")[1].splitlines() if line[:1] == "|"
+    }
+    assert len(pipes) == 1  # every row of the table has as many cells
+
+
+@pytest.mark.parametrize(
+    "facts", [{"recipe": "../../x"}, {"profile": "../.."}, {"recipe": ".."}, {"recipe": "/x"}]
+)
+def test_a_summary_does_not_choose_where_its_record_is_kept(
+    runs: Path, tmp_path: Path, facts: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = renamed(runs, tmp_path, **facts)
+    assert report.main([str(run), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'a' / 'kept'}"]) == 2
+    assert "that is no name" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} <= {"given", "out"}

@@ -15,6 +15,7 @@ from typing import Any
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.official import parse_official
+from vopd.terminal import say
 
 RULES = ("strict", "official")
 
@@ -61,7 +62,7 @@ def main(words: list[str]) -> int:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{words[0]}: not a file of crafted responses ({error}).") from error
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     print(shown)
     return 0

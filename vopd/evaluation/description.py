@@ -1,0 +1,181 @@
+"""What a benchmark is, as its YAML file says: read as a stranger's data, and checked before any file is opened.
+
+Aliases and interpolations are refused (the one can unfold without end, the other reads the environment), and so are
+names of files that lead out of the benchmark's folder.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vopd.errors import UserError
+from vopd.evaluation.scoring import ANSWER_TYPES
+
+BY_GOLD = "by gold"
+PAIR = "pair"
+MOST_BYTES = 2**16
+PLACEHOLDER = re.compile(r"\{([^{}]+)\}")
+
+
+@dataclass
+class Columns:
+    """Names of the columns; `id` lists those that together name a question (none: the row's number)."""
+
+    verified: bool = False
+    id: list[str] = field(default_factory=list)
+    image: str | None = None
+    crop: str | None = None
+    question: str = MISSING
+    answer: str = MISSING
+
+
+@dataclass
+class Mean:
+    """An official average: the mean over the values of these groups, weighted if weights are given."""
+
+    over: list[str] = MISSING
+    weights: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Metrics:
+    """Beside plain accuracy: accuracy per value of a group, an average over groups, pairs, yes/no figures."""
+
+    per: list[str] = field(default_factory=list)
+    mean: Mean | None = None
+    pairs: bool = False
+    yes_no: bool = False
+
+
+@dataclass
+class Hub:
+    """A data set on the hub. `revision` stays null here: the lock beside the download holds it."""
+
+    id: str = MISSING
+    revision: str | None = None
+
+
+@dataclass
+class Benchmark:
+    """One YAML file. `options`: a list column, several columns, or a text column that holds them labelled."""
+
+    title: str = MISSING
+    files: str = MISSING
+    rows: int = MISSING
+    licence: str = MISSING
+    columns: Columns = field(default_factory=Columns)
+    prompt: str = MISSING
+    answer_type: str = MISSING
+    official_rule: str = MISSING
+    hub: Hub | None = None
+    folder: str | None = None
+    pictures: str | None = None
+    options: Any = None
+    groups: dict[str, str] = field(default_factory=dict)
+    cluster: Any = None
+    suffix: str = ""
+    metrics: Metrics = field(default_factory=Metrics)
+    lowercase_options: bool = False
+
+    def option_columns(self) -> list[str]:
+        """The columns that options come from."""
+        return [self.options] if isinstance(self.options, str) else list(self.options or [])
+
+    def cluster_columns(self) -> list[str]:
+        """The columns whose values together name a cluster."""
+        return list(self.cluster) if isinstance(self.cluster, list) else []
+
+    def picture_columns(self) -> list[str]:
+        """The columns that stand in the name of a picture's file."""
+        return PLACEHOLDER.findall(self.pictures or "")
+
+
+def read(path: Path) -> Benchmark:
+    """The description in a YAML file.
+
+    Raises:
+        UserError: not readable, a missing, unknown or mistyped key, or a value that cannot be.
+    """
+    try:
+        if path.stat().st_size > MOST_BYTES:
+            raise UserError(f"{path}: larger than {MOST_BYTES} bytes; it is no description of a benchmark.")
+        text = path.read_text(encoding="utf-8")
+        # The parser in C is quick and ends at a thousand levels; OmegaConf's takes a minute for five thousand.
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
+            raise UserError(f"{path}: aliases (*name) are not taken; write the value out.")
+        if "${" in text:
+            raise UserError(f"{path}: interpolations (${{...}}) are not taken; write the value out.")
+        content = OmegaConf.load(io.StringIO(text))
+        merged = OmegaConf.merge(OmegaConf.structured(Benchmark), content)
+        if missing := sorted(OmegaConf.missing_keys(merged)):
+            raise UserError(f"{path}: the key '{missing[0]}' is missing.")
+        spec: Benchmark = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except (OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, RecursionError) as error:
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: {said}.") from error
+    if wrong := _wrong(spec):
+        raise UserError(f"{path}: {wrong}.")
+    return spec
+
+
+def _wrong(spec: Benchmark) -> str | None:
+    """What cannot be, as the rest of a sentence; None if all can."""
+    columns, metrics = spec.columns, spec.metrics
+    for key, names in (
+        ("columns.id", columns.id),
+        ("groups", list(spec.groups.values())),
+        ("metrics.per", metrics.per),
+        ("metrics.mean.over", metrics.mean.over if metrics.mean else []),
+    ):
+        if not _are_names(names):
+            return f"{key} holds something else than names"
+    if spec.options is not None and not isinstance(spec.options, str) and not _are_names(spec.options):
+        return "options is neither a column nor a list of columns"
+    if spec.cluster not in (None, PAIR) and not _are_names(spec.cluster):
+        return f"cluster is neither '{PAIR}' nor a list of columns"
+    if spec.answer_type not in (*ANSWER_TYPES, BY_GOLD):
+        return (
+            f"answer_type '{spec.answer_type}' is unknown; use one of {', '.join((*ANSWER_TYPES, BY_GOLD))}"
+        )
+    if spec.rows < 0:
+        return f"rows={spec.rows} is no number of questions"
+    if not (columns.image or spec.pictures):
+        return "it names no pictures; give columns.image or pictures"
+    for key, name in (("files", spec.files), ("pictures", spec.pictures or "x")):
+        if not name.strip() or leads_out(name):
+            return f"{key}: '{name}' leads out of the benchmark's folder; name files inside of it"
+    if set("{}") & set(PLACEHOLDER.sub("", spec.pictures or "")):
+        return f"pictures: '{spec.pictures}' has braces that hold no column; write {{COLUMN}}"
+    return _wrong_metrics(spec)
+
+
+def _wrong_metrics(spec: Benchmark) -> str | None:
+    metrics = spec.metrics
+    used = [*metrics.per, *(metrics.mean.over if metrics.mean else []), *["category"] * metrics.yes_no]
+    if absent := [name for name in used if name not in spec.groups]:
+        return f"metrics name the group '{absent[0]}', which is not under groups"
+    if metrics.pairs and spec.cluster is None:
+        return "metrics.pairs needs a cluster"
+    weights = list(metrics.mean.weights.values()) if metrics.mean else []
+    if any(not math.isfinite(w) or w < 0 for w in weights) or (weights and not sum(weights)):
+        return "metrics.mean.weights must be numbers of at least 0, and not all 0"
+    return None
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(name, str) and name for name in value)
+
+
+def leads_out(name: str) -> bool:
+    """Whether a file's name, taken below a folder, could lead out of it (links aside), or can be no name at all."""
+    path = PurePath(name)
+    return path.is_absolute() or ".." in path.parts or "\0" in name
