@@ -20,6 +20,7 @@ from rich.table import Table
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, judge, metrics, statistics
 from vopd.evaluation.records import Record, answers, read_answers, select
+from vopd.evaluation.summary import plain
 
 
 @dataclass(frozen=True)
@@ -109,14 +110,14 @@ def _row_of(
 
 def table(rows: Sequence[Row], names: tuple[str, str], scorer: str) -> Table:
     """Rows in points (per cent)."""
-    shown = Table(title=f"{names[1]} minus {names[0]}, scorer {scorer}", title_justify="left")
+    shown = Table(title=f"{plain(names[1])} minus {plain(names[0])}, scorer {scorer}", title_justify="left")
     columns = ("benchmark, view", "questions", "first", "second", "difference", "95%", "p", "p (Holm)", "MDD")
     for column in columns:
         shown.add_column(column, justify="left" if column == columns[0] else "right")
     for row in rows:
         d = row.difference
         shown.add_row(
-            row.name, str(row.questions), f"{100 * row.first:.1f}", f"{100 * row.second:.1f}", f"{100 * d.value:+.1f}",
+            plain(row.name), str(row.questions), f"{100 * row.first:.1f}", f"{100 * row.second:.1f}", f"{100 * d.value:+.1f}",
             f"\\[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", f"{d.p_value:.4f}", f"{row.holm:.4f}",
             f"{100 * row.detectable:.1f}" if row.detectable else "-",
         )  # fmt: skip
@@ -140,6 +141,9 @@ def main(words: list[str]) -> int:
         rows = compare(first, second, options["scorer"], options["judge"] == "true")
     except UserError as error:
         print(f"vopd: {error}", file=sys.stderr)
+        return UserError.exit_code
+    except OSError as error:  # a folder that cannot be read
+        print(f"vopd: {error.filename}: {error.strerror}.", file=sys.stderr)
         return UserError.exit_code
     console = Console(highlight=False)
     console = console if console.is_terminal else Console(highlight=False, width=140)
