@@ -118,7 +118,8 @@ def table(rows: Sequence[Row], names: tuple[str, str], scorer: str) -> Table:
         d = row.difference
         shown.add_row(
             plain(row.name), str(row.questions), f"{100 * row.first:.1f}", f"{100 * row.second:.1f}",
-            f"{100 * d.value:+.1f}", f"\\[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", f"{d.p_value:.4f}", f"{row.holm:.4f}",
+            f"{100 * d.value:+.1f}", f"\\[{100 * d.low:+.1f}, {100 * d.high:+.1f}]", f"{d.p_value:.4f}",
+            f"{row.holm:.4f}",
             f"{100 * row.detectable:.1f}" if row.detectable else "-",
         )  # fmt: skip
     return shown
