@@ -318,6 +318,9 @@ RECORDS = (
          lambda folder: evaluated(folder, out="/proc/vopd"), "/proc/vopd"),
     found("comparison: a line that is no JSON", "Line 1 of", file_in("records.jsonl", b"{\n"), COMPARE),
     found("comparison: a line that is no record", "has no key 'id'", file_in("records.jsonl", b"{}\n"), COMPARE),
+    Case("scoring table: lines that are no objects", "vopd.evaluation.scoring.table",
+         lambda folder: [str(file_in("rows.jsonl", b"3\n")(folder) or folder / "rows.jsonl")],
+         "not a file of crafted responses"),
     Case("comparison: no folder", COMPARE, lambda folder: [str(folder / "a"), str(folder / "b")], "holds no records"),
 )  # fmt: skip
 
