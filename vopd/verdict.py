@@ -32,7 +32,7 @@ def troubles(folder: Path, score: str = "") -> list[str]:
 
 
 def _of_updates(lines: list[dict[str, Any]], score: str) -> list[str]:
-    if any(line["updates"] > 0 for line in lines):
+    if not lines or any(line.get("updates", 1) > 0 for line in lines):
         return []
     if not any(line.get("skipped_updates", 0) > 0 for line in lines):
         return [

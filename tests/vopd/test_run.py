@@ -12,7 +12,7 @@ from rich.console import Console
 from vopd import caches, fingerprint, provenance, resuming, watch
 from vopd.errors import UserError
 from vopd.evaluation.records import Record, write_records
-from vopd.run import Run
+from vopd.run import Run, main
 
 ANSWER = Record("a", "digit", "full", "test", "?", "B", 1, False, "B", "B", True)
 
@@ -32,7 +32,9 @@ class Fake:
             write_records(folder / "records" / "before.jsonl", [ANSWER])
         if not self.code:
             write_records(folder / "records" / "after.jsonl", [ANSWER])
-        (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5, "updates": 1, "skipped_updates": 0}\n')
+        (folder / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 0.5, "updates": 1, "skipped_updates": 0}\n'
+        )
         return watch.Outcome(self.code, 1.0, 1.0, 1.0)
 
 
@@ -194,7 +196,7 @@ def test_a_place_that_cannot_be_written_says_to_set_vopd_runs(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VOPD_RUNS", str(tmp_path / "file"))
-    assert run.main(["vision_opd"]) == 2
+    assert main(["vision_opd"]) == 2
     assert "set VOPD_RUNS" in capsys.readouterr().err
 
 
@@ -206,7 +208,7 @@ def test_prompts_are_checked_again_for_other_views_and_processors(
     checked: list[str] = []
     parts = {"code vopd/views.py": "1"}
     monkeypatch.setattr(preflight, "check_prompt_lengths", lambda *a, **k: checked.append("again"))
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path, **_: None)
+    monkeypatch.setattr(preflight, "load_processor", lambda _: None)
     monkeypatch.setattr(Run, "splits", lambda self: ["test"])
     monkeypatch.setattr(Run, "data_hash", lambda self: "d")
     model = ["m"]
