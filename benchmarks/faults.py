@@ -35,7 +35,7 @@ from vopd.recipe import new
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"train": 32, "validation": 4, "test": 8, "holdout": 4}
 WORDS = (
-    "data.prepare=null train.prompts=4 train.rollouts=2 train.save_every=1000 evaluate.every=0 export=float32 "
+    "data.prepare=null train.save_every=1000 train.prompts=4 train.rollouts=2 evaluate.every=0 export=float32 "
     "evaluate.test_rows=8 evaluate.holdout_rows=4 hardware.memory_gib=0.01 hardware.disk_gib=0.01"
 ).split()
 START_SECONDS, TOLD_SECONDS, END_SECONDS = 900.0, 300.0, 120.0
@@ -301,8 +301,11 @@ def measure(fault: Fault) -> tuple[str, bool]:
         place = Path(name)
         with started(fault, place) as run:
             seconds, line = _told(fault, run)
-            if fault.code == INTERRUPTED and run.process.poll() is None:
-                run.process.send_signal(signal.SIGINT)
+            for _ in range(
+                2 if fault.code == INTERRUPTED else 0
+            ):  # the first asks for a checkpoint, which never comes
+                if not run.wait(lambda: run.process.poll() is not None, 3.0):
+                    run.process.send_signal(signal.SIGINT)
             run.wait(lambda: run.process.poll() is not None, END_SECONDS)
             code = run.process.poll()
             time.sleep(0.0 if fault.says else 5.0)
