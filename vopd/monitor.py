@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from vopd import processes, vitals
-from vopd.failures import Failure, ended
+from vopd.failures import LOST, Failure, ended
 
 LOOK_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
@@ -101,17 +101,12 @@ class Monitor:
 
     def lost(self) -> Failure | None:
         """The failure of a process that is gone, once the driver has had its time to say more; or of its own end."""
-        now = self.clock()
-        if self.ending is not None:
-            late = now - self.ending > END_SECONDS
-            return (
-                Failure(f"the driver (pid {self.driver}) did not end; it was stopped", kind="lost")
-                if late
-                else None
-            )
-        return (
-            self.death() if self.gone and now > max(self.lost_at, self.progress) + PATIENCE_SECONDS else None
-        )
+        if self.ending is None:
+            due = max(self.lost_at, self.progress) + PATIENCE_SECONDS
+            return self.death() if self.clock() > due else None
+        if self.clock() - self.ending <= END_SECONDS:
+            return None
+        return Failure(f"the driver (pid {self.driver}) did not end; it was ended", kind=LOST)
 
     def death(self) -> Failure | None:
         """The first process that was lost; None if none was."""
@@ -124,7 +119,7 @@ class Monitor:
         if code is not None:
             return ended(code, who, self.kills())
         for_memory = ": the kernel ended a process for lack of memory" if self.kills() else ""
-        return Failure(f"the {who} is gone: it was killed or it crashed{for_memory}", kind="lost")
+        return Failure(f"the {who} is gone: it was killed or it crashed{for_memory}", kind=LOST)
 
     def kills(self) -> int:
         """Processes that the kernel has ended for lack of memory since this run began."""
@@ -161,23 +156,15 @@ class Monitor:
 
     def _stuck(self, signs: dict[str, Any], now: float) -> list[tuple[str, str]]:
         limit, stacks = vitals.SILENCE_SECONDS, self.folder / vitals.STACKS
-        if now - signs["beat"] > limit:
-            return [
-                (
-                    "silent",
-                    f"shows no sign of life for {now - signs['beat']:.0f} s, last {_at(signs)}; see {stacks}",
-                )
-            ]
+        if (silent := now - signs["beat"]) > limit:
+            what = f"shows no sign of life for {silent:.0f} s, last {_at(signs)}; see {stacks}"
+            return [("silent", what)]
         if signs["call"] and now - signs["call"][1] > limit:
             what, since = signs["call"]
             return [("call", f"has been in {what} for {now - since:.0f} s, {_at(signs)}; see {stacks}")]
         if signs["loop"] is not None and now - signs["loop"] > limit:
-            return [
-                (
-                    "loop",
-                    f"has been busy in one place for {now - signs['loop']:.0f} s, {_at(signs)}; see {stacks}",
-                )
-            ]
+            what = f"has been busy in one place for {now - signs['loop']:.0f} s, {_at(signs)}; see {stacks}"
+            return [("loop", what)]
         return []
 
     def _tell(self, found: dict[tuple[int, str], tuple[str, str]], now: float) -> list[str]:
