@@ -183,6 +183,17 @@ def test_an_engine_that_died_without_a_word_is_a_process_that_is_gone() -> None:
     assert explain(caught(_raise, EngineDeadError("See stack trace (above)"))).kind == failures.LOST
 
 
+def test_a_server_that_its_options_parser_ended_says_what_the_parser_said() -> None:
+    error = ActorDiedError()
+    error.error_msg = "The actor died.\n\tclass_name: vLLMHttpServer\n\tpid: 31\n"
+    log = "usage: x [-h]\nx: error: argument --dtype: invalid choice: 'no'\n"
+    assert (
+        explain(error, log, {31: 0}).sentence
+        == "vLLM's engine failed: argument --dtype: invalid choice: 'no'"
+    )
+    assert explain(error, "", {31: 0}).sentence == "the vLLM server (pid 31) ended with code 0"
+
+
 def test_an_option_that_vllm_does_not_have_is_found_in_its_log() -> None:
     assert from_engine_log("usage: x [-h]\nx: error: unrecognized arguments: --foo 3\n") == (
         "unrecognized arguments: --foo 3"
