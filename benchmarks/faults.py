@@ -213,7 +213,7 @@ FAULTS = [
         "invalid choice",
         words=(f"{VLLM}.mamba_ssm_cache_dtype=no",),
     ),
-    Fault("vLLM: a cache that is too small", "memory", words=("rollout.cache_gib=0.0001",)),
+    Fault("vLLM: a cache that is too small", "KV cache memory", words=("rollout.cache_gib=0.0001",)),
     *(
         Fault(f"kill -9 of the {name}", processes.ROLES[title].split(" (")[0], act=kill(title))
         for name, title in ROLES.items()
