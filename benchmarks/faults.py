@@ -193,9 +193,15 @@ FAULTS = [
     Fault("wrong values from rewards (driver)", "a value that is not finite", 2, ("rewards", INFINITE)),
     Fault("UserError in score (trainer worker)", "choose another k", 2, ("score", USER_ERROR)),
     Fault("every gradient NaN", "no update of 2 was applied", 1, ("score", NAN), ("train.steps=2",)),
-    Fault("image gone (data set, driver)", "no such file", 2, act=spoil_images(None), ready=CHECKED),
     Fault(
-        "image that is none (rollout worker)",
+        "image removed while Ray starts (data set, driver)",
+        "no such file",
+        2,
+        act=spoil_images(None),
+        ready=CHECKED,
+    ),
+    Fault(
+        "image spoilt while Ray starts (rollout worker)",
         "not a readable image",
         2,
         act=spoil_images(b"no"),

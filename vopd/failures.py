@@ -251,7 +251,8 @@ def _of_ray(error: BaseException, process: str, ends: Mapping[int, int]) -> Fail
     process = _process(text) or process
     title, pid = (re.search(rf"\b{key}: (\S+)", text) for key in ("class_name", "pid"))
     if title:
-        who = processes.role_of_title(f"ray::{title.group(1)}") or title.group(1)
+        named = title.group(1).rpartition(".")[2]  # verl makes one of its classes inside a function
+        who = processes.role_of_title(f"ray::{named}") or named
         who += f" (pid {pid.group(1)})" if pid else ""
         if pid and int(pid.group(1)) in ends:
             return ended(ends[int(pid.group(1))], who, 0)

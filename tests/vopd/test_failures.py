@@ -135,6 +135,9 @@ def test_an_actor_that_is_gone_is_told_by_its_role() -> None:
     failure = explain(error)
     assert failure.sentence == "the rollout worker (pid 31) is gone: it was killed or it crashed"
     assert (failure.kind, failure.code) == (failures.LOST, 1)
+    error.error_msg = error.error_msg.replace("ViewRolloutWorker", "create.<locals>.WorkerDict")
+    assert explain(error).sentence.startswith("the trainer worker (pid 31) is gone")
+    error.error_msg = error.error_msg.replace("create.<locals>.WorkerDict", "ViewRolloutWorker")
     assert explain(error, ends={31: -11}).sentence == "the rollout worker (pid 31) was killed by SIGSEGV"
 
 
