@@ -47,8 +47,8 @@ ROLES = {
     "vLLM engine": "EngineCore",
     "TransferQueue controller": "TransferQueueController",
     "TransferQueue storage": "SimpleStorageUnit",
-    "Ray's raylet": "raylet",
-    "Ray's gcs_server": "gcs_server",
+    "Ray node process": "raylet",
+    "Ray control process": "gcs_server",
 }
 CALLS = {
     "score": ("self, chunk", "ForwardKL.score"),

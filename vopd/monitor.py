@@ -27,7 +27,8 @@ SLOW_SECONDS, SLOW_FACTOR = 120.0, 5.0
 REPEAT_SECONDS, REPEAT_FACTOR = 30.0, 2.0
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 12.0
-"""How long the driver has to say itself why a process is gone; it knows more."""
+"""How long the driver has to say itself why a process is gone, from then or its last note: it knows more, and may be
+saving what it has. Finished steps don't count: a run goes on for a minute without some of Ray's processes."""
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Monitor:
         self.troubles: dict[tuple[int, str], Trouble] = {}
         self.looked = 0.0
         self.progress = self.clock()
+        self.noted = 0.0
         self.longest = 0.0
         self.places: dict[str, str] = {}
         self.moved = self.progress
@@ -81,6 +83,8 @@ class Monitor:
         self.longest = max(self.longest, now - self.progress)
         self.progress = now
         self.done = self.done or event["kind"] == "done"
+        if event["kind"] == "note":
+            self.noted = now
         if event["kind"] == "ending":
             self.ending = now
 
@@ -102,7 +106,7 @@ class Monitor:
     def lost(self) -> Failure | None:
         """The failure of a process that is gone, once the driver has had its time to say more; or of its own end."""
         if self.ending is None:
-            due = max(self.lost_at, self.progress) + PATIENCE_SECONDS
+            due = max(self.lost_at, self.noted) + PATIENCE_SECONDS
             return self.death() if self.clock() > due else None
         if self.clock() - self.ending <= END_SECONDS:
             return None
