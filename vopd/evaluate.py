@@ -72,7 +72,7 @@ class Settings:
     top_p: float = above(1.0, 0, 1)
     max_tokens: int = within(32768, 1, 10_000_000)
     seed: int = within(42, 0, 2**31 - 1)
-    concurrency: int = 64
+    concurrency: int = within(64, 1, 4096)
     timeout: float = above(600.0, 0, 1_000_000)
     rows: int = within(0, 0, 100_000_000)
     data: str = ".cache/benchmarks"

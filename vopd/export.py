@@ -19,6 +19,7 @@ from huggingface_hub import save_torch_state_dict
 from vopd import checkpoints
 from vopd.backbone import shards
 from vopd.errors import UserError
+from vopd.terminal import say
 
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -60,7 +61,7 @@ def main(arguments: list[str]) -> int:
     try:
         export(given.checkpoint, given.out, given.dtype)
     except UserError as error:
-        print(f"vopd: {error}", file=sys.stderr)
+        say(f"vopd: {error}")
         return UserError.exit_code
     print(
         f"wrote {given.out}; evaluate it: python -m vopd.evaluate model={given.out} benchmarks=[miniature_test]"

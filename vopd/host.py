@@ -24,17 +24,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from vopd.errors import UserError
 
-GIB = 2**30
 MIB = 2**20
 # A socket's address has 107 bytes. The longest one that a run makes below the temporary folder is Ray's, in a folder of
 # the run's own there (preflight.RAY_SOCKET_TAIL behind that folder's name).
 SOCKET_BYTES = 107
 SOCKET_TAIL = "/vopd-12345678/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"
-# Ray's session logs and torch's compile caches; measured on the miniature: under 20 MB.
+# Room without which a run cannot be expected to end; guesses, not measured: logs of Ray's session and torch's compile
+# caches, and prepared data with the base model's answers.
 TEMP_BYTES = 200 * MIB
-CACHE_BYTES = 200 * MIB  # the miniature's triplets are 120 MB, a run's base answers 3 MB
+CACHE_BYTES = 200 * MIB
 # Measured on the miniature (one rank): no process has more than 110 files open, and the 27 processes have 540 threads.
-# Each more rank brings about 60 threads. Ray raises the soft limit of open files by itself, never the hard one.
+# What one more rank brings is a guess. Ray raises the soft limit of open files by itself, never the hard one.
 OPEN_FILES = 256
 THREADS = 700
 THREADS_PER_RANK = 64

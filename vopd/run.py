@@ -46,7 +46,6 @@ COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type"
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = "holdout"  # a family that training never sees; a data set need not have one
 INTERRUPTED = 130
-"""What a run folder holds once generation or training has begun."""
 
 
 def _interrupt(*_: Any) -> None:
@@ -71,7 +70,7 @@ def main(arguments: list[str]) -> int:
         say(f"vopd: {error}")
         return UserError.exit_code
     except KeyboardInterrupt:
-        print(f"vopd: interrupted; {run.left() if run else 'nothing was begun'}.", file=sys.stderr)
+        say(f"vopd: interrupted; {run.left() if run else 'nothing was begun'}.")
         return INTERRUPTED
 
 

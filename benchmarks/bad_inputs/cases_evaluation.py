@@ -152,7 +152,7 @@ BY_NAME = {"pictures": "{name}.png", "columns": {**DESCRIPTION["columns"], "imag
 SETTINGS = (
     setting("evaluation: temperature is NaN", "temperature=nan cannot be", temperature="nan"),
     setting("evaluation: temperature without end", "temperature=inf cannot be", temperature=".inf"),
-    setting("evaluation: top_p=0", "top_p=0.0 cannot be; give a number of more than 0", top_p="0"),
+    setting("evaluation: top_p=0", "top_p=0.0 cannot be; give above 0", top_p="0"),
     setting("evaluation: no tokens", "max_tokens=0 cannot be", max_tokens="0"),
     setting("evaluation: negative rows", "rows=-1 cannot be", rows="-1"),
     setting("evaluation: negative seed", "seed=-1 cannot be", seed="-1"),
@@ -318,6 +318,9 @@ RECORDS = (
          lambda folder: evaluated(folder, out="/proc/vopd"), "/proc/vopd"),
     found("comparison: a line that is no JSON", "Line 1 of", file_in("records.jsonl", b"{\n"), COMPARE),
     found("comparison: a line that is no record", "has no key 'id'", file_in("records.jsonl", b"{}\n"), COMPARE),
+    Case("scoring table: lines that are no objects", "vopd.evaluation.scoring.table",
+         lambda folder: [str(file_in("rows.jsonl", b"3\n")(folder) or folder / "rows.jsonl")],
+         "not a file of crafted responses"),
     Case("comparison: no folder", COMPARE, lambda folder: [str(folder / "a"), str(folder / "b")], "holds no records"),
 )  # fmt: skip
 
@@ -326,9 +329,9 @@ SYNTHESES = (
     synthesis("synthesis: temperature is NaN", "ask.temperature=nan cannot be", "ask.temperature=nan"),
     synthesis("synthesis: an enlargement without end", "crop.enlarge=100000 cannot be", "crop.enlarge=100000"),
     synthesis("synthesis: the same key twice", "seed is given twice", "seed=1", "seed=2"),
-    synthesis("synthesis: a set of somebody's", "holds a train.parquet that no synthesis wrote",
+    synthesis("synthesis: a set of somebody's", "train.parquet, which data.synthesize did not make",
               prepare=file_in("out/train.parquet")),
-    synthesis("synthesis: settings that are none", "config.yaml: not readable as YAML",
+    synthesis("synthesis: settings of somebody's", "config.yaml, which data.synthesize did not make",
               prepare=file_in("out/config.yaml", b"a: [")),
     synthesis("synthesis: no pictures", "holds no .png"),
 )  # fmt: skip

@@ -119,12 +119,12 @@ CASES = (
     ),
     Case("chat template fills the memory", "data.validate", _validate("{{ 'a' * 10**11 }}"), "MemoryError"),
     Case("chat template is no template", "data.validate", _validate("{% for"), "TemplateSyntaxError"),
-    Case("recipe that makes an object", "vopd.run", _yaml("FILE"), "made.yaml: not readable as YAML"),
+    Case("recipe that makes an object", "vopd.run", _yaml("FILE"), "the tag !!python/object"),
     Case(
         "benchmark that makes an object", "vopd.evaluate", _yaml("model=m", "benchmarks=[FILE]"), "made.yaml"
     ),
     Case(
-        "synthesis settings that make an object", "data.synthesize", _yaml("FILE"), "made.yaml: not readable"
+        "synthesis settings that make an object", "data.synthesize", _yaml("FILE"), "the tag !!python/object"
     ),
     Case("recipe's name with a control sequence", "vopd.run", lambda _: ["x\x1b[2J"], "no recipe 'x␛[2J'"),
     Case(

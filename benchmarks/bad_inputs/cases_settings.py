@@ -43,7 +43,7 @@ CASES = (
     run("one beta", "train.betas=[0.9] cannot be; give 2 numbers", "train.betas=[0.9]"),
     run("beta of 1", "each from 0 to below 1", "train.betas=[0.9,1]"),
     run("no tokens in a chunk", "train.chunk=0 cannot be", "train.chunk=0"),
-    run("saving every 0 steps", "train.save_every=0 cannot be", "train.save_every=0"),
+    run("saving every -1 updates", "train.save_every=-1 cannot be", "train.save_every=-1"),
     run("gradient clipped to nothing", "train.grad_clip=0.0 cannot be; give above 0", "train.grad_clip=0"),
     run("updates that do not divide a batch", "cannot be dealt out evenly", "train.updates_per_batch=3"),
     run("ranks that do not divide a batch", "on 3 devices", "hardware.devices_per_node=3"),
@@ -115,6 +115,6 @@ CASES = (
     evaluate("temperature below 0", "temperature=-1.0 cannot be", "temperature=-1"),
     evaluate("no tokens to answer with", "max_tokens=0 cannot be", "max_tokens=0"),
     evaluate("no time to answer", "timeout=0.0 cannot be", "timeout=0"),
-    evaluate("an evaluation's key twice", "rows= is given twice", "rows=1", "rows=2"),
+    evaluate("an evaluation's key twice", "rows is given twice", "rows=1", "rows=2"),
     evaluate("an evaluation's secret", "stays out of a run's files", "out=${oc.env:HOME}"),
 )  # fmt: skip

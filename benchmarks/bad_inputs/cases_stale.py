@@ -5,6 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.bad_inputs import Case
+from vopd import resuming
+from vopd.config import load
 
 RUN = ["vision_opd", "data.prepare=null"]
 
@@ -14,6 +16,7 @@ def finished(summary: str) -> Callable[[Path], list[str]]:
 
     def words(folder: Path) -> list[str]:
         (folder / "run").mkdir()
+        resuming.write_settings(load("vision_opd", [word for word in RUN if "=" in word]), folder / "run")
         (folder / "run" / "summary.json").write_text(summary)
         (folder / "run" / "summary.txt").write_text("the old result\n")
         return [*RUN, f"run_dir={folder / 'run'}"]
@@ -33,10 +36,10 @@ def a_file(folder: Path) -> str:
 def evaluation(folder: Path) -> list[str]:
     """Words that evaluate one question of a benchmark of one's own, through a server that is never asked."""
     (folder / "set").mkdir()
-    (folder / "set" / "own.jsonl").write_text('{"question": "Is it?", "answer": "yes"}\n')
+    (folder / "set" / "own.jsonl").write_text('{"question": "Is it?", "answer": "yes", "image": "aGk="}\n')
     (folder / "own.yaml").write_text(
         f"title: Own\nfolder: {folder / 'set'}\nfiles: own.jsonl\nrows: 1\nlicence: none\nanswer_type: yes/no\n"
-        "official_rule: none\nprompt: '{question}'\ncolumns:\n  question: question\n  answer: answer\n"
+        "official_rule: none\nprompt: '{question}'\ncolumns:\n  image: image\n  question: question\n  answer: answer\n"
     )
     server = "http://127.0.0.1:9/v1"
     return ["model=m", f"benchmarks=[{folder / 'own.yaml'}]", f"endpoint={server}", "views=[full]"]
@@ -83,10 +86,10 @@ CASES = (
     ),
     Case(
         "an evaluation whose out is below a file", "vopd.evaluate", unwritable_evaluation,
-        "results cannot be written there (Not a directory)",
+        "Not a directory",
     ),
     Case(
-        "an evaluation's records of other settings", "vopd.evaluate", old_evaluation,
-        "its records were made with",
+        "an evaluation's records without their settings", "vopd.evaluate", old_evaluation,
+        "not the settings of an evaluation",
     ),
 )  # fmt: skip

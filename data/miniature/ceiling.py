@@ -22,6 +22,7 @@ from data.miniature.measure import accuracies, load
 from data.miniature.prepare import ROWS
 from vopd import ownership
 from vopd.errors import UserError
+from vopd.terminal import say
 
 BASE = Path(__file__).parent / "base"
 UPDATES = 64
@@ -87,7 +88,7 @@ def main(arguments: list[str]) -> int:
         with ownership.atomic(args.out) as partial:
             partial.write_text(json.dumps(result, indent=1) + "\n")
     except UserError as error:
-        print(f"data.miniature.ceiling: {error}", file=sys.stderr)
+        say(f"data.miniature.ceiling: {error}")
         return UserError.exit_code
     print(json.dumps(result, indent=1))
     return 0

@@ -37,6 +37,7 @@ from data.miniature.responses import response
 from data.miniature.world import Facts, Scene
 from vopd import ownership
 from vopd.errors import UserError
+from vopd.terminal import say
 
 FAMILIES = (*world.FAMILIES, world.HOLDOUT_FAMILY)
 FACTS = {
@@ -332,7 +333,7 @@ def main(arguments: list[str]) -> int:
     try:
         pretrain(args.out, args.seed, args.threads)
     except UserError as error:
-        print(f"data.miniature.pretrain: {error}", file=sys.stderr)
+        say(f"data.miniature.pretrain: {error}")
         return UserError.exit_code
     return 0
 

@@ -20,6 +20,7 @@ from data import audit, schema
 from data.miniature import prepare, world
 from data.near_duplicates import perceptual_hash
 from data.synthesis.pipeline import draw_box
+from vopd import ownership
 
 SAMPLES = Path(skimage.__file__).parent / "data"
 NAMES = (
@@ -159,6 +160,13 @@ def test_copies_among_photographs_are_listed(tmp_path: Path, capsys: pytest.Capt
     tags.feed(page)
     assert len(tags.loads) == 6 and all(load.startswith("data:image/jpeg;base64,") for load in tags.loads)
     assert "train &lt;page&gt;" in page and not re.search(r"https?:", page)
+    capsys.readouterr()
+    assert audit.main(words) == 0  # over its own files, as an earlier version left them too
+    (tmp_path / "out" / ownership.LEDGER).unlink()
+    ownership.claim(tmp_path / "out", audit.MAKER, audit.NAMES, recognise=audit._made_before)
+    (tmp_path / "out" / "excluded.json").write_text(json.dumps(record | {"excluded": ["page"]}))
+    assert audit.main(words) == 2
+    assert "excluded.json: changed since data.audit made it" in capsys.readouterr().err
 
 
 def test_scenes_of_one_world_are_not_copies_of_each_other(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ data:
 rollout:
   max_prompt_tokens: 160
   max_response_tokens: 40
+  cache_gib: 0.25
 """
 METHOD = '''"""A method of the user's own, with all that it may bring along."""
 from dataclasses import dataclass

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from vopd import caches, fingerprint, provenance, run, watch
+from vopd import caches, fingerprint, provenance, resuming, watch
 from vopd.errors import UserError
 from vopd.evaluation.records import Record, write_records
-from vopd.run import Run
+from vopd.run import Run, main
 
 ANSWER = Record("a", "digit", "full", "test", "?", "B", 1, False, "B", "B", True)
 
@@ -30,7 +30,11 @@ class Fake:
         if not (folder / "records" / "before.jsonl").exists():
             self.asked += 1
             write_records(folder / "records" / "before.jsonl", [ANSWER])
-        (folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        if not self.code:
+            write_records(folder / "records" / "after.jsonl", [ANSWER])
+        (folder / "metrics.jsonl").write_text(
+            '{"step": 1, "loss": 0.5, "updates": 1, "skipped_updates": 0}\n'
+        )
         return watch.Outcome(self.code, 1.0, 1.0, 1.0)
 
 
@@ -100,12 +104,13 @@ def test_a_finished_run_without_its_text_is_written_again(fake: Fake, tmp_path: 
     synthetic = module_from_spec(spec)
     spec.loader.exec_module(synthetic)
     folder = synthetic.make_run(tmp_path, fixed=0.3, fingerprint=fake.parts)
+    resuming.write_settings(Run("vision_opd", [f"run_dir={folder}"], Console(quiet=True)).config, folder)
     assert not (folder / "summary.txt").exists()
     assert start(folder) == 0 and fake.asked == 0
     assert "hold-out" in (folder / "summary.txt").read_text()
 
 
-@pytest.mark.parametrize("begun", run.BEGUN)
+@pytest.mark.parametrize("begun", ["metrics.jsonl", "rollouts"])
 def test_an_unfinished_run_goes_on_with_its_own_inputs_alone(fake: Fake, tmp_path: Path, begun: str) -> None:
     folder = tmp_path / "run"
     fake.code = 1
@@ -191,7 +196,7 @@ def test_a_place_that_cannot_be_written_says_to_set_vopd_runs(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VOPD_RUNS", str(tmp_path / "file"))
-    assert run.main(["vision_opd"]) == 2
+    assert main(["vision_opd"]) == 2
     assert "set VOPD_RUNS" in capsys.readouterr().err
 
 
@@ -203,7 +208,7 @@ def test_prompts_are_checked_again_for_other_views_and_processors(
     checked: list[str] = []
     parts = {"code vopd/views.py": "1"}
     monkeypatch.setattr(preflight, "check_prompt_lengths", lambda *a, **k: checked.append("again"))
-    monkeypatch.setattr("transformers.AutoProcessor.from_pretrained", lambda path: None)
+    monkeypatch.setattr(preflight, "load_processor", lambda _: None)
     monkeypatch.setattr(Run, "splits", lambda self: ["test"])
     monkeypatch.setattr(Run, "data_hash", lambda self: "d")
     model = ["m"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import json
 import re
@@ -34,6 +35,7 @@ MOST_OPTIONS = 26
 PICTURES = (*pictures.FORMATS, "GIF", "BMP")
 """Formats of published pictures, by Pillow's names."""
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
 _LABEL = re.compile(r"(?:^|(?<=[\s,]))\(?([A-Ha-h])[).:]\s+(?=\S)")
 
 
@@ -283,18 +285,25 @@ def _table(name: str, files: Sequence[Path], spec: Benchmark) -> Any:
     )  # fmt: skip
     for file in files if suffix == ".parquet" else ():
         _check_parquet(file)
+    at_fault = ", ".join(map(str, files))
     try:
-        table = read(files)
-    except unreadable:
-        broken = f"{name}: the files {spec.files} together"
-        for file in files:
-            try:
+        try:
+            table = read(files)
+        except unreadable:
+            for file in files if len(files) > 1 else ():  # which one it is, unless they do not fit together
+                together, at_fault = at_fault, str(file)
                 read([file])
-            except unreadable as its:
-                broken, error = str(file), its
-                break
+                at_fault = together
+            raise
+    except unreadable as error:
+        cause = _bottom(error)
+        if isinstance(cause, OSError) and cause.errno in _NO_ROOM:
+            raise UserError(
+                f"{name}: no room for its files in the cache of the package datasets ({cause.strerror}); make room, or "
+                "set HF_HOME to another place."
+            ) from error
         raise UserError(
-            f"{broken}: not readable as {_READERS[suffix]} ({_cause(error)}); get the file again."
+            f"{at_fault}: not readable as {_READERS[suffix]} ({_cause(error)}); get the file again."
         ) from error
     for column in (spec.columns.image, spec.columns.crop):
         if column in table.column_names and isinstance(table.features[column], datasets.Image):
@@ -314,11 +323,17 @@ def _check_parquet(file: Path) -> None:
         raise UserError(f"{file}: says it holds {rows} rows, more than any benchmark; get the file again.")
 
 
-def _cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
+def _bottom(error: BaseException) -> BaseException:
+    """What lies at the bottom of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return error
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what lies at the bottom of an error."""
+    cause = _bottom(error)
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 
 
 def _check_columns(name: str, spec: Benchmark, features: Mapping[str, Any]) -> list[str]:

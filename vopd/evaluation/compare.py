@@ -19,6 +19,7 @@ from rich.table import Table
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, judge, metrics, statistics
 from vopd.evaluation.records import Record, answers, read_answers, select
+from vopd.evaluation.summary import plain
 from vopd.terminal import Terminal, say
 
 
@@ -109,7 +110,7 @@ def _row_of(
 
 def table(rows: Sequence[Row], names: tuple[str, str], scorer: str) -> Table:
     """Rows in points (per cent)."""
-    shown = Table(title=f"{names[1]} minus {names[0]}, scorer {scorer}", title_justify="left")
+    shown = Table(title=f"{plain(names[1])} minus {plain(names[0])}, scorer {scorer}", title_justify="left")
     columns = ("benchmark, view", "questions", "first", "second", "difference", "95%", "p", "p (Holm)", "MDD")
     for column in columns:
         shown.add_column(column, justify="left" if column == columns[0] else "right")
@@ -140,6 +141,9 @@ def main(words: list[str]) -> int:
         rows = compare(first, second, options["scorer"], options["judge"] == "true")
     except UserError as error:
         say(f"vopd: {error}")
+        return UserError.exit_code
+    except OSError as error:  # a folder that cannot be read
+        say(f"vopd: {error.filename}: {error.strerror}.")
         return UserError.exit_code
     console = Terminal()
     console = console if console.is_terminal else Terminal(width=140)

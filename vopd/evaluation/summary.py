@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.markup import escape
 from rich.table import Table
 
 from vopd.chat import one_line
@@ -137,8 +136,8 @@ def table(summaries: Sequence[Mapping[str, Any]], model: str) -> Table:
 
 
 def plain(text: str) -> str:
-    """Text from a file or a person as rich shall print it: no markup, nothing that steers the terminal."""
-    return escape(one_line(text))
+    """Text from a file or a person for a table of the terminal, which takes no markup: one line of it."""
+    return one_line(text)
 
 
 def _cells(result: Mapping[str, Any], view: str, part: Mapping[str, Any]) -> list[str]:

@@ -21,7 +21,7 @@ from PIL import Image
 
 from data import audit, schema, synthesize, validate
 from data.synthesis import config, pipeline, prompts, proposers
-from vopd import fingerprint
+from vopd import fingerprint, ownership
 from vopd.config import ROOT
 from vopd.errors import UserError
 
@@ -56,14 +56,14 @@ def test_nothing_is_done_twice(stub_server: ModuleType, words_in: Words, whole: 
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.jp*g")}
     rows_before, stages = (
         (out / "train.parquet").read_bytes(),
-        {f: f.read_bytes() for f in out.rglob("*.jsonl")},
+        {f: f.read_bytes() for f in (out / "stages").iterdir()},
     )
     with stub_server.StubServer() as stub:
         assert synthesize.main(words_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
         assert stub.bodies == []
     assert (out / "train.parquet").read_bytes() == rows_before
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.jp*g")} == before
-    assert {file: file.read_bytes() for file in out.rglob("*.jsonl")} == stages
+    assert {file: file.read_bytes() for file in (out / "stages").iterdir()} == stages
 
 
 def test_photographs_become_valid_rows(whole: tuple[Path, int]) -> None:
@@ -225,7 +225,7 @@ def test_a_folder_belongs_to_one_run_and_its_settings(
     words = words_for("http://127.0.0.1:9/v1")
     with pipeline.Pipeline(config.load(words)):
         assert synthesize.main(words) == 2
-        assert "another synthesis is writing here" in capsys.readouterr().err
+        assert "another process is writing here" in capsys.readouterr().err
     assert synthesize.main([*words, "crop.enlarge=3"]) == 2
     assert "another crop.enlarge" in capsys.readouterr().err
 
@@ -304,7 +304,8 @@ def test_unusable_images_are_left_out_with_a_reason(
 ) -> None:
     """A bomb, a cut-off file, another format under a known name, a small one; what was made before is not read."""
     folder = tmp_path / "mixed"
-    (folder / "out" / "crops").mkdir(parents=True)
+    ownership.claim(folder / "out", pipeline.MAKER)
+    (folder / "out" / "crops").mkdir()
     Image.new("1", (9000, 9000)).save(folder / "bomb.png")
     whole = (photographs / "rocket.jpg").read_bytes()
     (folder / "cut.jpg").write_bytes(whole[: len(whole) // 2])

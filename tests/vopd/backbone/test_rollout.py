@@ -202,7 +202,7 @@ def test_a_failing_prompt_is_reported_to_the_trainer_and_to_the_log(
     played: Played, row: dict[str, Any]
 ) -> None:
     row["image"] = {"bytes": b"not an image", "path": None}
-    with pytest.raises(UserError, match=r"Row row1, column image: not a readable image"):
+    with pytest.raises(UserError, match=r"Row row1, column image: is not a readable image"):
         played.run(row)
     assert played.statuses[-1] == "failure"
     assert played.stored == []

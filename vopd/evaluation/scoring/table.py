@@ -59,7 +59,7 @@ def main(words: list[str]) -> int:
         try:
             lines = Path(words[0]).read_text(encoding="utf-8").splitlines()
             shown = table([json.loads(line) for line in lines])
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{words[0]}: not a file of crafted responses ({error}).") from error
     except UserError as error:
         say(f"vopd: {error}")
