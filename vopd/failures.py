@@ -274,4 +274,4 @@ def _of_engine(failure: Failure, log: str) -> Failure:
         kind = re.match(r"[\w.]+(?=:)", cause)
         name = kind.group(0).rpartition(".")[2] if kind else "Engine"
         return replace(failure, sentence=f"vLLM's engine failed: {one_line(cause)}", kind=name)
-    return replace(failure, sentence="vLLM's engine is gone: it was killed or it crashed", kind=LOST)
+    return replace(failure, sentence="the vLLM engine is gone: it was killed or it crashed", kind=LOST)
