@@ -2,8 +2,8 @@
 
     python -m benchmarks.kills [RECIPE...] [--out FOLDER] [--seed N] [--parallel N]
 
-Of each recipe two runs of six updates are made with a checkpoint after every update: one is left alone, the other is
-killed five times, each time in another way, and started again with the same command. Then everything is compared to the
+Of each recipe two runs of five updates are made with a checkpoint after every update: one is left alone, the other is
+killed four times, each time in another way, and started again with the same command. Then everything is compared to the
 bit: of every update the weights, the optimiser, the teachers and the place in the data (by the checksums of the
 checkpoints), the lines of metrics.jsonl and evaluations.jsonl, all answers, and the exported model. Of the lines three
 kinds of number are left out: seconds, memory, and `rollout/...`: how vLLM's log-probs of the sampled tokens differ from
@@ -13,6 +13,7 @@ the trainer's in the last digit depends on which requests it happened to compute
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -31,11 +32,12 @@ import psutil
 
 from data import schema, validate
 from data.miniature import prepare
+from vopd import processes
 from vopd.evaluation.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES = ("vision_opd", "sft_self_teacher", "grpo", "dapo", "opsd", "opsd_original")
-UPDATES = 6
+UPDATES = 5
 ROWS = {"train": 48, "validation": 8, "test": 24, "holdout": 12}
 SECONDS = 1200.0
 SETTINGS = (
@@ -43,7 +45,7 @@ SETTINGS = (
     "train.keep=99", "evaluate.test_rows=8", "evaluate.holdout_rows=4", "evaluate.validation_rows=4",
     "evaluate.every=2", "export=float32", "hardware.memory_gib=0.01", "hardware.disk_gib=0.01", "data.prepare=null",
 )  # fmt: skip
-KILLS = ("launcher", "trainer worker", "vLLM engine", "in a save", "Ctrl-C")
+KILLS = ("launcher", "trainer worker", "vLLM engine", "in a save")
 TITLES = {"trainer worker": "ray::WorkerDict", "vLLM engine": "VLLM::EngineCore"}
 
 
@@ -91,7 +93,6 @@ class Play:
             return subprocess.Popen(
                 [sys.executable, "-P", "-m", "vopd.run", self.recipe, *words],
                 stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, cwd=ROOT,
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip
 
     def told(self, name: str) -> str:
@@ -101,21 +102,23 @@ class Play:
 
     def kill(self, run: subprocess.Popen[bytes], what: str, update: int) -> None:
         folder = self.place / "killed"
-        if what == "in a save":
-            self.wait(run, lambda: (folder / "checkpoints" / f"writing_{update}").exists(), 0.0)
+        if what == "in a save":  # a save takes a tenth of a second: the process to kill is looked for before
+            self.wait(run, lambda: self.victim(run, what) is not None, 0.2)
+            victim = self.victim(run, what)
+            self.wait(run, lambda: (folder / "checkpoints" / f"writing_{update}").exists(), 0.001)
         else:
             self.wait(run, lambda: lines(folder / "metrics.jsonl") >= update, 0.05)
             time.sleep(self.rng.uniform(0.0, 1.5))
-        tree = psutil.Process(run.pid).children(recursive=True)
-        victim = run.pid if what in ("launcher", "Ctrl-C") else self.victim(tree, what)
+            victim = self.victim(run, what)
+        assert victim is not None, f"no process of the {what}"
         began = time.monotonic()
-        os.kill(victim, signal.SIGINT if what == "Ctrl-C" else signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         code = run.wait(SECONDS)
-        _, alive = psutil.wait_procs(tree, timeout=60)
-        left = [p for p in alive if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+        of_run, end = processes.Marked(folder), began + 60
+        while (left := of_run.look()) and time.monotonic() < end:
+            time.sleep(0.2)
         self.kills.append(Kill(what, update, code, time.monotonic() - began, len(left)))
-        for process in left:
-            process.kill()
+        processes.end(left)
 
     def wait(self, run: subprocess.Popen[bytes], ready: Callable[[], bool], pause: float) -> None:
         end = time.monotonic() + SECONDS
@@ -124,12 +127,15 @@ class Play:
             time.sleep(pause)
 
     @staticmethod
-    def victim(tree: list[psutil.Process], what: str) -> int:
-        for process in tree:
-            title = " ".join(process.cmdline())
-            if TITLES.get(what, "vopd.backbone.launch") in title:
-                return process.pid
-        raise AssertionError(f"no process of the {what}")
+    def victim(run: subprocess.Popen[bytes], what: str) -> int | None:
+        """The process to kill; for a kill in a save, the one that seals the checkpoint."""
+        if what == "launcher":
+            return run.pid
+        for process in psutil.Process(run.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if TITLES.get(what, "vopd.backbone.launch") in " ".join(process.cmdline()):
+                    return process.pid
+        return None
 
     # ---- comparing ------------------------------------------------------------------------------------------------
 

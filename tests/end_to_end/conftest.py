@@ -22,11 +22,13 @@ def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def words_for(triplets: Path) -> Callable[[Path], list[str]]:
-    """The words of a run of four updates in a given folder."""
+def words_for(triplets: Path) -> Callable[..., list[str]]:
+    """The words of a run of four updates in a given folder; further words replace those of the same key."""
 
-    def words(run_dir: Path) -> list[str]:
-        return [
+    def words(run_dir: Path, *more: str) -> list[str]:
+        given = [*more]
+        keys = {word.partition("=")[0] for word in more}
+        given += [word for word in [
             f"run_dir={run_dir}",
             f"data.folder={triplets}",
             "data.prepare=null",
@@ -40,6 +42,7 @@ def words_for(triplets: Path) -> Callable[[Path], list[str]]:
             "export=float32",
             "hardware.memory_gib=0.01",
             "hardware.disk_gib=0.01",
-        ]
+        ] if word.partition("=")[0] not in keys]  # fmt: skip
+        return given
 
     return words

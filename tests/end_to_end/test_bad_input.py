@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from data import stamp
-from vopd import run, watch
+from vopd import resuming, run, watch
+from vopd.terminal import Terminal
 
-Words = Callable[[Path], list[str]]
+Words = Callable[..., list[str]]
 
 
 @pytest.fixture
@@ -47,9 +48,9 @@ def refusal(
         (["model.path=/nowhere/model"], "/nowhere/model"),
         (["data.folder=/nowhere/data"], "/nowhere/data"),
         (["hardware.memory_gib=100000"], "100000 GiB"),
-        (["hardware.disk_gib=1e9"], "1e+09 GB"),
+        (["hardware.disk_gib=1e6"], "1e+06 GB"),
         (["rollout.max_prompt_tokens=20"], "the limit is 20"),
-        (["model.attention=flash_attention_2"], "take sdpa or eager, or train.packed=true"),
+        (["model.attention=flash_attention_2"], "on a CPU take sdpa or eager"),
     ],
 )
 def test_bad_words(refusal: Callable[..., str], words: list[str], named: str) -> None:
@@ -82,7 +83,7 @@ def test_empty_data(refusal: Callable[..., str], spoiled: Callable[..., Path]) -
 
 def test_missing_column(refusal: Callable[..., str], spoiled: Callable[..., Path]) -> None:
     folder = spoiled(lambda table: table.drop_columns(["question"]))
-    assert f"{folder / 'train.parquet'}: lacks the column 'question'" in refusal(f"data.folder={folder}")
+    assert f"{folder / 'train.parquet'}: no column 'question'" in refusal(f"data.folder={folder}")
 
 
 def test_data_that_was_not_validated(
@@ -105,7 +106,12 @@ def test_an_image_that_is_none(refusal: Callable[..., str], spoiled: Callable[..
     assert "train.parquet: row train-0-000047, column crop" in said
 
 
-def test_a_folder_with_a_run_of_other_settings(refusal: Callable[..., str], tmp_path: Path) -> None:
-    assert "/nowhere/data" in refusal("data.folder=/nowhere/data")
-    (tmp_path / "run" / "metrics.jsonl").touch()
-    assert "another seed" in refusal("data.folder=/nowhere/data", "seed=5")
+def test_a_folder_with_a_run_of_other_settings(
+    refusal: Callable[..., str], words_for: Words, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    resuming.write_settings(run.Run("vision_opd", words_for(folder), Terminal()).config, folder)
+    (folder / "metrics.jsonl").touch()
+    assert "another seed: 0 then, 5 now" in refusal("seed=5")
+    assert "another train.lr" in refusal("train.lr=1e-5")

@@ -14,7 +14,7 @@ from vopd import processes, recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-Words = Callable[[Path], list[str]]
+Words = Callable[..., list[str]]
 
 
 def test_a_mistake_in_score_is_told_with_file_and_line(tmp_path: Path, words_for: Words) -> None:

@@ -40,7 +40,7 @@ RUN_SECONDS = 900
 INTERRUPTED = 130
 CANARY = "canary12"
 TRACKERS = ["logging.tensorboard=true", "logging.wandb=true"]
-Words = Callable[[Path], list[str]]
+Words = Callable[..., list[str]]
 
 
 def command(words: list[str]) -> list[str]:
@@ -285,7 +285,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, words_for: Words, finished
     """
     place = tmp_path_factory.mktemp("resumed")
     folder, log = place / "run", place / "terminal.txt"
-    process = start([*words_for(folder), "train.save_every=0"], log)
+    process = start(words_for(folder, "train.save_every=0"), log)
     tree = interrupt_after(process, folder, 1, log)
     assert finish(process, 120) == INTERRUPTED, told(folder, log)
     _, alive = psutil.wait_procs(tree, timeout=20)
