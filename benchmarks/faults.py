@@ -35,7 +35,7 @@ from vopd.recipe import new
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"train": 32, "validation": 4, "test": 8, "holdout": 4}
 WORDS = (
-    "data.prepare=null train.prompts=4 train.rollouts=2 train.save_every=1000 evaluate.every=0 export=float32 "
+    "data.prepare=null train.save_every=1000 train.prompts=4 train.rollouts=2 evaluate.every=0 export=float32 "
     "evaluate.test_rows=8 evaluate.holdout_rows=4 hardware.memory_gib=0.01 hardware.disk_gib=0.01"
 ).split()
 START_SECONDS, TOLD_SECONDS, END_SECONDS = 900.0, 300.0, 120.0
@@ -47,8 +47,8 @@ ROLES = {
     "vLLM engine": "EngineCore",
     "TransferQueue controller": "TransferQueueController",
     "TransferQueue storage": "SimpleStorageUnit",
-    "Ray's raylet": "raylet",
-    "Ray's gcs_server": "gcs_server",
+    "Ray node process": "raylet",
+    "Ray control process": "gcs_server",
 }
 CALLS = {
     "score": ("self, chunk", "ForwardKL.score"),
@@ -193,9 +193,15 @@ FAULTS = [
     Fault("wrong values from rewards (driver)", "a value that is not finite", 2, ("rewards", INFINITE)),
     Fault("UserError in score (trainer worker)", "choose another k", 2, ("score", USER_ERROR)),
     Fault("every gradient NaN", "no update of 2 was applied", 1, ("score", NAN), ("train.steps=2",)),
-    Fault("image gone (data set, driver)", "no such file", 2, act=spoil_images(None), ready=CHECKED),
     Fault(
-        "image that is none (rollout worker)",
+        "image removed while Ray starts (data set, driver)",
+        "no such file",
+        2,
+        act=spoil_images(None),
+        ready=CHECKED,
+    ),
+    Fault(
+        "image spoilt while Ray starts (rollout worker)",
         "not a readable image",
         2,
         act=spoil_images(b"no"),
@@ -213,7 +219,7 @@ FAULTS = [
         "invalid choice",
         words=(f"{VLLM}.mamba_ssm_cache_dtype=no",),
     ),
-    Fault("vLLM: a cache that is too small", "memory", words=("rollout.cache_gib=0.0001",)),
+    Fault("vLLM: a cache that is too small", "KV cache memory", words=("rollout.cache_gib=0.0001",)),
     *(
         Fault(f"kill -9 of the {name}", processes.ROLES[title].split(" (")[0], act=kill(title))
         for name, title in ROLES.items()
@@ -301,8 +307,11 @@ def measure(fault: Fault) -> tuple[str, bool]:
         place = Path(name)
         with started(fault, place) as run:
             seconds, line = _told(fault, run)
-            if fault.code == INTERRUPTED and run.process.poll() is None:
-                run.process.send_signal(signal.SIGINT)
+            for _ in range(
+                2 if fault.code == INTERRUPTED else 0
+            ):  # the first asks for a checkpoint, which never comes
+                if not run.wait(lambda: run.process.poll() is not None, 3.0):
+                    run.process.send_signal(signal.SIGINT)
             run.wait(lambda: run.process.poll() is not None, END_SECONDS)
             code = run.process.poll()
             time.sleep(0.0 if fault.says else 5.0)

@@ -106,7 +106,10 @@ def explain(error: BaseException, engine_log: str = "", ends: Mapping[int, int] 
         else:
             break
     if _is_ray(error, "RayError"):
-        return _of_ray(error, process, ends or {})
+        failure = _of_ray(error, process, ends or {})
+        # Its options parser ends the server's process in good order, behind a sentence of its own.
+        server = failure.kind == LOST and "vLLM server" in failure.sentence and from_engine_log(engine_log)
+        return _of_engine(failure, engine_log) if server else failure
     failure = _of_plain(error, process, texts)
     engine = failure.kind in ENGINE_DEAD or ENGINE_FAILED in failure.sentence
     return _of_engine(failure, engine_log) if engine else failure
@@ -248,7 +251,8 @@ def _of_ray(error: BaseException, process: str, ends: Mapping[int, int]) -> Fail
     process = _process(text) or process
     title, pid = (re.search(rf"\b{key}: (\S+)", text) for key in ("class_name", "pid"))
     if title:
-        who = processes.role_of_title(f"ray::{title.group(1)}") or title.group(1)
+        named = title.group(1).rpartition(".")[2]  # verl makes one of its classes inside a function
+        who = processes.role_of_title(f"ray::{named}") or named
         who += f" (pid {pid.group(1)})" if pid else ""
         if pid and int(pid.group(1)) in ends:
             return ended(ends[int(pid.group(1))], who, 0)
@@ -268,6 +272,6 @@ def _of_engine(failure: Failure, log: str) -> Failure:
     cause = from_engine_log(log)
     if cause:
         kind = re.match(r"[\w.]+(?=:)", cause)
-        name = kind.group(0).rpartition(".")[2] if kind else failure.kind
+        name = kind.group(0).rpartition(".")[2] if kind else "Engine"
         return replace(failure, sentence=f"vLLM's engine failed: {one_line(cause)}", kind=name)
-    return replace(failure, sentence="vLLM's engine is gone: it was killed or it crashed", kind=LOST)
+    return replace(failure, sentence="the vLLM engine is gone: it was killed or it crashed", kind=LOST)

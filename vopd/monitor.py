@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from vopd import processes, vitals
-from vopd.failures import Failure, ended
+from vopd.failures import LOST, Failure, ended
 
 LOOK_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
@@ -27,7 +27,8 @@ SLOW_SECONDS, SLOW_FACTOR = 120.0, 5.0
 REPEAT_SECONDS, REPEAT_FACTOR = 30.0, 2.0
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 12.0
-"""How long the driver has to say itself why a process is gone; it knows more."""
+"""How long the driver has to say itself why a process is gone, from then or its last note: it knows more, and may be
+saving what it has. Finished steps don't count: a run goes on for a minute without some of Ray's processes."""
 
 
 @dataclass
@@ -70,6 +71,7 @@ class Monitor:
         self.troubles: dict[tuple[int, str], Trouble] = {}
         self.looked = 0.0
         self.progress = self.clock()
+        self.noted = 0.0
         self.longest = 0.0
         self.places: dict[str, str] = {}
         self.moved = self.progress
@@ -81,6 +83,8 @@ class Monitor:
         self.longest = max(self.longest, now - self.progress)
         self.progress = now
         self.done = self.done or event["kind"] == "done"
+        if event["kind"] == "note":
+            self.noted = now
         if event["kind"] == "ending":
             self.ending = now
 
@@ -101,17 +105,12 @@ class Monitor:
 
     def lost(self) -> Failure | None:
         """The failure of a process that is gone, once the driver has had its time to say more; or of its own end."""
-        now = self.clock()
-        if self.ending is not None:
-            late = now - self.ending > END_SECONDS
-            return (
-                Failure(f"the driver (pid {self.driver}) did not end; it was stopped", kind="lost")
-                if late
-                else None
-            )
-        return (
-            self.death() if self.gone and now > max(self.lost_at, self.progress) + PATIENCE_SECONDS else None
-        )
+        if self.ending is None:
+            due = max(self.lost_at, self.noted) + PATIENCE_SECONDS
+            return self.death() if self.clock() > due else None
+        if self.clock() - self.ending <= END_SECONDS:
+            return None
+        return Failure(f"the driver (pid {self.driver}) did not end; it was ended", kind=LOST)
 
     def death(self) -> Failure | None:
         """The first process that was lost; None if none was."""
@@ -124,7 +123,7 @@ class Monitor:
         if code is not None:
             return ended(code, who, self.kills())
         for_memory = ": the kernel ended a process for lack of memory" if self.kills() else ""
-        return Failure(f"the {who} is gone: it was killed or it crashed{for_memory}", kind="lost")
+        return Failure(f"the {who} is gone: it was killed or it crashed{for_memory}", kind=LOST)
 
     def kills(self) -> int:
         """Processes that the kernel has ended for lack of memory since this run began."""
@@ -161,23 +160,15 @@ class Monitor:
 
     def _stuck(self, signs: dict[str, Any], now: float) -> list[tuple[str, str]]:
         limit, stacks = vitals.SILENCE_SECONDS, self.folder / vitals.STACKS
-        if now - signs["beat"] > limit:
-            return [
-                (
-                    "silent",
-                    f"shows no sign of life for {now - signs['beat']:.0f} s, last {_at(signs)}; see {stacks}",
-                )
-            ]
+        if (silent := now - signs["beat"]) > limit:
+            what = f"shows no sign of life for {silent:.0f} s, last {_at(signs)}; see {stacks}"
+            return [("silent", what)]
         if signs["call"] and now - signs["call"][1] > limit:
             what, since = signs["call"]
             return [("call", f"has been in {what} for {now - since:.0f} s, {_at(signs)}; see {stacks}")]
         if signs["loop"] is not None and now - signs["loop"] > limit:
-            return [
-                (
-                    "loop",
-                    f"has been busy in one place for {now - signs['loop']:.0f} s, {_at(signs)}; see {stacks}",
-                )
-            ]
+            what = f"has been busy in one place for {now - signs['loop']:.0f} s, {_at(signs)}; see {stacks}"
+            return [("loop", what)]
         return []
 
     def _tell(self, found: dict[tuple[int, str], tuple[str, str]], now: float) -> list[str]:

@@ -20,10 +20,10 @@ PR_SET_PDEATHSIG = 1
 YOUNG_SECONDS = 10.0
 DRIVER = "driver"
 ROLES = {
-    "gcs_server": "Ray's control process (gcs_server)",
-    "raylet": "Ray's node process (raylet)",
-    "DashboardAgent": "Ray's agent (DashboardAgent)",
-    "RuntimeEnvAgent": "Ray's agent (RuntimeEnvAgent)",
+    "gcs_server": "Ray control process (gcs_server)",
+    "raylet": "Ray node process (raylet)",
+    "DashboardAgent": "Ray agent (DashboardAgent)",
+    "RuntimeEnvAgent": "Ray agent (RuntimeEnvAgent)",
     "vLLMHttpServer": "vLLM server",
     "EngineCore": "vLLM engine",
     "Worker_": "vLLM engine's worker",

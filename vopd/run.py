@@ -113,13 +113,8 @@ class Run:
                 resuming.reopen(self.folder, longer_than)
             resuming.write_settings(self.config, self.folder)
             outcome = self._train()
-            if outcome.failure:
-                return outcome.failure.code
-            if not verdict.has_records(self.folder):
-                self._tell(
-                    nothing := Failure("the evaluation after training has no record; there is no score")
-                )
-                return nothing.code
+            if outcome.code:
+                return outcome.code  # its cause is told
             self._summarise(outcome)
         else:
             self._check_finished()

@@ -13,12 +13,6 @@ from typing import Any
 AFTER = "after"
 
 
-def has_records(folder: Path) -> bool:
-    """Whether the evaluation after training has answers."""
-    file = folder / "records" / f"{AFTER}.jsonl"
-    return file.is_file() and file.stat().st_size > 0
-
-
 def troubles(folder: Path, score: str = "") -> list[str]:
     """What a person must know before reading the run's table, a sentence each; usually nothing.
 
@@ -32,7 +26,7 @@ def troubles(folder: Path, score: str = "") -> list[str]:
 
 
 def _of_updates(lines: list[dict[str, Any]], score: str) -> list[str]:
-    if not lines or any(line.get("updates", 1) > 0 for line in lines):
+    if any(line.get("updates", 1) > 0 for line in lines):
         return []
     if not any(line.get("skipped_updates", 0) > 0 for line in lines):
         return [

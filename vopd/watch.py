@@ -40,6 +40,8 @@ GRACE_SECONDS = 20.0
 GIB = 1024**3
 KEEPER = Path(__file__).with_name("keeper.py")
 TURNING = ("note", "ending", "done")
+CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
+"""What ends the driver itself. Of others (Ray aborts it where its own daemons are gone) it is not the first cause."""
 
 
 @dataclass
@@ -134,7 +136,8 @@ def _run(
                     if known := received(run_dir):
                         tell(_better(known, monitor))
                     if lost := monitor.lost():
-                        tell(lost)
+                        if not monitor.done:
+                            tell(_better(received(run_dir) or lost, monitor))
                         os.killpg(child.pid, signal.SIGKILL)
                         child.wait()
                     elif time.monotonic() - looked > MEMORY_SECONDS:
@@ -195,7 +198,10 @@ def _failure(child: subprocess.Popen[bytes], run_dir: Path, monitor: Monitor) ->
         return None
     if told:
         return _better(told, monitor)
-    return monitor.death() or monitor.lost() or ended(code, f"driver (pid {child.pid})", monitor.kills())
+    driver = ended(code, f"driver (pid {child.pid})", monitor.kills())
+    if -code in CRASHES and not monitor.lost():  # else it was ended from here
+        return driver
+    return monitor.death() or monitor.lost() or driver
 
 
 def _better(told: Failure, monitor: Monitor) -> Failure:

@@ -135,6 +135,9 @@ def test_an_actor_that_is_gone_is_told_by_its_role() -> None:
     failure = explain(error)
     assert failure.sentence == "the rollout worker (pid 31) is gone: it was killed or it crashed"
     assert (failure.kind, failure.code) == (failures.LOST, 1)
+    error.error_msg = error.error_msg.replace("ViewRolloutWorker", "create.<locals>.WorkerDict")
+    assert explain(error).sentence.startswith("the trainer worker (pid 31) is gone")
+    error.error_msg = error.error_msg.replace("create.<locals>.WorkerDict", "ViewRolloutWorker")
     assert explain(error, ends={31: -11}).sentence == "the rollout worker (pid 31) was killed by SIGSEGV"
 
 
@@ -181,6 +184,17 @@ def test_an_engine_that_died_without_a_word_is_a_process_that_is_gone() -> None:
         pass
 
     assert explain(caught(_raise, EngineDeadError("See stack trace (above)"))).kind == failures.LOST
+
+
+def test_a_server_that_its_options_parser_ended_says_what_the_parser_said() -> None:
+    error = ActorDiedError()
+    error.error_msg = "The actor died.\n\tclass_name: vLLMHttpServer\n\tpid: 31\n"
+    log = "usage: x [-h]\nx: error: argument --dtype: invalid choice: 'no'\n"
+    assert (
+        explain(error, log, {31: 0}).sentence
+        == "vLLM's engine failed: argument --dtype: invalid choice: 'no'"
+    )
+    assert explain(error, "", {31: 0}).sentence == "the vLLM server (pid 31) ended with code 0"
 
 
 def test_an_option_that_vllm_does_not_have_is_found_in_its_log() -> None:

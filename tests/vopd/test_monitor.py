@@ -104,6 +104,19 @@ def test_a_process_that_is_gone_ends_the_run_once_the_driver_has_had_its_time(ma
     )
 
 
+def test_steps_that_go_on_without_it_do_not_put_it_off_but_a_save_does(machine: Machine) -> None:
+    machine.pass_time(3)
+    del machine.table[1]
+    for _ in range(10):
+        machine.pass_time(1)
+        machine.monitor.event({"kind": "step"})
+    machine.monitor.event({"kind": "note", "text": "saving"})
+    machine.pass_time(5)
+    assert machine.monitor.lost() is None
+    machine.pass_time(10)
+    assert machine.monitor.lost() is not None
+
+
 def test_the_first_that_was_lost_is_named_and_of_several_the_one_that_took_the_others_along(
     machine: Machine,
 ) -> None:
@@ -196,7 +209,7 @@ def test_a_torn_file_of_signs_is_no_error(machine: Machine) -> None:
         ("ray::ViewRolloutWorker", "rollout worker"),
         ("VLLM::EngineCore", "vLLM engine"),
         ("VLLM::Worker_TP0", "vLLM engine's worker"),
-        ("/somewhere/ray/core/src/ray/raylet/raylet", "Ray's node process (raylet)"),
+        ("/somewhere/ray/core/src/ray/raylet/raylet", "Ray node process (raylet)"),
         ("ray::IDLE", None),
         ("/usr/bin/python3", None),
         ("", None),

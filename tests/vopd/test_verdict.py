@@ -55,12 +55,3 @@ def test_a_score_that_is_no_number(tmp_path: Path, score: float) -> None:
     assert verdict.troubles(tmp_path) == [
         f"the score of 'test/full' after training is {score}; the table says nothing."
     ]
-
-
-def test_no_record_after_training(tmp_path: Path) -> None:
-    assert not verdict.has_records(tmp_path)
-    (tmp_path / "records").mkdir()
-    (tmp_path / "records" / "after.jsonl").touch()
-    assert not verdict.has_records(tmp_path)
-    (tmp_path / "records" / "after.jsonl").write_text("{}\n")
-    assert verdict.has_records(tmp_path)

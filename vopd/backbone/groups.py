@@ -24,7 +24,7 @@ THROWN = tuple(
 class GroupBuffer(seams.ReplayBuffer):
     """See the module's docstring.
 
-    on_poll: called between two looks, with whether a group has failed; may raise what the trainer shall not wait for.
+    on_poll: called at every look, with whether a group has failed; may raise what the trainer shall not wait for.
     """
 
     on_poll: Callable[[bool], None] | None = None
@@ -32,6 +32,12 @@ class GroupBuffer(seams.ReplayBuffer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.thrown: Counter[str] = Counter()
+
+    def _sync_metadata_from_transfer_queue(self) -> None:
+        """Every look begins here; one that finds a failed group need not go on."""
+        super()._sync_metadata_from_transfer_queue()
+        if self.on_poll is not None:
+            self.on_poll(any(self.failure_keys.values()))
 
     def take_thrown(self) -> dict[str, int]:
         """Prompts, rollouts and tokens thrown away since the last call: evicted, and surplus of the batch."""
@@ -53,8 +59,6 @@ class GroupBuffer(seams.ReplayBuffer):
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:
         """Most of a step may be spent here, and nothing changes meanwhile: a place to answer a request to stop."""
         stopping.check()
-        if self.on_poll is not None:
-            self.on_poll(bool(self.failure_keys[partition_id]))
         return super()._wait_for_next_poll(partition_id, last_debug_time)
 
     def _waits(self, partition_id: str) -> bool:

@@ -622,11 +622,12 @@ def test_why_a_rollout_failed_is_raised_while_the_others_are_under_way(
     queue = Queue(monkeypatch, [], lambda under_way: [])
     buffer = buffer_for(queue, GroupBuffer, 1)
     buffer.on_poll = workers.trainer._look_at_workers
-    for uid, status in (("0", "failure"), ("1", "running")):
-        queue.items[uid] = {"is_prompt": True, "status": status, "global_steps": 3}
-    with pytest.raises(ExplainedError) as raised:
-        buffer.sample(global_steps=3, partition_id="train", batch_size=2)
-    assert raised.value.failure == workers.found[0]
+    for others in ("running", "failure"):  # all at once, too, where a server was killed
+        for uid, status in (("0", "failure"), ("1", others)):
+            queue.items[uid] = {"is_prompt": True, "status": status, "global_steps": 3}
+        with pytest.raises(ExplainedError) as raised:
+            buffer.sample(global_steps=3, partition_id="train", batch_size=2)
+        assert raised.value.failure == workers.found[0]
     workers.found = []
     with pytest.raises(ExplainedError, match="no worker says why"):
         workers.trainer._look_at_workers(True)
