@@ -105,7 +105,7 @@ class Play:
         if what == "in a save":  # a save takes a tenth of a second: the process to kill is looked for before
             self.wait(run, lambda: self.victim(run, what) is not None, 0.2)
             victim = self.victim(run, what)
-            self.wait(run, lambda: (folder / "checkpoints" / f"writing_{update}").exists(), 0.001)
+            self.wait(run, lambda: any((folder / "checkpoints").glob("writing_*")), 0.001)
         else:
             self.wait(run, lambda: lines(folder / "metrics.jsonl") >= update, 0.05)
             time.sleep(self.rng.uniform(0.0, 1.5))

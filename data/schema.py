@@ -446,13 +446,14 @@ def encoded(files: Sequence[Path]) -> Dataset:
     The library keeps its converted copy by path and time of change, so a file that was replaced by one of the same time
     would be read from the old copy: each content gets a folder of its own.
     """
+    there = pq.read_schema(files[0]).names
     features = Features(
-        {name: Image(decode=False) if name in ALL_IMAGES else kind for name, kind in FEATURES.items()}
+        {n: Image(decode=False) if n in ALL_IMAGES else kind for n, kind in FEATURES.items() if n in there}
     )
     return Dataset.from_parquet(
         [str(file) for file in files],
         features=features,
-        columns=list(COLUMNS),
+        columns=list(features),
         batch_size=tables.MOST_ROWS,
         keep_in_memory=False,
         cache_dir=str(caches.workspace("datasets", hash_contents(files))),

@@ -23,7 +23,7 @@ from vopd.redaction import redacted
 
 ROOT = Path(__file__).resolve().parent.parent
 OURS = ("vopd", "data", "benchmarks", "tests", "scripts")
-RECIPES = re.compile(r"^vopd/vision_opd\w*\.py$")
+METHOD = "def build(settings: Settings)"  # what makes a module a method's (vopd/method.py)
 FAILURE = "failure.json"
 """In a run folder: what the driver has to say of its end (the fields of `Failure`)."""
 LONGEST = 400
@@ -184,7 +184,9 @@ def is_recipe(file: Path) -> bool:
         return False
     if file.is_relative_to(ROOT):
         name = file.relative_to(ROOT)
-        return name.parts[0] not in OURS or bool(RECIPES.match(name.as_posix()))
+        # A method that ships with the package lies beside the modules that all methods share.
+        beside = len(name.parts) == 2 and file.is_file() and METHOD in file.read_text(errors="replace")
+        return name.parts[0] not in OURS or beside
     return not file.is_relative_to(sysconfig.get_path("stdlib"))
 
 

@@ -184,7 +184,7 @@ def test_a_crop_with_rendered_text_is_not_held_against_its_box(
     rows: list[dict], tmp_path: Path, family: str | None, refused: int
 ) -> None:
     changed = [transforms.render_row(row, np.random.default_rng(0)) for row in rows[:2]]
-    path = tmp_path / "rows.parquet"
+    path = tmp_path / f"{changed[0]['split']}.parquet"
     schema.write([{**row, "family": family or row["family"]} for row in changed], path)
     assert [f.kind for f in validate.validate([path]).blocking] == ["crop"] * refused
 

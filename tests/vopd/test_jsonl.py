@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vopd import jsonl
+from vopd.dotlist import merge
 from vopd.errors import UserError
 from vopd.evaluate import Settings, settings_of
-from vopd.words import merge
 
 
 @contextmanager

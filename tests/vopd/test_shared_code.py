@@ -21,6 +21,7 @@ ALLOWED = {
     ("vopd/backbone/seams.py", "dapo"),
     ("vopd/run.py", "vision_opd"),
     ("data/vision_opd_6k", "vision_opd"),
+    ("data/sets.py", "vision_opd"),
 }
 VALUES = {
     "weights": {*contract.WEIGHTS, *contract.ROLLOUT_WEIGHTS},
