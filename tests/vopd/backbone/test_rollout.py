@@ -208,7 +208,7 @@ def test_a_failing_prompt_is_reported_to_the_trainer_and_to_the_log(
     assert played.stored == []
     (failure,) = asyncio.run(played.worker.failures())
     assert failure.code == UserError.exit_code and failure.sentence.startswith(
-        "Row row1, column image: not a"
+        "Row row1, column image: is not a"
     )
     assert failure.process == f"rollout worker (pid {os.getpid()})"
 
