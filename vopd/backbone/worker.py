@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from omegaconf import OmegaConf
@@ -65,6 +67,11 @@ class MethodWorker(seams.ActorRolloutRefWorker):
         beside = self.config.vopd.recipe_folder
         method = build(settings, Path(beside) if beside else None)  # type: ignore[arg-type]
         self.actor.engine.attach(method, self.config.vopd.train.chunk)
+        # Nothing of ours draws from these; a library that did would do so alike in every run of a seed.
+        seed = self.config.vopd.seed + self.rank
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
 
     @seams.register(dispatch_mode=seams.make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
     def update_actor(self, data: TensorDict) -> TensorDict:
