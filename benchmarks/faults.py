@@ -195,7 +195,7 @@ FAULTS = [
     Fault("every gradient NaN", "no update of 2 was applied", 1, ("score", NAN), ("train.steps=2",)),
     Fault(
         "image removed while Ray starts (data set, driver)",
-        "no such file",
+        "No such file",
         2,
         act=spoil_images(None),
         ready=CHECKED,

@@ -13,6 +13,7 @@ import signal
 import sysconfig
 import traceback
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -118,8 +119,9 @@ def explain(error: BaseException, engine_log: str = "", ends: Mapping[int, int] 
 def hand_over(folder: Path, failure: Failure) -> None:
     """Leave the failure for the terminal's process, whole or not at all, without the environment's secrets."""
     part = folder / f"{FAILURE}.part"
-    part.write_text(redacted(json.dumps(asdict(failure))))
-    part.replace(folder / FAILURE)
+    with suppress(OSError):  # a full disk: the terminal's process sees that itself
+        part.write_text(redacted(json.dumps(asdict(failure))))
+        part.replace(folder / FAILURE)
 
 
 def received(folder: Path) -> Failure | None:

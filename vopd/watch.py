@@ -38,6 +38,7 @@ LOOK_SECONDS = 0.5
 MEMORY_SECONDS = 20.0  # a look costs half a second of a slow core
 GRACE_SECONDS = 20.0
 GIB = 1024**3
+FULL_BYTES = 1 << 16
 KEEPER = Path(__file__).with_name("keeper.py")
 TURNING = ("note", "ending", "done")
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
@@ -201,6 +202,10 @@ def _failure(child: subprocess.Popen[bytes], run_dir: Path, monitor: Monitor) ->
     driver = ended(code, f"driver (pid {child.pid})", monitor.kills())
     if -code in CRASHES and not monitor.lost():  # else it was ended from here
         return driver
+    if shutil.disk_usage(run_dir).free < FULL_BYTES:  # so it could not say so itself
+        driver = Failure(
+            f"no space is left on the disk of {run_dir}; make room and run the same command again"
+        )
     return monitor.death() or monitor.lost() or driver
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -91,6 +92,15 @@ def test_a_driver_that_was_killed_is_told_with_its_signal_and_takes_all_along(
 def test_a_driver_that_ends_without_a_word(start: Start) -> None:
     outcome = start("sys.exit(3)")
     assert outcome.failure is not None and "ended with code 3" in outcome.failure.sentence
+
+
+def test_a_driver_that_could_not_say_why_on_a_full_disk(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    (tmp_path / f"{failures.FAILURE}.part").mkdir()  # nothing can be written
+    outcome = start("hand_over(Path(sys.argv[1]), Failure('no space')); sys.exit(1)")
+    assert outcome.failure is not None and "no space is left on the disk of" in outcome.failure.sentence
 
 
 ACTOR = (
