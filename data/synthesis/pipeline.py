@@ -42,7 +42,14 @@ OBJECTS_SIDE = 1024  # pixels: names of things need no more
 FAMILY = "synthesised"
 MAKER = "data.synthesize"
 IMAGE_FOLDERS = ("originals", "thumbnails", "crops", "images", "transformed")
-WORKING = ("stages/*", *(f"{name}/*" for name in IMAGE_FOLDERS), "config.yaml", "lock", stamp.NAME, fingerprint.FILE)
+WORKING = (
+    "stages/*",
+    *(f"{name}/*" for name in IMAGE_FOLDERS),
+    "config.yaml",
+    "lock",
+    stamp.NAME,
+    fingerprint.FILE,
+)
 RED = (255, 0, 0)
 # What later stages take from the accepted records of a stage.
 FIELDS: dict[str, dict[str, type]] = {
