@@ -154,7 +154,11 @@ def _parsed(word: str, key: str, value: str, settings: DictConfig) -> Override:
         raise UserError(f"'{word}': '@' has no meaning in a key.")
     if not parsed.is_sweep_override():
         return parsed
-    before = None if _is_open(key) else OmegaConf.select(settings, key, throw_on_missing=False)
+    before = (
+        None
+        if _is_open(key)
+        else OmegaConf.select(settings, key, throw_on_missing=False, throw_on_resolution_failure=False)
+    )
     if isinstance(before, int | float) or "(" in value:
         raise UserError(f"'{word}': a run has one value a key; start a run for each.")
     raise UserError(

@@ -363,7 +363,9 @@ class Trainer(seams.PPOTrainerSync):
             "skipped_in_a_row": self.skipped_in_a_row,
             "line": line,
         }
-        self.finished = Finished(self.global_steps, self.train_dataloader.state_dict(), state)
+        # Rollouts that were recorded are found by their update: there is no place in the data to keep.
+        place = self.train_dataloader.state_dict() if self.recorded is None else None
+        self.finished = Finished(self.global_steps, place, state)
 
     def _line(
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float]
@@ -524,7 +526,8 @@ class Trainer(seams.PPOTrainerSync):
             folder = found[0].folder
             self.progress.note(f"resuming from update {self.global_steps}")
             self.actor_rollout_wg.load_checkpoint(str(folder / ACTOR))
-            self.train_dataloader.load_state_dict(torch.load(folder / DATA, weights_only=True))
+            if (place := torch.load(folder / DATA, weights_only=True)) is not None:
+                self.train_dataloader.load_state_dict(place)
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))
             self.prompts_drawn = state["prompts_drawn"]
             self.skipped_in_a_row = state["skipped_in_a_row"]

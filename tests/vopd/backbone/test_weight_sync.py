@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import zmq
-from verl.workers.rollout.vllm_rollout import vllm_rollout
+from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_rollout
 
 from vopd.backbone import weight_sync
 from vopd.backbone.weight_sync import Answered, Sender, install
@@ -25,6 +25,9 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(weight_sync, "LOOK_MILLISECONDS", 20)
     monkeypatch.setattr(vllm_rollout, "BucketedWeightSender", vllm_rollout.BucketedWeightSender)
     monkeypatch.setattr(Sender, "receiver", None)
+    # Which device verl finds depends on what this process has imported; the sender tidies up on it in the end.
+    device = SimpleNamespace(ipc_collect=lambda: None, empty_cache=lambda: None)
+    monkeypatch.setattr(bucketed_weight_transfer, "get_torch_device", lambda: device)
 
 
 def fails_at_the(look: int) -> Callable[[], None]:
