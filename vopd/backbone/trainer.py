@@ -524,7 +524,6 @@ class Trainer(seams.PPOTrainerSync):
         self.global_steps = found[0].step if found else 0
         if found:
             folder = found[0].folder
-            self.progress.note(f"resuming from update {self.global_steps}")
             self.actor_rollout_wg.load_checkpoint(str(folder / ACTOR))
             if (place := torch.load(folder / DATA, weights_only=True)) is not None:
                 self.train_dataloader.load_state_dict(place)
