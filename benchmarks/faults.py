@@ -165,6 +165,10 @@ def spoil_images(content: bytes | None) -> Callable[[Run], None]:
 
 NAN = "return {'divergence': chunk.student_logits_CV.sum(-1) * float('nan')}"
 USER_ERROR = "from vopd.errors import UserError; raise UserError('k is too large: choose another k')"
+DEADLOCK = (
+    "import threading, torch; torch.Tensor.backward = lambda *given, **more: threading.Event().wait(); "
+    "return {'divergence': chunk.student_logits_CV.sum(-1)}"
+)
 INFINITE = "return rollouts.correct_B / 0.0 - float('inf')"
 WRONG_SHAPE = "return {'divergence': chunk.student_logits_CV.sum()}"
 VLLM = "verl.actor_rollout_ref.rollout.engine_kwargs.vllm"
@@ -212,6 +216,12 @@ FAULTS = [
         "has been in score",
         INTERRUPTED,
         ("score", "while True: pass"),
+    ),
+    Fault(
+        "deadlock: all processes wait (trainer worker)",
+        "has computed nothing for",
+        INTERRUPTED,
+        ("score", DEADLOCK),
     ),
     Fault("vLLM: LoRA, which its CPU rollout cannot take", "LoRA weights cannot be sent", words=(LORA,)),
     Fault(

@@ -3,9 +3,10 @@
 The terminal's process looks every second at the process table and at the signs of life of `vitals`. A process that is
 gone ends the run: what it was is said, and how it ended where that is known. Everything else is said and waited for,
 because a stopped process may be continued and a slow call may come back: stopped (SIGSTOP), no sign of life for 20 s,
-an event loop or a call of the recipe that stands still for 20 s. Where all of that is in order but nothing has been
-finished for two minutes and for five times the run's longest step, and every process has stood in one place for a
-minute, that is said with these places: nobody outside can tell a deadlock of healthy processes from slow work.
+an event loop or a call of the recipe that stands still for 20 s, no process that computes for 20 s (they wait for each
+other). Where all of that is in order but nothing has been finished for two minutes and for five times the run's longest
+step, and every process has stood in one place for a minute, that is said with these places: nobody outside can tell
+busy waiting from slow work.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ from vopd.failures import LOST, Failure, ended
 LOOK_SECONDS = 1.0
 STOPPED_SECONDS = 5.0
 SLOW_SECONDS, SLOW_FACTOR = 120.0, 5.0
+IDLE_SECONDS, IDLE_CORES = 20.0, 0.2
+"""A run whose processes together take less of the processors than this does not compute; Ray's and vLLM's own
+heartbeats take a quarter of it."""
 REPEAT_SECONDS, REPEAT_FACTOR = 30.0, 2.0
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 12.0
@@ -76,6 +80,8 @@ class Monitor:
         self.places: dict[str, str] = {}
         self.moved = self.progress
         self.tree: list[psutil.Process] = []
+        self.used: dict[int, float] = {}
+        self.busy = self.progress
 
     def event(self, event: dict[str, Any]) -> None:
         """Something was finished; from an `ending` on, processes go as they please."""
@@ -95,8 +101,9 @@ class Monitor:
             return []
         if self.looked and now - self.looked > 10 * LOOK_SECONDS:  # this process itself was stopped
             self.progress = now
-        self.looked = now
         self.tree = self.list_processes()
+        self._see_use(now)
+        self.looked = now
         if self.ending is not None:
             return []
         self._see_deaths(now)
@@ -136,6 +143,14 @@ class Monitor:
             self.gone, self.lost_at = missing, now
         self.present |= roles
 
+    def _see_use(self, now: float) -> None:
+        """Note when the run's processes last computed."""
+        used = {process.pid: _seconds(process) for process in self.tree}
+        spent = sum(seconds - self.used.get(pid, 0.0) for pid, seconds in used.items())
+        if spent > IDLE_CORES * (now - self.looked):
+            self.busy = now
+        self.used = used
+
     def _see_troubles(self, now: float) -> dict[tuple[int, str], tuple[str, str]]:
         """(pid, kind of trouble) -> who, and what is to be said of them."""
         signs = vitals.read(self.folder)
@@ -152,9 +167,12 @@ class Monitor:
                 found |= {(process.pid, k): (who, v) for k, v in self._stuck(signs[process.pid], now)}
         if self.places != (places := {s["role"]: s["at"] for s in signs.values() if s["at"]}):
             self.places, self.moved = places, now
+        standing = "; ".join(f"{role} at {place}" for role, place in places.items())
+        idle = now - max(self.busy, self.progress, self.moved)
+        if idle > IDLE_SECONDS and not found:
+            found[0, "idle"] = "the run", f"has computed nothing for {idle:.0f} s ({standing})"
         slow = now - self.progress > max(SLOW_SECONDS, SLOW_FACTOR * self.longest)
         if slow and now - self.moved > SLOW_SECONDS / 2 and not found:
-            standing = "; ".join(f"{role} at {place}" for role, place in places.items())
             found[0, "slow"] = "the run", f"has finished nothing for {now - self.progress:.0f} s ({standing})"
         return found
 
@@ -195,3 +213,12 @@ def _stopped(process: psutil.Process) -> bool:
         return process.status() in (psutil.STATUS_STOPPED, psutil.STATUS_TRACING_STOP)
     except psutil.Error:
         return False
+
+
+def _seconds(process: psutil.Process) -> float:
+    """Processor time that a process has taken; 0 where it is gone."""
+    try:
+        times = process.cpu_times()
+    except psutil.Error:
+        return 0.0
+    return float(times.user + times.system)

@@ -30,6 +30,7 @@ class Machine:
             5: "EngineCore",
         }
         self.status: dict[int, str] = {}
+        self.used, self.cores = 0.0, 1.0
         (folder / vitals.FOLDER).mkdir()
         monkeypatch.setattr(processes, "memory_kills", lambda: self.kills)
         self.monitor = Monitor(
@@ -38,7 +39,11 @@ class Machine:
 
     def look(self) -> list[Any]:
         return [
-            SimpleNamespace(pid=pid, status=lambda pid=pid: self.status.get(pid, "sleeping"))
+            SimpleNamespace(
+                pid=pid,
+                status=lambda pid=pid: self.status.get(pid, "sleeping"),
+                cpu_times=lambda: SimpleNamespace(user=self.used / len(self.table), system=0.0),
+            )
             for pid in self.table
         ]
 
@@ -47,6 +52,7 @@ class Machine:
         said = []
         for _ in range(int(seconds)):
             self.now += 1.0
+            self.used += self.cores
             if beating:
                 self.beat(3, **signs)
             said += self.monitor.look()
@@ -194,6 +200,23 @@ def test_a_call_of_the_recipe_that_does_not_come_back(machine: Machine) -> None:
 def test_an_event_loop_that_does_not_turn(machine: Machine) -> None:
     since = machine.now
     assert "has been busy in one place for 21 s" in machine.pass_time(30, loop=since)[0]
+
+
+def test_processes_that_wait_for_each_other_are_told_of_within_thirty_seconds(machine: Machine) -> None:
+    assert machine.pass_time(60) == []
+    machine.cores = 0.05  # heartbeats
+    said = machine.pass_time(30)
+    assert said == [
+        "the run has computed nothing for 21 s (trainer worker at x.py, line 3, in f); waiting (Ctrl-C ends the run)"
+    ]
+    machine.cores = 1.0
+    assert machine.pass_time(3) == ["the run goes on after 10 s"]
+
+
+def test_an_idle_run_whose_processes_move_is_not_called_stuck(machine: Machine) -> None:
+    machine.cores = 0.05
+    for line in range(60):
+        assert machine.pass_time(1, at=f"x.py, line {line}, in f") == []
 
 
 def test_a_torn_file_of_signs_is_no_error(machine: Machine) -> None:

@@ -717,6 +717,9 @@ def main() -> None:
         print(f"{name}: done", flush=True)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    os._exit(
+        0
+    )  # all is saved; gloo's threads, still alive while the interpreter ends, abort a rank now and then
 
 
 if __name__ == "__main__":
