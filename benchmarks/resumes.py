@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -85,9 +86,20 @@ class Case:
         return found[-1].strip()
 
 
+def updates(file: Path) -> list[dict[str, Any]]:
+    """The numbers of every update; an evaluation behind one is made where a run ends, and stands in its own records."""
+    return [{k: v for k, v in line.items() if not k.startswith("evaluation/")} for line in numbers(file)]
+
+
 def same(first: Path, second: Path) -> str:
     """Whether two finished runs are equal to the bit: numbers of every update, answers, model."""
-    unequal = [name for name in ("metrics.jsonl",) if numbers(first / name) != numbers(second / name)]
+    one, two = (updates(folder / "metrics.jsonl") for folder in (first, second))
+    unequal = [
+        f"update {a['step']}: {key}"
+        for a, b in zip(one, two, strict=True)
+        for key in a | b
+        if a.get(key) != b.get(key)
+    ]
     for name in ("before", "after"):
         file = f"records/{name}.jsonl"
         unequal += [file] * (read_records(first / file) != read_records(second / file))
