@@ -16,7 +16,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vopd import caches, pictures
+from vopd.common import caches, images
 from vopd.evaluation import asking, benchmark
 from vopd.evaluation.engines import LocalEngine, Sampling
 
@@ -37,7 +37,7 @@ def main() -> None:
     sampling = Sampling(thinking=False, temperature=0.0, top_p=1.0, max_tokens=args.max_tokens, seed=42)
     engine = LocalEngine(args.model, sampling, args.concurrency, {})
     todo = [(q, "full") for q in questions.questions[: args.rows]]
-    shown = {q.id: pictures.decode(questions.picture(q, view), benchmark.PICTURES) for q, view in todo}
+    shown = {q.id: images.decode(questions.picture(q, view), benchmark.PICTURES) for q, view in todo}
     given = [engine.request(q.id, view, shown[q.id], q.prompt) for q, view in todo]
 
     def bare() -> None:

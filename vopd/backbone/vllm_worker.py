@@ -1,12 +1,12 @@
 """What vLLM's workers need to serve as a rollout (`engine_kwargs.vllm.worker_extension_cls`).
 
 On every device the socket of the weight sync is this run's own (`sockets.py`), and no port is opened to the network
-(`vopd/loopback.py`). On CPU:
+(`vopd/common/loopback.py`). On CPU:
 
 1. vLLM's linear layers pack their weights for oneDNN after loading and drop the plain tensors, so verl's in-place
    `load_weights` finds none; vLLM's own `reload_weights` restores load-time parameters first.
-2. It does not clear cache blocks before they are used again (`vopd/vllm_blocks.py`).
-3. Its GatedDeltaNet layers know bf16 alone (`vopd/vllm_delta_rule.py`).
+2. It does not clear cache blocks before they are used again (`vopd/backbone/cpu/vllm_blocks.py`).
+3. Its GatedDeltaNet layers know bf16 alone (`vopd/backbone/cpu/vllm_delta_rule.py`).
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import torch
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
-from vopd import loopback, vitals, vllm_delta_rule
-from vopd.backbone.sockets import own
-from vopd.vllm_blocks import clear_used_blocks
+from vopd.backbone.cpu import vllm_delta_rule
+from vopd.backbone.cpu.vllm_blocks import clear_used_blocks
+from vopd.backbone.weight_sockets import own
+from vopd.common import heartbeat, loopback
 
 
 class WorkerExtension(vLLMColocateWorkerExtension, loopback.Worker):
@@ -27,7 +28,7 @@ class WorkerExtension(vLLMColocateWorkerExtension, loopback.Worker):
 
     def __new__(cls, **kwargs: Any) -> WorkerExtension:
         """In the process that computes, before it builds its model."""
-        vitals.start("vLLM engine")
+        heartbeat.start("vLLM engine")
         return super().__new__(cls, **kwargs)
 
     def _get_zmq_handle(self) -> str:

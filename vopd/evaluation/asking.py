@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vopd.chat import together
+from vopd.common.chat_client import together
+from vopd.common.images import PictureError
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import Question, Questions
 from vopd.evaluation.engines import Engine, NoAnswerError, Reply
 from vopd.evaluation.records import Appender, Record, read_answers
 from vopd.evaluation.scoring import is_correct, parse_answer
-from vopd.pictures import PictureError
 
 Key = tuple[str, str]  # question id, view
 MOST_FAILURES = 20  # in a row: then the server is gone rather than a question odd

@@ -1,6 +1,6 @@
 """Who answers: an OpenAI-compatible endpoint, or vLLM's engine in this process. Both take a question at a time.
 
-Both are shown the pixels that training would see (vopd/pictures.py): vLLM is given them, an endpoint is sent the
+Both are shown the pixels that training would see (vopd/common/images.py): vLLM is given them, an endpoint is sent the
 published file where it decodes to them anywhere, else a PNG of them. A model's processor may resize them; the size that
 it makes is worked out by its own rule and recorded with the answer.
 """
@@ -22,15 +22,16 @@ from typing import Any, Protocol
 from omegaconf import OmegaConf
 from PIL import Image
 
-from vopd import chat, loopback, pictures, preflight, scratch, vllm_delta_rule
+from vopd.backbone.cpu import vllm_delta_rule
+from vopd.backbone.cpu.vllm_blocks import clear_used_blocks
 from vopd.backbone.launch import environment
-from vopd.chat import NoAnswerError
+from vopd.common import chat_client as chat
+from vopd.common import images, loopback, model_folder, temporary
+from vopd.common.chat_client import NoAnswerError
+from vopd.common.seeding import request_seed
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import PICTURES
-from vopd.preflight import check_model_folder
-from vopd.seeding import request_seed
 from vopd.views import VIEWS, Messages
-from vopd.vllm_blocks import clear_used_blocks
 
 GIB = 2**30
 
@@ -115,7 +116,7 @@ class Resizing:
 
 
 class Endpoint:
-    """Any OpenAI-compatible server (`vopd.chat`)."""
+    """Any OpenAI-compatible server (`vopd.common.chat_client`)."""
 
     def __init__(self, url: str, model: str, sampling: Sampling, timeout: float) -> None:
         self._server = chat.Server(url, timeout)
@@ -163,7 +164,7 @@ class Endpoint:
 
 def _data_url(picture: bytes) -> tuple[str, tuple[int, int]]:
     """A picture as a request holds it, and its size as shown; no pixels are kept while the answer is waited for."""
-    file = pictures.portable(picture, PICTURES)
+    file = images.portable(picture, PICTURES)
     return f"data:{file.media};base64,{base64.b64encode(file.content).decode()}", file.shown.size
 
 
@@ -206,8 +207,8 @@ class LocalEngine:
         import torch
 
         if Path(model).is_dir():
-            preflight.check_model_folder(Path(model))
-        place = scratch.for_this_process()
+            model_folder.check(Path(model))
+        place = temporary.for_this_process()
         os.environ.update(loopback.start(place))
         device = "cuda" if torch.cuda.is_available() else "cpu"
         os.environ.update(environment(OmegaConf.create({"hardware": {"device": device}})))
@@ -219,7 +220,7 @@ class LocalEngine:
 
         logging.set_verbosity_error()
         try:
-            self._processor = preflight.load_processor(model)
+            self._processor = model_folder.load_processor(model)
             self._resizing = Resizing(model)
         except (OSError, ValueError) as error:
             raise UserError(
@@ -268,7 +269,7 @@ class LocalEngine:
 
     async def answer(self, key: str, view: str, picture: bytes, prompt: str) -> Reply:
         """Queue one question and wait for its answer."""
-        image = await asyncio.to_thread(pictures.decode, picture, PICTURES)
+        image = await asyncio.to_thread(images.decode, picture, PICTURES)
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Any] = loop.create_future()
         start = time.perf_counter()
@@ -328,7 +329,7 @@ class LocalEngine:
 def _check_model(model: str) -> None:
     """Refuse a folder that is no whole model, and an id that the hub (or its cache here) does not have."""
     if Path(model).is_dir():
-        check_model_folder(Path(model))
+        model_folder.check(Path(model))
         return
     import httpx
     from huggingface_hub import hf_hub_download
@@ -355,7 +356,7 @@ def engine_settings(model: str, device: str, concurrency: int, seed: int) -> dic
         "seed": seed,
         "load_format": "safetensors",
         "trust_remote_code": False,
-        "worker_extension_cls": "vopd.loopback.Worker",
+        "worker_extension_cls": "vopd.common.loopback.Worker",
     }
     if device != "cpu":
         return common

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from vopd.backbone import sockets
+from vopd.backbone import weight_sockets
+from vopd.backbone.cpu.vllm_blocks import zero_blocks
 from vopd.backbone.rendering import render
 from vopd.backbone.vllm_worker import CPUWorkerExtension
 from vopd.views import VIEWS
-from vopd.vllm_blocks import zero_blocks
 
 IMAGE, VIDEO = 5, 6
 
@@ -169,13 +169,13 @@ def test_two_runs_on_one_machine_sync_over_sockets_of_their_own(monkeypatch: pyt
     trainers = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
     seen = set()
     for _ in range(2):
-        monkeypatch.setenv(sockets.VARIABLE, sockets.token())
-        assert made._get_zmq_handle() == sockets.own(trainers)
+        monkeypatch.setenv(weight_sockets.VARIABLE, weight_sockets.token())
+        assert made._get_zmq_handle() == weight_sockets.own(trainers)
         seen.add(made._get_zmq_handle())
     assert len(seen) == 2
 
 
 def test_a_process_without_its_runs_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(sockets.VARIABLE, raising=False)
-    with pytest.raises(KeyError, match=sockets.VARIABLE):
-        sockets.own("ipc:///tmp/x.sock")
+    monkeypatch.delenv(weight_sockets.VARIABLE, raising=False)
+    with pytest.raises(KeyError, match=weight_sockets.VARIABLE):
+        weight_sockets.own("ipc:///tmp/x.sock")
