@@ -17,47 +17,19 @@ from omegaconf import DictConfig, OmegaConf
 from vopd.backbone import stop_requests, weight_sockets
 from vopd.backbone.cpu import fork_server
 from vopd.backbone.progress import Progress
-from vopd.common import heartbeat, processes, temporary
-from vopd.common.failures import FAILURE, ExplainedError, explain, hand_over
+from vopd.common import heartbeat, library_environment, processes, temporary
+from vopd.common.failures import ExplainedError, explain, hand_over
 from vopd.common.redaction import redacted
 
-__all__ = ["FAILURE", "environment", "main", "train"]
 LOG_BYTES = 1 << 22
 STOPPED = 130
-
-
-def environment(run: DictConfig) -> dict[str, str]:
-    """Variables that verl, Ray and vLLM read when they are imported, in this process and in every Ray worker."""
-    common = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        # Ray runs its workers at niceness 15, behind everything else on a shared machine.
-        "RAY_worker_niceness": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARN",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQ_NUM_THREADS": "1",
-    }
-    if run.hardware.device != "cpu":
-        return common
-    return common | {
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        # The trainer uses more (worker.py). Threads that spin while they wait take the cores from everything else.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "TORCHDYNAMO_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 def train(run_dir: Path) -> None:
     """Run the training that RUN_DIR/config.yaml describes, to its end."""
     run = OmegaConf.load(run_dir / "config.yaml")
     assert isinstance(run, DictConfig)
-    os.environ.update(environment(run))
+    os.environ.update(library_environment.variables(run.hardware.device))
     # Where verl's trackers write; without these it would be the current folder.
     os.environ.update(TENSORBOARD_DIR=str(run_dir / "tensorboard"), WANDB_DIR=str(run_dir))
     progress = Progress(run_dir)

@@ -17,6 +17,7 @@ from collections.abc import Coroutine, Iterable, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any
 
 import httpx
@@ -169,6 +170,7 @@ class Server:
         tries: how often a request is sent before an outage is its end.
         first_wait_s: seconds between tries, with jitter, doubled each time; a server may ask for others.
         longest_wait_s: the most these grow to.
+        socket: of a server on this machine that listens at a Unix socket; the address is then but a name.
 
     Raises:
         UserError: an address that is none; a proxy in the environment, or a key, that cannot be used.
@@ -181,13 +183,14 @@ class Server:
         tries: int = 5,
         first_wait_s: float = 0.5,
         longest_wait_s: float = 8.0,
+        socket: Path | None = None,
     ) -> None:
         address = _address(url)
         self.name = str(address.copy_with(userinfo=b""))
         self._url = f"{str(address).rstrip('/')}/chat/completions"
         self._timeout_s, self._tries = timeout_s, tries
         self._backoff = wait_random_exponential(first_wait_s, longest_wait_s)
-        self._http = _http(address, timeout_s)
+        self._http = _http(address, timeout_s, socket)
 
     async def complete(self, body: Mapping[str, Any]) -> Completion:
         """The reply to one request.
@@ -294,7 +297,7 @@ def _is_local(host: str) -> bool:
     return address.is_loopback or address.is_unspecified
 
 
-def _http(address: httpx.URL, timeout_s: float) -> httpx.AsyncClient:
+def _http(address: httpx.URL, timeout_s: float, socket: Path | None = None) -> httpx.AsyncClient:
     """A client that goes through the environment's proxies, but never to this machine itself."""
     key = os.environ.get("OPENAI_API_KEY") or "none"
     if not (key.isascii() and key.isprintable() and key == key.strip()):
@@ -308,7 +311,8 @@ def _http(address: httpx.URL, timeout_s: float) -> httpx.AsyncClient:
     # How many requests are under way is the caller's to bound.
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
     # With a transport of its own a client leaves the environment's proxies alone.
-    own = httpx.AsyncHTTPTransport(limits=limits) if _is_local(address.host) else None
+    local = socket is not None or _is_local(address.host)
+    own = httpx.AsyncHTTPTransport(limits=limits, uds=str(socket) if socket else None) if local else None
     try:
         return httpx.AsyncClient(headers=headers, timeout=timeout_s, limits=limits, transport=own)
     except ImportError as error:  # httpx's word for a SOCKS proxy without socksio

@@ -45,7 +45,6 @@ NOT_ASKING = (
 """Settings that may change answers are in the sections ASKING, but for these: they are greedy, and asked at the end."""
 CODE = ("vopd", "baselines", "data")
 SCORING = ("vopd/evaluation/scoring",)
-LAUNCHING = ("vopd/backbone/launch.py",)
 TRAINING = ("vopd/backbone/**/*.py", "vopd/backbone/*.yaml")
 """Where the training process starts; verl and Ray load these files by name, the others are imported from them."""
 

@@ -1,6 +1,6 @@
 """`python -m vopd.evaluation.evaluate model=... benchmarks=[...] [key=value ...]`: ask what is missing, score, print the table.
 
-Without `endpoint` vLLM's engine runs in this process. Results land in <out>/<model>/<benchmark>/: records.jsonl (one
+Without `endpoint` a `vllm serve` of the model is started (`server.py`) and ended. Results land in <out>/<model>/<benchmark>/: records.jsonl (one
 line per answer, appended as it arrives), settings.json and summary.json. An interrupted evaluation goes on where it
 was; a finished one is only scored again. docs/evaluation.md says what the figures mean.
 """
@@ -12,6 +12,8 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -23,15 +25,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vopd import bounds
 from vopd.bounds import above, within
-from vopd.common import caches, environment_checks, fingerprint, provenance
+from vopd.common import caches, environment_checks, fingerprint, model_folder, provenance
 from vopd.common.chat_client import one_line
 from vopd.common.dotlist import merge
 from vopd.common.paths import ROOT
 from vopd.common.redaction import check_address, redacted
 from vopd.common.terminal import Terminal, say
 from vopd.errors import UserError
-from vopd.evaluation import asking, benchmark, judge, metrics, results
-from vopd.evaluation.engines import Endpoint, Engine, LocalEngine, Sampling
+from vopd.evaluation import asking, benchmark, judge, metrics, results, server
+from vopd.evaluation.endpoint import Endpoint, Resizing, Sampling, opens_reasoning, resizing_if_known
 from vopd.evaluation.records import read_answers
 
 INTERRUPTED = 130
@@ -90,14 +92,14 @@ HELP = """usage: python -m vopd.evaluation.evaluate model=FOLDER|ID benchmarks=[
 model        Hugging Face folder or hub id; with endpoint=... the name the server knows the model by
 benchmarks   {known}, or the path of a YAML file
 views        full, crop (the latter where a benchmark has crops)
-endpoint     OpenAI-compatible server, such as http://localhost:8000/v1; without one vLLM runs in this process
+endpoint     OpenAI-compatible server, such as http://localhost:8000/v1; without one, vLLM is started
 rows         only the first so many questions of each benchmark; 0 is all
 data         folder with one folder a benchmark, in the published layout; what is not there is downloaded
 scorer       strict, or official: the published rule, its defects included
 exclude      exclusion lists (JSON): a second, de-overlapped variant of each figure
 judge        endpoint and model of a server that judges what could not be read
 speed        print 1 / mean seconds per question (the paper's Figure 6); use concurrency=1 for one at a time
-vllm.KEY     further arguments of vLLM's engine, such as vllm.tensor_parallel_size=4
+vllm.KEY     further options of `vllm serve`, such as vllm.tensor_parallel_size=4
 
 Settings and their defaults:
 
@@ -191,13 +193,10 @@ class Evaluation:
         if not todo:
             self.console.print("every question has its record; nothing is asked")
             return []
-        engine = self._engine()
-        try:
-            return asyncio.run(self._ask(engine, todo))
-        finally:
-            engine.close()
+        with self._endpoint() as endpoint:
+            return asyncio.run(self._ask(endpoint, todo))
 
-    async def _ask(self, engine: Engine, todo: dict[str, list[Any]]) -> list[str]:
+    async def _ask(self, endpoint: Endpoint, todo: dict[str, list[Any]]) -> list[str]:
         """One event loop for all benchmarks: a client's connections belong to the loop that opened them."""
         failures: list[str] = []
         for questions in self.sets:
@@ -208,20 +207,35 @@ class Evaluation:
                 line = bar.add_task(results.plain(questions.spec.title), total=len(left))
                 advance = partial(bar.advance, line)
                 records, at_once = folder / "records.jsonl", self.settings.concurrency
-                failures += await asking.ask(engine, questions, left, records, at_once, advance)
+                failures += await asking.ask(endpoint, questions, left, records, at_once, advance)
         return failures
 
-    def _engine(self) -> Engine:
+    @contextmanager
+    def _endpoint(self) -> Iterator[Endpoint]:
+        """The server that was named, or one of our own for as long as the questions last."""
         s = self.settings
         sampling = Sampling(s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         if s.endpoint:
-            return Endpoint(s.endpoint, s.model, sampling, s.timeout)
+            yield Endpoint(s.endpoint, s.model, sampling, s.timeout, resizing_if_known(s.model))
+            return
         for note in environment_checks.prepare_engine(
             os.environ, ROOT / ".cache", environment_checks.machine("cpu")
         ):
             self.console.print(note, markup=False, soft_wrap=True)
-        self.console.print("starting vLLM")
-        return LocalEngine(s.model, sampling, s.concurrency, s.vllm)
+        server.check_model(s.model)
+        try:
+            processor = model_folder.load_processor(s.model)
+            resizing = Resizing(s.model)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"model={s.model}: has no processor that can be loaded ({one_line(str(error), 300)})."
+            ) from error
+        caches.results_folder(self.folder, "out=...")
+        log = self.folder / "vllm.log"
+        self.console.print(f"starting vLLM (log: {log})", soft_wrap=True)
+        with server.started(s.model, s.concurrency, s.seed, s.vllm, log) as socket:
+            opens = opens_reasoning(processor, s.thinking)
+            yield Endpoint(server.URL, s.model, sampling, s.timeout, resizing, opens, socket)
 
     def _claim(self, questions: benchmark.Questions, folder: Path) -> None:
         """Refuse a folder whose records were answered under other settings; else write the settings down."""
@@ -272,8 +286,11 @@ class Evaluation:
 
         Scoring is not among them: figures are computed anew from the responses each time.
         """
+        # vLLM loads the patches for CPUs by name.
+        started = ("evaluation/server.py", "backbone/cpu/patches.py")
+        own_server = [] if self.settings.endpoint else [ROOT / "vopd" / name for name in started]
         code = fingerprint.files(
-            [ROOT / "vopd" / "evaluation" / "engines.py"], but=fingerprint.SCORING + fingerprint.LAUNCHING
+            [ROOT / "vopd" / "evaluation" / "endpoint.py", *own_server], but=fingerprint.SCORING
         )
         own = {} if self.settings.endpoint else fingerprint.libraries()
         return {**code, "content of the files": questions.content_hash(), **own}

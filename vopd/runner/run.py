@@ -21,8 +21,15 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from vopd.backbone import checkpoints
-from vopd.backbone.launch import environment
-from vopd.common import caches, environment_checks, fingerprint, loopback, provenance, temporary
+from vopd.common import (
+    caches,
+    environment_checks,
+    fingerprint,
+    library_environment,
+    loopback,
+    provenance,
+    temporary,
+)
 from vopd.common.failures import FAILURE, Failure
 from vopd.common.terminal import Terminal, say
 from vopd.config import ROOT, load
@@ -200,10 +207,9 @@ class Run:
 
         config = self.config
         checked_record(self.method)
+        variables = library_environment.variables(config.hardware.device)
         here = environment_checks.machine(config.hardware.device)
-        for note in environment_checks.prepare_run(
-            config, os.environ, environment(config), caches.place(), here
-        ):
+        for note in environment_checks.prepare_run(config, os.environ, variables, caches.place(), here):
             self.console.print(note, markup=False, soft_wrap=True)
         environment_checks.check_disk(self.folder, config.hardware.disk_gib)
         environment_checks.check_memory(config.hardware.memory_gib, config.profile)
@@ -320,7 +326,11 @@ class Run:
             f"starting Ray, the trainer and vLLM (log: {self.folder / 'log.txt'})"
         )
         with temporary.scratch() as place:
-            env = {**os.environ, **environment(self.config), **temporary.environment(place)}
+            env = {
+                **os.environ,
+                **library_environment.variables(self.config.hardware.device),
+                **temporary.environment(place),
+            }
             if self.config.hardware.nodes == 1:
                 env |= loopback.start(place)
             command = supervisor.python("-m", "vopd.backbone.launch", str(self.folder))

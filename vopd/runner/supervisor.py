@@ -147,8 +147,9 @@ def _run(
                         peak = max(peak, sum(map(_memory, tree)) / GIB)
             break
         except KeyboardInterrupt:
-            if asked:
-                _stop(child, tree)
+            if asked:  # at once: what is not saved is lost, and nothing is waited for
+                os.killpg(child.pid, signal.SIGKILL)
+                child.wait()
                 raise
             asked = True
             console.print("stopping after a checkpoint; once more (Ctrl-C) stops at once", soft_wrap=True)

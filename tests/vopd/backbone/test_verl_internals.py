@@ -17,12 +17,13 @@ import torch
 from omegaconf import OmegaConf
 
 from vopd.backbone import verl_internals
+from vopd.backbone.cpu.vllm_worker import CPUWorkerExtension
 from vopd.backbone.engine import ScoringEngine
 from vopd.backbone.replay_buffer import GroupBuffer
 from vopd.backbone.rollout import ViewRolloutManager, ViewRolloutWorker
 from vopd.backbone.rollout_servers import CountingClient, ServerManager
 from vopd.backbone.trainer import Trainer
-from vopd.backbone.vllm_worker import CPUWorkerExtension, WorkerExtension
+from vopd.backbone.vllm_worker import WorkerExtension
 from vopd.backbone.worker import MethodWorker, ScoringTrainingWorker
 from vopd.config import ROOT, load
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vopd.config import ROOT
 from vopd.evaluation import asking, evaluate
-from vopd.evaluation.engines import Resizing
+from vopd.evaluation.endpoint import Resizing
 from vopd.evaluation.records import read_records
 
 BASE = ROOT / "data" / "miniature" / "base"

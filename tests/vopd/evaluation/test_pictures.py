@@ -1,15 +1,12 @@
-"""A picture has the same pixels in training, in an evaluation in this process, and behind a server (vLLM's decoder)."""
+"""A picture has the same pixels in training and behind a server (vLLM's decoder)."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
 import io
-import queue
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from vopd.backbone.rollout import decode
 from vopd.common import images
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, evaluate
-from vopd.evaluation.engines import Endpoint, LocalEngine, Sampling
+from vopd.evaluation.endpoint import Endpoint, Sampling
 from vopd.evaluation.records import read_records
 from vopd.views import VIEWS
 
@@ -44,39 +41,12 @@ def trained_on(content: bytes, view: str) -> Image.Image:
     return VIEWS[view](decoded)[0]["content"][0]["image"]
 
 
-def asked_here(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """What vLLM's engine in this process is given, and the size in the record."""
-    given: list[Any] = []
-
-    def step() -> list[Any]:
-        completion = SimpleNamespace(text="A", token_ids=[1], finish_reason="stop")
-        return [
-            SimpleNamespace(request_id="0", finished=True, outputs=[completion], prompt_token_ids=[0] * 7)
-        ]
-
-    def enqueue(prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[str]:
-        given.extend(prompts)
-        return ["0-x"]
-
-    engine = object.__new__(LocalEngine)
-    engine.llm = SimpleNamespace(enqueue=enqueue, llm_engine=SimpleNamespace(step=step))
-    engine._sampling, engine._params = SAMPLING, lambda **values: values
-    engine._processor = SimpleNamespace(apply_chat_template=lambda chat, **_: "What?")
-    engine._resizing = lambda width, height: (width, height)
-    engine._failure, engine._inbox = None, queue.Queue()
-    engine._thread = threading.Thread(target=engine._serve, daemon=True)
-    engine._thread.start()
-    reply = asyncio.run(engine.answer("q", "full", content, "What?"))
-    engine.close()
-    return given[0]["multi_modal_data"]["image"][0], reply.image_in
-
-
 @pytest.mark.parametrize("kind", ALL)
-def test_pixels_are_the_same_in_training_and_in_an_evaluation_here(kind: str) -> None:
+def test_pixels_are_the_same_in_training_and_where_an_evaluation_decodes(kind: str) -> None:
     content, expected = ALL[kind]
     size = expected.shape[1], expected.shape[0]
-    here, recorded = asked_here(content)
-    assert (here.mode, here.info, recorded) == ("RGB", {}, size)
+    here = images.decode(content, benchmark.PICTURES)
+    assert (here.mode, here.info, here.size) == ("RGB", {}, size)
     assert np.array_equal(np.asarray(here), expected)
     if kind in kinds.KINDS:
         for view in ("full", "crop"):
@@ -225,8 +195,3 @@ def test_a_missing_picture_does_not_keep_a_clustered_benchmark_from_loading(
     assert len(set(clusters)) == 4 and clusters[2] == clusters[3] != clusters[4] == clusters[7]
     with pytest.raises(images.PictureError, match="is not there"):
         questions.picture(questions.questions[0], "full")
-
-
-def test_a_bad_picture_in_this_process_leaves_the_engine_alone() -> None:
-    with pytest.raises(images.PictureError, match="is not a whole image"):
-        asked_here(kinds.BROKEN["JPEG cut short"][0])

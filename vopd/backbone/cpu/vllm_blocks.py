@@ -21,6 +21,11 @@ def zero_blocks(caches: list[Any], num_blocks: int, block_ids: list[int]) -> Non
             cache.view(-1, slots, *cache.shape[1:])[index] = 0
 
 
-def clear_used_blocks(runner: Any) -> None:
-    """Give a vLLM CPU model runner the clearing of blocks that it lacks."""
-    runner._zero_block_ids = lambda ids: zero_blocks(runner.kv_caches, runner.kv_cache_config.num_blocks, ids)
+def install() -> None:
+    """Give vLLM's model runner on CPU the clearing of blocks that it lacks."""
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    def _zero_block_ids(self: Any, ids: list[int]) -> None:
+        zero_blocks(self.kv_caches, self.kv_cache_config.num_blocks, ids)
+
+    CPUModelRunner._zero_block_ids = _zero_block_ids
