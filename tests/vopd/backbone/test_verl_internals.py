@@ -102,12 +102,6 @@ OVERRIDES = [
     (
         CPUWorkerExtension,
         WorkerExtension.__mro__[1],
-        "monkey_patch_model",
-        "self vocab_size banned_token_ids",
-    ),
-    (
-        CPUWorkerExtension,
-        WorkerExtension.__mro__[1],
         "update_weights_from_ipc",
         "self peft_config base_sync_done use_shm",
     ),

@@ -58,6 +58,7 @@ class Model:
 
 def extension(model: Model) -> CPUWorkerExtension:
     made = object.__new__(CPUWorkerExtension)
+    made.model_runner = SimpleNamespace(model=model)
     made._iter_all_models = lambda: [model]
     return made
 

@@ -17,7 +17,7 @@ from vopd.config import ROOT
 BUSY = """
 import asyncio, sys, time
 from vopd.common import heartbeat
-vitals.BEAT_SECONDS, vitals.SILENCE_SECONDS = 0.05, 0.6
+heartbeat.BEAT_SECONDS, heartbeat.SILENCE_SECONDS = 0.05, 0.6
 
 def score():
     while True:

@@ -291,7 +291,7 @@ def test_a_signal_is_waited_out_until_the_run_has_tidied_up(
             children[0].send_signal(number)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(compare.watch, "python", lambda *words: [sys.executable, "-c", TIDIES])
+    monkeypatch.setattr(compare.supervisor, "python", lambda *words: [sys.executable, "-c", TIDIES])
     monkeypatch.setattr(compare.subprocess, "Popen", start)
     # As python starts: pytest-xdist's workers leave Ctrl-C to their controller.
     usual = [

@@ -156,9 +156,9 @@ TERMINAL = """
 import os, sys
 from pathlib import Path
 from rich.console import Console
-from vopd import watch
+from vopd.runner import supervisor
 folder = Path(sys.argv[1])
-watch.run(watch.python(str(folder / "script.py"), str(folder)), folder, dict(os.environ), folder, Console())
+supervisor.run(supervisor.python(str(folder / "script.py"), str(folder)), folder, dict(os.environ), folder, Console())
 """
 
 
