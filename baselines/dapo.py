@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.backbone.policy_gradient import TOKEN_MEAN, policy_loss
 from vopd.bounds import above
 from vopd.divergence import sampled_token_log_prob
-from vopd.method import Method, Rollout, Rollouts, UpdateBatch
+from vopd.method import Method, Rollout, Rollouts, ScoreChunk, UpdateBatch
 
 
 @dataclass

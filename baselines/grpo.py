@@ -17,11 +17,10 @@ from typing import Any
 
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.backbone.policy_gradient import SEQUENCE_MEAN, aggregate, k3, policy_loss
 from vopd.bounds import above, within
 from vopd.divergence import sampled_token_log_prob
-from vopd.method import Method, Scorer, UpdateBatch
+from vopd.method import Method, ScoreChunk, Scorer, UpdateBatch
 
 
 @dataclass

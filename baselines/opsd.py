@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.bounds import above, one_of, within
 from vopd.divergence import divergence_name, pointwise_forward_kl, top_k_tail_divergence
 from vopd.errors import UserError
-from vopd.method import WEIGHTS, Method, Scorer, UpdateBatch, sequence_mean
+from vopd.method import WEIGHTS, Method, ScoreChunk, Scorer, UpdateBatch, sequence_mean
 from vopd.views import VIEWS
 
 

@@ -15,10 +15,9 @@ from typing import Any
 
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.bounds import one_of
 from vopd.divergence import sampled_token_log_prob
-from vopd.method import Method, Rollout, Rollouts, UpdateBatch, sequence_mean
+from vopd.method import Method, Rollout, Rollouts, ScoreChunk, UpdateBatch, sequence_mean
 from vopd.views import VIEWS
 
 

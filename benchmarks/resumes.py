@@ -25,7 +25,8 @@ import psutil
 from benchmarks.kills import ROWS, lines, numbers
 from data import schema, validate
 from data.miniature import prepare
-from vopd import checkpoints, processes
+from vopd.backbone import checkpoints
+from vopd.common import processes
 from vopd.evaluation.records import read_records
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +57,7 @@ class Case:
         ]
         with self.terminal.open("ab") as terminal:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "vopd.run", "vision_opd", *given],
+                [sys.executable, "-P", "-m", "vopd.runner.run", "vision_opd", *given],
                 stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, cwd=ROOT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip

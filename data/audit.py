@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from data import schema
 from data.near_duplicates import perceptual_hash
-from vopd import ownership
+from vopd.common import ownership
+from vopd.common.terminal import say, visible
 from vopd.errors import UserError
-from vopd.terminal import say, visible
 
 # Measured on photographs and generated scenes: copies are up to 16 bits of 64 apart (a frame on a page of text),
 # others 14 and more; copies correlate by 0.81 and more, others by 0.13 at most.

@@ -24,10 +24,10 @@ import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from data import tables
-from vopd import caches, ownership, pictures
+from data import parquet_files
+from vopd.common import caches, images, ownership
+from vopd.common.provenance import hash_contents
 from vopd.errors import UserError
-from vopd.provenance import hash_contents
 
 FEATURES = Features(
     {
@@ -51,11 +51,11 @@ FEATURES = Features(
 COLUMNS = tuple(FEATURES)
 IMAGES = ("image", "crop")
 ALL_IMAGES = ("image", "original", "crop")
-FORMATS = pictures.FORMATS
-MAX_PIXELS = pictures.MAX_PIXELS
-MAX_BYTES = pictures.MAX_BYTES
-ImageTooLargeError = pictures.ImageTooLargeError
-BATCH_BYTES = tables.BATCH_BYTES
+FORMATS = images.FORMATS
+MAX_PIXELS = images.MAX_PIXELS
+MAX_BYTES = images.MAX_BYTES
+ImageTooLargeError = images.ImageTooLargeError
+BATCH_BYTES = parquet_files.BATCH_BYTES
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -104,7 +104,7 @@ class Triplet(TypedDict):
 
 def encode(picture: PILImage.Image) -> dict[str, Any]:
     """A PIL image as the PNG bytes a row carries."""
-    return {"bytes": pictures.png(picture), "path": None}
+    return {"bytes": images.png(picture), "path": None}
 
 
 def image_file(path: str, folder: Path) -> Path:
@@ -143,14 +143,14 @@ def image_bytes(cell: Mapping[str, Any], folder: Path) -> bytes:
     return bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder).read_bytes()
 
 
-def open_image(cell: Mapping[str, Any], folder: Path) -> pictures.Picture:
+def open_image(cell: Mapping[str, Any], folder: Path) -> images.Picture:
     """The image of a cell, header read, pixels not yet decoded: `.size` is known, `.rgb()` decodes.
 
     Raises:
         UserError: no image, or a format outside `FORMATS`.
         ImageTooLargeError: more than `MAX_PIXELS` pixels.
     """
-    return pictures.open_picture(bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder))
+    return images.open_picture(bytes(cell["bytes"]) if cell.get("bytes") else _file_of(cell, folder))
 
 
 def outline(row: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _wanted(columns: Sequence[str]) -> pa.Schema:
     return pa.schema([FEATURES.arrow_schema.field(name) for name in columns])
 
 
-def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tables.Row]:
+def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[parquet_files.Row]:
     """Encoded rows of a split, few in memory at a time, with what could not be read of them in their `problems`.
 
     Raises:
@@ -267,8 +267,8 @@ def examined(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[tables.Ro
     """
     wanted = _wanted(columns)
     for file in shards(path):
-        with tables.opened(file, wanted) as source:
-            yield from tables.rows(source, file, wanted)
+        with parquet_files.opened(file, wanted) as source:
+            yield from parquet_files.rows(source, file, wanted)
 
 
 def rows(path: Path, columns: Sequence[str] = COLUMNS) -> Iterator[dict[str, Any]]:
@@ -283,17 +283,17 @@ def rows_at(
     """Some rows of a split by their numbers (from 0), in order; row groups without one of them are not read."""
     wanted, first = _wanted(columns), 0
     for file in shards(path):
-        with tables.opened(file, wanted) as source:
+        with parquet_files.opened(file, wanted) as source:
             for group in range(source.metadata.num_row_groups):
                 size = source.metadata.row_group(group).num_rows
                 here = [n - first for n in numbers if first <= n < first + size]
                 if here:
-                    found = islice(tables.rows(source, file, wanted, [group]), max(here) + 1)
+                    found = islice(parquet_files.rows(source, file, wanted, [group]), max(here) + 1)
                     yield from (_whole(row, path, first + i) for i, row in enumerate(found) if i in here)
                 first += size
 
 
-def _whole(row: tables.Row, path: Path, number: int) -> dict[str, Any]:
+def _whole(row: parquet_files.Row, path: Path, number: int) -> dict[str, Any]:
     """The row; `UserError` if something of it could not be read."""
     for column, reason in row.problems:
         raise UserError(f"{path}: row {row.get('id') or number}, column {column!r} {reason}.")
@@ -304,7 +304,7 @@ def count_rows(path: Path, columns: Sequence[str] = ()) -> int:
     """Number of rows of a split, from the files' footers; `UserError` if one lacks any of `columns`."""
     total = 0
     for file in shards(path):
-        with tables.opened(file, _wanted(columns)) as source:
+        with parquet_files.opened(file, _wanted(columns)) as source:
             total += source.metadata.num_rows
     return total
 
@@ -329,13 +329,13 @@ def split_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _paths(path: Path) -> Iterator[tables.Row]:
+def _paths(path: Path) -> Iterator[parquet_files.Row]:
     """Image cells of a split without their bytes."""
     cell = pa.struct([("path", pa.string())])
     wanted = pa.schema([(column, cell) for column in ALL_IMAGES])
     for file in shards(path):
-        with tables.opened(file, wanted) as source:
-            yield from tables.rows(source, file, wanted)
+        with parquet_files.opened(file, wanted) as source:
+            yield from parquet_files.rows(source, file, wanted)
 
 
 # ---- writing --------------------------------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ def encoded(files: Sequence[Path]) -> Dataset:
         [str(file) for file in files],
         features=features,
         columns=list(features),
-        batch_size=tables.MOST_ROWS,
+        batch_size=parquet_files.MOST_ROWS,
         keep_in_memory=False,
         cache_dir=str(caches.workspace("datasets", hash_contents(files))),
     )

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 
 from data.synthesis import config
 from data.synthesis.pipeline import synthesize
+from vopd.common.terminal import say
 from vopd.errors import UserError
-from vopd.terminal import say
 
 
 def main(words: list[str]) -> int:

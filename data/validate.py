@@ -2,7 +2,7 @@
 
 PATH is a folder of splits (or one parquet file). Every row is read once, its images decoded, and compared with what a
 triplet promises; then the set as a whole. Findings are listed by kind with row ids. Kinds that block keep the folder
-from its stamp (`data/stamp.py`), without which training refuses it. `--quarantine OUT` writes the rows without a
+from its stamp (`data/validation_stamp.py`), without which training refuses it. `--quarantine OUT` writes the rows without a
 blocking finding to OUT (a new folder, or one of an earlier quarantine), the others' ids and reasons to
 OUT/quarantined.jsonl, and validates OUT.
 
@@ -29,13 +29,14 @@ from PIL import Image
 from scipy.special import chdtrc
 from tqdm import tqdm
 
-from data import crop_match, markers, near_duplicates, schema, stamp, transforms
-from vopd import ownership
+from data import control_tokens as markers
+from data import crop_match, near_duplicates, schema, transforms, validation_stamp
+from vopd.common import ownership
+from vopd.common.terminal import say, visible
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, is_correct
 from vopd.evaluation.scoring.parsed import unparsed
-from vopd.preflight import prompt_lengths
-from vopd.terminal import say, visible
+from vopd.prompt_lengths import prompt_lengths
 
 BLOCKING = {
     "schema": "a column is empty or holds what it may not: another type, text that is not UTF-8 or too long",
@@ -424,9 +425,9 @@ def stamped(folder: Path, prompts: Prompts | None = None) -> Report:
     """Validates a folder and gives it a stamp, or takes the one it has away if a finding blocks."""
     report = validate(splits_of(folder), prompts)
     if report.blocking:
-        stamp.remove(folder)
+        validation_stamp.remove(folder)
     else:
-        stamp.write(folder, report.rows, report.hashes, report.warnings)
+        validation_stamp.write(folder, report.rows, report.hashes, report.warnings)
     return report
 
 
@@ -435,7 +436,7 @@ def check_quarantine(folder: Path, out: Path) -> None:
     places = folder.resolve(), out.resolve()
     if places[0].is_relative_to(places[1]) or places[1].is_relative_to(places[0]):
         raise UserError(f"{out}: is the data set itself, or inside of it; give --quarantine another folder.")
-    ownership.check(out, MAKER, working=(stamp.NAME,))
+    ownership.check(out, MAKER, working=(validation_stamp.NAME,))
 
 
 def quarantine(paths: Iterable[Path], report: Report, out: Path) -> None:
@@ -453,8 +454,8 @@ def quarantine(paths: Iterable[Path], report: Report, out: Path) -> None:
     paths = list(paths)
     for path in paths:
         check_quarantine(path.parent, out)
-    with ownership.held(out, MAKER, (stamp.NAME,)) as owned:
-        stamp.remove(out)
+    with ownership.held(out, MAKER, (validation_stamp.NAME,)) as owned:
+        validation_stamp.remove(out)
         owned.clear()
         for path in paths:
             good = (row for i, row in enumerate(schema.examined(path)) if (path.stem, i) not in bad)
@@ -485,12 +486,12 @@ def _with_files(
 
 def prompts_for(model: str, limit: int) -> Prompts:
     """The processor of a model folder or hub id."""
-    from vopd import preflight  # slow to import, and needed with --model only
+    from vopd.common import model_folder  # slow to import, and needed with --model only
 
     try:
         if Path(model).is_dir():
-            preflight.check_model_folder(Path(model))
-        return Prompts(preflight.load_processor(model), limit)
+            model_folder.check(Path(model))
+        return Prompts(model_folder.load_processor(model), limit)
     except (OSError, ValueError) as error:
         raise UserError(f"{model}: no processor could be loaded ({str(error).splitlines()[0]}).") from error
 

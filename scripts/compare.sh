@@ -6,4 +6,4 @@ bash "$root/scripts/setup.sh"
 # Some systems forbid Python to keep compiled modules; every start would then compile the libraries for a minute.
 unset PYTHONDONTWRITEBYTECODE
 # -P: a folder named `data` where the user stands must not hide ours.
-exec "$root/.venv/bin/python" -P -m vopd.compare "$@"
+exec "$root/.venv/bin/python" -P -m vopd.runner.series "$@"

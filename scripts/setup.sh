@@ -72,7 +72,7 @@ install_packages() {
 
 install_ourselves() {
     $PY -m uv pip install --python $PY --no-deps --no-build-isolation --offline --editable . &>>"$LOG" &&
-        $PY -m vopd.vllm_alias &>>"$LOG" &&
+        $PY -m vopd.backbone.cpu.vllm_alias &>>"$LOG" &&
         $PY -c 'import torch, hydra, PIL, pyarrow, vopd, baselines, data' &>>"$LOG" ||
         fail "the installed packages do not load; remove .venv and start again (details: $LOG)."
 }

@@ -18,16 +18,15 @@ from data import audit, schema, synthesize, validate
 from data.miniature import prepare as miniature
 from data.synthesis.config import load as synthesis_settings
 from data.vision_opd_6k import prepare as vision_opd_6k
-from vopd import compare
-from vopd.backbone.head import ScoreChunk
 from vopd.config import ROOT, load
 from vopd.errors import UserError
-from vopd.evaluate import settings_of
 from vopd.evaluation.benchmark import FOLDER, find
+from vopd.evaluation.evaluate import settings_of
 from vopd.evaluation.scoring import table as scoring_table
-from vopd.method import Method, UpdateBatch, build
+from vopd.method import Method, ScoreChunk, UpdateBatch, build
 from vopd.report import __main__ as report
 from vopd.report.__main__ import words as report_words
+from vopd.runner import series
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 DOCUMENTS.append(ROOT / "data" / "miniature" / "base" / "README.md")
@@ -75,7 +74,7 @@ def refusals(document: Path) -> list[str]:
             recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
             load(recipe, [word for word in words[3:] if word != "--help"])
         elif words[1] == "scripts/compare.sh":
-            recipes, seeds, settings = compare.words(words[2:])
+            recipes, seeds, settings = series.words(words[2:])
             for recipe in recipes:
                 load(recipe, [*settings, f"seed={seeds[0]}"])
     return wrong
@@ -91,7 +90,7 @@ def refused_module(words: list[str]) -> list[str]:
         audit.arguments().parse_args(rest)
     elif name == "vopd.report":
         report_words(rest)
-    elif name == "vopd.evaluate" and rest not in ([], ["--help"]):
+    elif name == "vopd.evaluation.evaluate" and rest not in ([], ["--help"]):
         for benchmark in settings_of(rest).benchmarks:
             find(benchmark)
     return []

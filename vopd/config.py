@@ -19,12 +19,14 @@ from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vopd import bounds, words, yaml_file
+from vopd import bounds
 from vopd.bounds import Each, Range, above, bounded, one_of, within
+from vopd.common import overrides as words
+from vopd.common import yaml_files
+from vopd.common.paths import ROOT
 from vopd.errors import UserError
 from vopd.method import default_settings
 
-ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
 METHOD = "method"
 DEFAULT_PROFILE = "miniature"
@@ -310,7 +312,7 @@ def _sampling_faults(config: DictConfig) -> Iterator[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     """A recipe's or profile's content; its sections are mappings, its `${...}` name keys alone."""
-    content = yaml_file.read(path)
+    content = yaml_files.read(path)
     for key in ("recipe", "recipe_folder", "profile", "hydra"):
         if key in content:
             raise UserError(f"{path}: {key} cannot be set in a file; give it in the command.")

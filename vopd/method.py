@@ -28,8 +28,8 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from vopd import bounds, mistakes, vitals
-from vopd.backbone.head import ScoreChunk
+from vopd import bounds
+from vopd.common import heartbeat, recipe_errors
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
@@ -41,6 +41,20 @@ ADVANTAGES = ("grpo", "gpg", "opo", "reinforce_plus_plus_baseline", "rloo")
 PREPARED = ("weights", "kept", "advantages")
 # Scored beside a method's own outputs; a method may return one itself, to have a gradient through it.
 ALWAYS_SCORED = ("log_prob", "entropy")
+
+
+@dataclass(frozen=True)
+class ScoreChunk:
+    """What a method's `score` sees of C consecutive response tokens (of one row or of several).
+
+    All logits are float32 at temperature 1 over the full vocabulary, and not normalised. Gradient reaches
+    `student_logits_CV` only. `extras` are the per-token tensors of the context, cut to the chunk.
+    """
+
+    student_logits_CV: torch.Tensor
+    scorer_logits: Mapping[str, torch.Tensor]
+    tokens_C: torch.Tensor
+    extras: Mapping[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -244,7 +258,7 @@ def place(method: Method, call: str) -> str:
 @contextmanager
 def calling(method: Method, call: str) -> Iterator[None]:
     """Around a call of a method's function: known while it lasts (`vitals`), and a UserError of it says where it is."""
-    with vitals.calling(f"{call} of the recipe"):
+    with heartbeat.calling(f"{call} of the recipe"):
         try:
             yield
         except UserError as error:
@@ -365,7 +379,7 @@ def load_module(name: str, beside: Path | None = None) -> ModuleType:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
-    with mistakes.told(IMPORTING, path):
+    with recipe_errors.told(IMPORTING, path):
         spec.loader.exec_module(module)
     return module
 
@@ -373,7 +387,7 @@ def load_module(name: str, beside: Path | None = None) -> ModuleType:
 def _import(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
         raise UserError(f"method.module={name!r}: no module's name; give a .py file or a dotted name.")
-    with mistakes.told(IMPORTING):
+    with recipe_errors.told(IMPORTING):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -397,7 +411,7 @@ def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     own = Path(module.__file__) if module.__file__ else None
     kind = _settings_class(module, str(settings["module"]))
     try:
-        with mistakes.told("making the recipe's Settings", own):
+        with recipe_errors.told("making the recipe's Settings", own):
             typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
     except UserError as error:
         cause = error.__cause__
@@ -408,7 +422,7 @@ def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     bounds.check(kind, typed, "method.")
     if not callable(getattr(module, "build", None)):
         raise UserError(f"method.module={settings['module']} has no `build`; see docs/adding_a_recipe.md.")
-    with mistakes.told("making the method", own):
+    with recipe_errors.told("making the method", own):
         method = module.build(typed)
         if not isinstance(method, Method):
             raise UserError(
@@ -427,7 +441,7 @@ def default_settings(module_name: str, beside: Path | None = None) -> dict[str, 
     module = load_module(module_name, beside)
     kind = _settings_class(module, module_name)
     own = Path(module.__file__) if module.__file__ else None
-    with mistakes.told("making the recipe's Settings", own):
+    with recipe_errors.told("making the recipe's Settings", own):
         return {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
 
 

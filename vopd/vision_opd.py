@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.bounds import above, one_of, within
 from vopd.divergence import divergence_name, entropy, top_k_tail_divergence
-from vopd.method import WEIGHTS, Method, Scorer, UpdateBatch, sequence_mean
+from vopd.method import WEIGHTS, Method, ScoreChunk, Scorer, UpdateBatch, sequence_mean
 from vopd.views import VIEWS
 
 

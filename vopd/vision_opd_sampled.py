@@ -14,10 +14,9 @@ from typing import Any
 
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.bounds import above, one_of
 from vopd.divergence import sampled_token_log_prob
-from vopd.method import WEIGHTS, Method, Scorer, UpdateBatch, sequence_mean
+from vopd.method import WEIGHTS, Method, ScoreChunk, Scorer, UpdateBatch, sequence_mean
 from vopd.views import VIEWS
 
 

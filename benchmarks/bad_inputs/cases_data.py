@@ -170,7 +170,7 @@ CASES = (
     _bad_file("validated.json of someone", "not a stamp of data.validate; move it away", lambda folder: [str(
         (_set(folder) / "validated.json").write_text("mine") and folder / "set")]),
     # ---- places that belong to someone
-    Case("run over a set of someone", "vopd.run", _run_on, "run `python -m data.validate"),
+    Case("run over a set of someone", "vopd.runner.run", _run_on, "run `python -m data.validate"),
     Case("miniature over a set of someone", "data.miniature.prepare", lambda folder: ["--out", str(_set(folder))],
          "holds train.parquet, which data.miniature.prepare did not make"),
     Case("published set over a folder of someone", "data.vision_opd_6k.prepare", lambda folder: [
@@ -188,5 +188,5 @@ CASES = (
         "a.parquet", "b.parquet", "--out", str(_mine(folder, "excluded.json"))], "holds excluded.json, which"),
     Case("report over a file of someone", "vopd.report.__main__", lambda folder: [
         str(folder), f"out={_mine(folder, 'table.md')}"], "holds table.md, which vopd.report did not make"),
-    Case("recipe over a link", "vopd.recipe", _dangling, "eyes.py exists"),
+    Case("recipe over a link", "vopd.runner.new_recipe", _dangling, "eyes.py exists"),
 )  # fmt: skip

@@ -35,27 +35,27 @@ def file_in_place(folder: Path) -> str:
 
 CASES = (
     Case(
-        "no GPU shown", "vopd.run", on_gpus, "CUDA_VISIBLE_DEVICES='' shows none",
+        "no GPU shown", "vopd.runner.run", on_gpus, "CUDA_VISIBLE_DEVICES='' shows none",
         environment={"CUDA_VISIBLE_DEVICES": ""},
     ),
     Case(
-        "fewer GPUs shown than asked for", "vopd.run", on_gpus, "needs 2 GPUs, and CUDA_VISIBLE_DEVICES='0' shows",
+        "fewer GPUs shown than asked for", "vopd.runner.run", on_gpus, "needs 2 GPUs, and CUDA_VISIBLE_DEVICES='0' shows",
         environment={"CUDA_VISIBLE_DEVICES": "0"},
     ),
     Case(
-        "several machines without a cluster", "vopd.run", on_machines, "hardware.nodes=2 needs a Ray cluster",
+        "several machines without a cluster", "vopd.runner.run", on_machines, "hardware.nodes=2 needs a Ray cluster",
         environment={"RAY_ADDRESS": ""},
     ),
     Case(
-        "a temporary folder too long for sockets", "vopd.run", words, "too long for the sockets",
+        "a temporary folder too long for sockets", "vopd.runner.run", words, "too long for the sockets",
         environment={"TMPDIR": long_folder},
     ),
     Case(
-        "a temporary folder that is missing", "vopd.run", words, "no such folder; make it, or unset TMPDIR",
+        "a temporary folder that is missing", "vopd.runner.run", words, "no such folder; make it, or unset TMPDIR",
         environment={"TMPDIR": lambda folder: str(folder / "gone")},
     ),
     Case(
-        "a file as the temporary folder", "vopd.run", words, "no such folder; make it, or unset TMPDIR",
+        "a file as the temporary folder", "vopd.runner.run", words, "no such folder; make it, or unset TMPDIR",
         environment={"TMPDIR": file_in_place},
     ),
 )  # fmt: skip

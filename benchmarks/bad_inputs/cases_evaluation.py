@@ -13,7 +13,11 @@ import pyarrow.parquet as pq
 
 from benchmarks.bad_inputs import Case
 
-EVALUATE, COMPARE, SYNTHESIZE = "vopd.evaluate", "vopd.evaluation.compare", "data.synthesize"
+EVALUATE, COMPARE, SYNTHESIZE = (
+    "vopd.evaluation.evaluate",
+    "vopd.evaluation.model_comparison",
+    "data.synthesize",
+)
 NOWHERE = "http://127.0.0.1:9/v1"
 PICTURE = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
 ROW = {"id": "1", "question": "Is it red?", "answer": "yes", "image": PICTURE, "kind": "a"}

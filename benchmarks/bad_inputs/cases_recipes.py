@@ -15,7 +15,7 @@ def recipe(kind: str, content: str | bytes, says: str, name: str = "mine.yaml") 
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return [str(folder / name), f"run_dir={folder / 'run'}"]
 
-    return Case(kind, "vopd.run", words, says)
+    return Case(kind, "vopd.runner.run", words, says)
 
 
 def module(kind: str, code: str, says: str) -> Case:
@@ -26,7 +26,7 @@ def module(kind: str, code: str, says: str) -> Case:
         (folder / "mine.yaml").write_text("method: {module: own.py}\n")
         return [str(folder / "mine.yaml"), f"run_dir={folder / 'run'}"]
 
-    return Case(kind, "vopd.run", words, says)
+    return Case(kind, "vopd.runner.run", words, says)
 
 
 def profile(kind: str, content: str, says: str) -> Case:
@@ -36,7 +36,7 @@ def profile(kind: str, content: str, says: str) -> Case:
         (folder / "own.yaml").write_text(content)
         return ["vision_opd", f"profile={folder / 'own.yaml'}", f"run_dir={folder / 'run'}"]
 
-    return Case(kind, "vopd.run", words, says)
+    return Case(kind, "vopd.runner.run", words, says)
 
 
 def folder_in_place(folder: Path) -> list[str]:
@@ -62,7 +62,7 @@ CASES = (
     recipe("a recipe in Latin-1", "# für\n".encode("latin-1") + GOOD.encode(), "line 1: not UTF-8"),
     recipe("a binary file as a recipe", b"\x7fELF\0\0\1", "not a text in UTF-8"),
     recipe("an empty recipe", "", "a mapping of keys is expected"),
-    Case("a folder as a recipe", "vopd.run", folder_in_place, "There is no recipe"),
+    Case("a folder as a recipe", "vopd.runner.run", folder_in_place, "There is no recipe"),
     recipe("a list as a recipe", "- method\n", "a mapping of keys is expected"),
     recipe("a recipe of 100 KiB", GOOD + "#" * 100_000, "larger than 64 KiB"),
     recipe("an alias that holds itself", "a: &a [*a]\n" + GOOD, "line 1: an alias that holds itself"),

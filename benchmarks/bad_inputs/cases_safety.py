@@ -91,23 +91,35 @@ def _wandb(folder: Path) -> list[str]:
 CASES = (
     Case(
         "model with code, config",
-        "vopd.run",
+        "vopd.runner.run",
         _run(_auto_map("config.json")),
         "code from a model folder is never",
     ),
-    Case("model with code, tokenizer", "vopd.run", _run(_auto_map("tokenizer_config.json")), "auto_map"),
-    Case("model with code, processor", "vopd.run", _run(_auto_map("processor_config.json")), "auto_map"),
-    Case("weights as a pickle", "vopd.run", _run(_pickled), "pickled weights are not loaded"),
     Case(
-        "weights' index leads out", "vopd.run", _run(_index("../../x.safetensors")), "'../../x.safetensors'"
+        "model with code, tokenizer", "vopd.runner.run", _run(_auto_map("tokenizer_config.json")), "auto_map"
     ),
     Case(
-        "weights' index names a pickle", "vopd.run", _run(_index("pytorch_model.bin")), "only *.safetensors"
+        "model with code, processor", "vopd.runner.run", _run(_auto_map("processor_config.json")), "auto_map"
     ),
-    Case("tokenizer of 8 GiB", "vopd.run", _run(_hole("tokenizer.json")), "tokenizer.json: longer than"),
+    Case("weights as a pickle", "vopd.runner.run", _run(_pickled), "pickled weights are not loaded"),
+    Case(
+        "weights' index leads out",
+        "vopd.runner.run",
+        _run(_index("../../x.safetensors")),
+        "'../../x.safetensors'",
+    ),
+    Case(
+        "weights' index names a pickle",
+        "vopd.runner.run",
+        _run(_index("pytorch_model.bin")),
+        "only *.safetensors",
+    ),
+    Case(
+        "tokenizer of 8 GiB", "vopd.runner.run", _run(_hole("tokenizer.json")), "tokenizer.json: longer than"
+    ),
     Case(
         "chat template of 8 GiB",
-        "vopd.run",
+        "vopd.runner.run",
         _run(_hole("chat_template.jinja")),
         "chat_template.jinja: longer",
     ),
@@ -119,17 +131,25 @@ CASES = (
     ),
     Case("chat template fills the memory", "data.validate", _validate("{{ 'a' * 10**11 }}"), "MemoryError"),
     Case("chat template is no template", "data.validate", _validate("{% for"), "TemplateSyntaxError"),
-    Case("recipe that makes an object", "vopd.run", _yaml("FILE"), "the tag !!python/object"),
+    Case("recipe that makes an object", "vopd.runner.run", _yaml("FILE"), "the tag !!python/object"),
     Case(
-        "benchmark that makes an object", "vopd.evaluate", _yaml("model=m", "benchmarks=[FILE]"), "made.yaml"
+        "benchmark that makes an object",
+        "vopd.evaluation.evaluate",
+        _yaml("model=m", "benchmarks=[FILE]"),
+        "made.yaml",
     ),
     Case(
         "synthesis settings that make an object", "data.synthesize", _yaml("FILE"), "the tag !!python/object"
     ),
-    Case("recipe's name with a control sequence", "vopd.run", lambda _: ["x\x1b[2J"], "no recipe 'x␛[2J'"),
+    Case(
+        "recipe's name with a control sequence",
+        "vopd.runner.run",
+        lambda _: ["x\x1b[2J"],
+        "no recipe 'x␛[2J'",
+    ),
     Case(
         "password in a server's address",
-        "vopd.evaluate",
+        "vopd.evaluation.evaluate",
         lambda _: ["model=m", "benchmarks=[pope]", "endpoint=http://me:secret@127.0.0.1/v1"],
         "endpoint: the address holds a user or password",
     ),
@@ -146,10 +166,10 @@ CASES = (
         ],
         "server.base_url: the address holds a user or password",
     ),
-    Case("wandb without a key", "vopd.run", _wandb, "there is no key for", environment=BARE),
+    Case("wandb without a key", "vopd.runner.run", _wandb, "there is no key for", environment=BARE),
     Case(
         "wandb without a network",
-        "vopd.run",
+        "vopd.runner.run",
         _wandb,
         "WANDB_MODE=offline",
         environment=BARE | {"WANDB_API_KEY": "k" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9"},

@@ -15,17 +15,19 @@ def given(*words: str, recipe: str = "vision_opd") -> Words:
 
 def run(kind: str, says: str, *words: str, recipe: str = "vision_opd") -> Case:
     """A run that is refused for its words."""
-    return Case(kind, "vopd.run", given(*words, recipe=recipe), says)
+    return Case(kind, "vopd.runner.run", given(*words, recipe=recipe), says)
 
 
 def compare(kind: str, says: str, *words: str) -> Case:
     """A comparison that is refused for its words."""
-    return Case(kind, "vopd.compare", lambda _: ["vision_opd", *words], says)
+    return Case(kind, "vopd.runner.series", lambda _: ["vision_opd", *words], says)
 
 
 def evaluate(kind: str, says: str, *words: str) -> Case:
     """An evaluation that is refused for its words."""
-    return Case(kind, "vopd.evaluate", lambda _: ["model=m", "benchmarks=[miniature]", *words], says)
+    return Case(
+        kind, "vopd.evaluation.evaluate", lambda _: ["model=m", "benchmarks=[miniature]", *words], says
+    )
 
 
 CASES = (

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks.bad_inputs import Case
-from vopd import resuming
 from vopd.config import load
+from vopd.runner import resuming
 
 RUN = ["vision_opd", "data.prepare=null"]
 
@@ -59,37 +59,37 @@ def old_evaluation(folder: Path) -> list[str]:
 
 CASES = (
     Case(
-        "a finished run of unknown code", "vopd.run", finished('{"run": {"code_hash": "c0de"}}'),
+        "a finished run of unknown code", "vopd.runner.run", finished('{"run": {"code_hash": "c0de"}}'),
         "with which code, data and base model it was made is not known; give another run_dir=...",
     ),
     Case(
-        "a finished run whose summary is torn", "vopd.run", finished('{"run": {"fingerp'),
+        "a finished run whose summary is torn", "vopd.runner.run", finished('{"run": {"fingerp'),
         "is not the summary of a run",
     ),
     Case(
-        "a finished run whose summary is another program's", "vopd.run", finished("[1, 2]"),
+        "a finished run whose summary is another program's", "vopd.runner.run", finished("[1, 2]"),
         "is not the summary of a run",
     ),
     Case(
-        "a run_dir below a file", "vopd.run", below_a_file,
+        "a run_dir below a file", "vopd.runner.run", below_a_file,
         "results cannot be written there (Not a directory); set VOPD_RUNS",
     ),
     Case(
-        "VOPD_RUNS that is a file", "vopd.run", lambda folder: RUN,
+        "VOPD_RUNS that is a file", "vopd.runner.run", lambda folder: RUN,
         "results cannot be written there (Not a directory); set VOPD_RUNS",
         environment={"VOPD_RUNS": a_file},
     ),
     Case(
-        "a series whose place is a file", "vopd.compare", lambda folder: ["vision_opd", "seeds=0"],
+        "a series whose place is a file", "vopd.runner.series", lambda folder: ["vision_opd", "seeds=0"],
         "set VOPD_RUNS to a folder that can be written",
         environment={"VOPD_RUNS": a_file},
     ),
     Case(
-        "an evaluation whose out is below a file", "vopd.evaluate", unwritable_evaluation,
+        "an evaluation whose out is below a file", "vopd.evaluation.evaluate", unwritable_evaluation,
         "Not a directory",
     ),
     Case(
-        "an evaluation's records without their settings", "vopd.evaluate", old_evaluation,
+        "an evaluation's records without their settings", "vopd.evaluation.evaluate", old_evaluation,
         "not the settings of an evaluation",
     ),
 )  # fmt: skip

@@ -20,9 +20,9 @@ from data.miniature import world
 from data.miniature.batches import pictures, response_loss
 from data.miniature.measure import accuracies, load
 from data.miniature.prepare import ROWS
-from vopd import ownership
+from vopd.common import ownership
+from vopd.common.terminal import say
 from vopd.errors import UserError
-from vopd.terminal import say
 
 BASE = Path(__file__).parent / "base"
 UPDATES = 64

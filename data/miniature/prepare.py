@@ -2,7 +2,7 @@
 
 train, validation, test and holdout (the letter family, which post-training never sees), meta.json, and the stamp of
 `data.validate`. Files that are there already are kept when settings and generator code are the same; a folder that
-holds anything else is left alone (`vopd/ownership.py`).
+holds anything else is left alone (`vopd/common/ownership.py`).
 """
 
 import argparse
@@ -15,14 +15,14 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from data import schema, sets, stamp
+from data import folders, schema, validation_stamp
 from data.miniature import world
-from vopd import caches, ownership
+from vopd.common import caches, ownership
+from vopd.common.terminal import say
 from vopd.errors import UserError
-from vopd.terminal import say
 
 LICENCE = "Apache-2.0"
-MAKER = sets.MINIATURE
+MAKER = folders.MINIATURE
 ROWS = {"train": 6241, "validation": 256, "test": 1024, "holdout": 512}
 
 
@@ -67,32 +67,32 @@ def prepare(out: Path, train_rows: int = ROWS["train"], seed: int = 0) -> dict:
         UserError: the folder holds something that this command did not write there.
     """
     settings = _settings(ROWS | {"train": train_rows}, seed)
-    if (meta := _kept(out, settings)) and stamp.current(out):
+    if (meta := _kept(out, settings)) and validation_stamp.current(out):
         return meta
-    with ownership.held(out, MAKER, (stamp.NAME,), sets.EARLIER[MAKER], wait=True) as owned:
+    with ownership.held(out, MAKER, (validation_stamp.NAME,), folders.EARLIER[MAKER], wait=True) as owned:
         meta = _kept(out, settings) or _make(owned, settings)
-        if not stamp.current(out):
+        if not validation_stamp.current(out):
             _validate(out)
         return meta
 
 
 def _kept(out: Path, settings: dict) -> dict | None:
     """meta, if the four files are there and were made with these settings."""
-    meta = sets.meta_of(out)
+    meta = folders.meta_of(out)
     there = all((out / f"{split}.parquet").is_file() for split in ROWS)
     return meta if there and {k: meta.get(k) for k in settings} == settings else None
 
 
 def _make(owned: ownership.Owned, settings: dict) -> dict:
     out = owned.folder
-    stamp.remove(out)
+    validation_stamp.remove(out)
     meta: dict = settings | {"sha256": {}}
     for split, count in settings["rows"].items():
         path = out / f"{split}.parquet"
         drawn = tqdm(rows(split, count, settings["seed"]), desc=f"miniature {split}", total=count)
         schema.write(drawn, path, owned=owned)
-        meta["sha256"][split] = sets.digest(path)
-    owned.write_text(sets.META, json.dumps(meta, indent=1) + "\n")
+        meta["sha256"][split] = folders.digest(path)
+    owned.write_text(folders.META, json.dumps(meta, indent=1) + "\n")
     return meta
 
 

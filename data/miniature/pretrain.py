@@ -35,9 +35,9 @@ from data.miniature.fast import FastMiniature
 from data.miniature.model import HINTED, build_config, build_model, build_processor, build_tokenizer, save
 from data.miniature.responses import response
 from data.miniature.world import Facts, Scene
-from vopd import ownership
+from vopd.common import ownership
+from vopd.common.terminal import say
 from vopd.errors import UserError
-from vopd.terminal import say
 
 FAMILIES = (*world.FAMILIES, world.HOLDOUT_FAMILY)
 FACTS = {

@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server (`vopd.chat`): bounded concurrency, and a reason for every unusable reply.
+"""Requests to an OpenAI-compatible server (`vopd.common.chat_client`): bounded concurrency, and a reason for every unusable reply.
 
 Three ends of a request are told apart. A *reply* is text. A *rejection* is the server's or the model's last word on
 this item (refused, cut off, not JSON, a request it cannot take): it is recorded and not asked again. *No answer* (an
@@ -20,11 +20,11 @@ from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from data.synthesis.journal import Journal, Record
-from vopd import chat
-from vopd.chat import Completion, NoAnswerError, RefusedError, together
+from vopd.common import chat_client
+from vopd.common.chat_client import Completion, NoAnswerError, RefusedError, together
+from vopd.common.seeding import request_seed
 from vopd.errors import UserError
 from vopd.evaluation.scoring.clean import cut_reasoning, is_refusal
-from vopd.seeding import request_seed
 
 UNANSWERED_IN_A_ROW = 20
 MEDIA = {".jpg": "jpeg", ".jpeg": "jpeg", ".png": "png", ".webp": "webp"}
@@ -64,7 +64,7 @@ class Client:
     def __init__(self, server: DictConfig, seed: int, base_url: str = "", model: str = "") -> None:
         self.server, self.seed = server, seed
         self.model = model or server.model
-        self._server = chat.Server(
+        self._server = chat_client.Server(
             base_url or server.base_url,
             server.timeout_s,
             server.tries,

@@ -11,10 +11,10 @@ from pathlib import Path
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.synthesis import proposers
-from vopd import yaml_file
-from vopd.dotlist import MOST_SEED, TINY, check_bounds, merge
+from vopd.common import yaml_files
+from vopd.common.dotlist import MOST_SEED, TINY, check_bounds, merge
+from vopd.common.redaction import check_address
 from vopd.errors import UserError
-from vopd.redaction import check_address
 
 
 @dataclass
@@ -194,7 +194,7 @@ def load(words: list[str]) -> DictConfig:
 
 def read(path: Path) -> DictConfig:
     """A YAML file that holds a mapping; raises `UserError`."""
-    content = OmegaConf.create(yaml_file.read(path))
+    content = OmegaConf.create(yaml_files.read(path))
     assert isinstance(content, DictConfig)
     return content
 

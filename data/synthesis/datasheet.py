@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vopd.markdown import escaped, fenced
-from vopd.ownership import Owned
+from vopd.common.markdown import escaped, fenced
+from vopd.common.ownership import Owned
 
 if TYPE_CHECKING:
     from data.synthesis.pipeline import Stage

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import MappingProxyType, TracebackType
 from typing import Any
 
-from vopd import jsonl
+from vopd.common import jsonl
+from vopd.common.redaction import redacted
 from vopd.errors import UserError
-from vopd.redaction import redacted
 
 Record = dict[str, Any]
 

@@ -25,17 +25,18 @@ from omegaconf import DictConfig, OmegaConf
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from data import schema, stamp, transforms
+from data import schema, transforms, validation_stamp
 from data.synthesis import config as settings
 from data.synthesis import prompts, proposers
 from data.synthesis.client import Client, RejectedError, Request, ask_all, read_json
 from data.synthesis.journal import Journal, Record
-from vopd import fingerprint, ownership, pictures
+from vopd.common import fingerprint, ownership
+from vopd.common import images as pictures
+from vopd.common.provenance import hash_contents
+from vopd.common.seeding import request_seed
 from vopd.errors import UserError
 from vopd.evaluation.scoring import Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.clean import comparable
-from vopd.provenance import hash_contents
-from vopd.seeding import request_seed
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 OBJECTS_SIDE = 1024  # pixels: names of things need no more
@@ -47,7 +48,7 @@ WORKING = (
     *(f"{name}/*" for name in IMAGE_FOLDERS),
     "config.yaml",
     "lock",
-    stamp.NAME,
+    validation_stamp.NAME,
     fingerprint.FILE,
 )
 RED = (255, 0, 0)
@@ -66,7 +67,13 @@ FIELDS: dict[str, dict[str, type]] = {
     "difficulty": {"right": bool},
     "row": {"row": dict},
 }
-UNMOVING = ("vopd/caches.py", "vopd/errors.py", "vopd/provenance.py", "vopd/fingerprint.py", "vopd/views.py")
+UNMOVING = (
+    "vopd/common/caches.py",
+    "vopd/errors.py",
+    "vopd/common/provenance.py",
+    "vopd/common/fingerprint.py",
+    "vopd/views.py",
+)
 """Code that the pipeline imports and that no row depends on."""
 
 
@@ -445,7 +452,7 @@ def _made_before(file: Path) -> bool:
     """Whether an earlier version wrote this file: it lies in the folder of a synthesis, by one of its names."""
     if not ((file.parent / "config.yaml").is_file() and (file.parent / "stages").is_dir()):
         return False
-    return file.name in ("config.yaml", "lock", "train.parquet", "datasheet.md", stamp.NAME)
+    return file.name in ("config.yaml", "lock", "train.parquet", "datasheet.md", validation_stamp.NAME)
 
 
 def _bind(file: Path, config: DictConfig) -> None:

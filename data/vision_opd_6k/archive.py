@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from vopd import ownership
+from vopd.common import ownership
+from vopd.common.terminal import HIDDEN
 from vopd.errors import UserError
-from vopd.terminal import HIDDEN
 
 BLOCK = 1 << 20
 _BUFFER = 10240  # tarfile reads a stream in pieces of this size

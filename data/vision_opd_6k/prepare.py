@@ -25,13 +25,14 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data import crop_match, near_duplicates, schema, sets, stamp, validate
+from data import crop_match, folders, near_duplicates, schema, validate, validation_stamp
 from data.vision_opd_6k import boxes, source
 from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
-from vopd import ownership, pictures
+from vopd.common import images as pictures
+from vopd.common import ownership
+from vopd.common.terminal import say, visible
 from vopd.errors import UserError
-from vopd.terminal import say, visible
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
 SAMPLE = 64
@@ -40,8 +41,14 @@ BATCH = 64
 LINE_BYTES = 2**20
 LICENCE = f"as stated on the card of {source.HUB_ID}"
 SPLITS = ("train", "validation", "test")
-MAKER = sets.VISION_OPD_6K
-WORKING = ("work/*", "published/*", *(f"{name}/*" for name in source.ARCHIVES), source.RECORD, stamp.NAME)
+MAKER = folders.VISION_OPD_6K
+WORKING = (
+    "work/*",
+    "published/*",
+    *(f"{name}/*" for name in source.ARCHIVES),
+    source.RECORD,
+    validation_stamp.NAME,
+)
 
 
 def prepare(
@@ -59,14 +66,14 @@ def prepare(
         UserError: `out` holds something that this command did not write there, the published files are not to be had
             or not as they were, or too many rows are bad.
     """
-    before = sets.meta_of(out)
+    before = folders.meta_of(out)
     given = {key: value for key, value in (choices or {}).items() if value is not None}
     chosen = {key: given.get(key, before.get(key, default)) for key, default in DEFAULTS.items()}
     settings = {**chosen, "code": _code()}
     asked_for_more = local is not None or revision is not None
-    if not asked_for_more and stamp.current(out) and settings.items() <= before.items():
+    if not asked_for_more and validation_stamp.current(out) and settings.items() <= before.items():
         return before
-    with ownership.held(out, MAKER, WORKING, sets.EARLIER[MAKER]) as owned:
+    with ownership.held(out, MAKER, WORKING, folders.EARLIER[MAKER]) as owned:
         return _prepare(owned, local, revision, settings)
 
 
@@ -93,7 +100,7 @@ def _prepare(
         "rows": rows,
         "left_out": work.left_out,
     }
-    owned.write_text(sets.META, json.dumps(meta, indent=1) + "\n")
+    owned.write_text(folders.META, json.dumps(meta, indent=1) + "\n")
     return meta
 
 
@@ -252,7 +259,7 @@ class _Work:
                 f"layout this command knows. All reasons: {self.out / 'left_out.jsonl'}."
             )
         splits = assign(np.array(hashes, dtype=np.uint64), held_out, seed)
-        stamp.remove(self.out)
+        validation_stamp.remove(self.out)
         for split in SPLITS:
             schema.write(self._rows_of(split, splits), self.out / f"{split}.parquet", owned=self.owned)
         return dict(Counter(splits))

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from tqdm import tqdm
 
 from data.vision_opd_6k.archive import parts_of
-from vopd import ownership
+from vopd.common import ownership
 from vopd.errors import UserError
 
 HUB_ID = "yuanqianhao/Vision-OPD-6K"

@@ -3,11 +3,10 @@
 import pytest
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.backbone.trainer import row_fields, step_rollouts
 from vopd.config import load
 from vopd.errors import UserError
-from vopd.method import Method, UpdateBatch, build, final_views
+from vopd.method import Method, ScoreChunk, UpdateBatch, build, final_views
 
 
 def method_of(recipe: str) -> Method:

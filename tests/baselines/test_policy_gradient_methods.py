@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 
 from baselines.dapo import overlong_penalty
 from vopd.backbone import policy_gradient
-from vopd.backbone.head import ScoreChunk
 from vopd.backbone.trainer import row_fields, step_rollouts
-from vopd.method import ADVANTAGES, Rollouts, UpdateBatch, build, final_views
+from vopd.method import ADVANTAGES, Rollouts, ScoreChunk, UpdateBatch, build, final_views
 
 LENGTHS = [3, 5, 2, 4]
 MASK_BT = (torch.arange(5) < torch.tensor(LENGTHS)[:, None]).double()

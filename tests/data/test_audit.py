@@ -20,7 +20,7 @@ from data import audit, schema
 from data.miniature import prepare, world
 from data.near_duplicates import perceptual_hash
 from data.synthesis.pipeline import draw_box
-from vopd import ownership
+from vopd.common import ownership
 
 SAMPLES = Path(skimage.__file__).parent / "data"
 NAMES = (

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data import schema, stamp
+from data import schema, validation_stamp
 from data.miniature import prepare
 
 
@@ -30,10 +30,10 @@ def test_writes_reuses_and_rewrites(tmp_path: Path) -> None:
 
 def test_what_is_written_is_validated(tmp_path: Path) -> None:
     prepare.prepare(tmp_path, train_rows=6)
-    hashes = stamp.check(tmp_path, prepare.ROWS)
-    (tmp_path / stamp.NAME).unlink()
+    hashes = validation_stamp.check(tmp_path, prepare.ROWS)
+    (tmp_path / validation_stamp.NAME).unlink()
     prepare.prepare(tmp_path, train_rows=6)
-    assert stamp.check(tmp_path, prepare.ROWS) == hashes
+    assert validation_stamp.check(tmp_path, prepare.ROWS) == hashes
 
 
 def test_same_settings_same_bytes(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from PIL import Image
 
 from data import schema, validate
 from data.miniature import prepare, world
-from vopd import pictures
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.rollout import decode
+from vopd.common import images as pictures
 from vopd.errors import UserError
 
 

@@ -15,7 +15,7 @@ from jinja2 import TemplateError
 from PIL import Image, PngImagePlugin
 from transformers import AutoProcessor
 
-from data import schema, stamp, validate
+from data import schema, validate, validation_stamp
 from data.miniature import prepare
 from vopd.errors import UserError
 
@@ -258,7 +258,9 @@ def test_quarantine_parts_good_from_bad(tmp_path: Path, paths: bool, shard: int,
         ("train", 2, "train-0-000002", ["answer", "hint"]),
         ("train", 5, "train-0-000005", ["crop"]),
     ]
-    assert not (folder / stamp.NAME).exists() and set(stamp.check(out, ["train", "test"])) == {
+    assert not (folder / validation_stamp.NAME).exists() and set(
+        validation_stamp.check(out, ["train", "test"])
+    ) == {
         "train",
         "test",
     }
@@ -375,8 +377,8 @@ def test_exit_codes_and_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[
     data = rows()
     data[0]["answer"] = "Q"
     raw_write(data, bad / "train.parquet")
-    assert validate.main([str(good), "--model", str(BASE)]) == 0 and (good / stamp.NAME).exists()
-    assert validate.main([str(bad)]) == 2 and not (bad / stamp.NAME).exists()
+    assert validate.main([str(good), "--model", str(BASE)]) == 0 and (good / validation_stamp.NAME).exists()
+    assert validate.main([str(bad)]) == 2 and not (bad / validation_stamp.NAME).exists()
     assert validate.main([str(good / "train.parquet")]) == 0
     capsys.readouterr()
     for words in ([str(tmp_path / "none")], [str(tmp_path)], [str(good), "--model", str(tmp_path)]):
@@ -429,56 +431,56 @@ def stamped(tmp_path: Path) -> Path:
 
 
 def test_a_stamp_holds_for_the_data_it_was_given_for(stamped: Path) -> None:
-    assert set(stamp.check(stamped, ["train"])) == {"train", "test"}
+    assert set(validation_stamp.check(stamped, ["train"])) == {"train", "test"}
     moved = stamped.rename(stamped.with_name("moved"))
-    stamp.check(moved, ["train", "test"])
+    validation_stamp.check(moved, ["train", "test"])
     with pytest.raises(UserError, match=r"holdout\.parquet: no such file"):
-        stamp.check(moved, ["train", "holdout"])
+        validation_stamp.check(moved, ["train", "holdout"])
     schema.write(rows("test", 5), moved / "test.parquet")
     with pytest.raises(UserError, match="'test' is not the one that was validated"):
-        stamp.check(moved, ["train"])
+        validation_stamp.check(moved, ["train"])
 
 
 def test_a_split_added_or_removed_later_is_seen(stamped: Path) -> None:
     schema.write(rows("validation", 6), stamped / "validation.parquet")
     with pytest.raises(UserError, match="'validation' is not the one"):
-        stamp.check(stamped, ["train"])
+        validation_stamp.check(stamped, ["train"])
     (stamped / "validation.parquet").unlink()
     (stamped / "test.parquet").unlink()
     with pytest.raises(UserError, match=r"test\.parquet"):
-        stamp.check(stamped, ["train"])
+        validation_stamp.check(stamped, ["train"])
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"checks": 1}', '{"checks": 1, "splits": {"train": 3}}'])
 def test_no_stamp_and_no_real_stamp(stamped: Path, content: str) -> None:
-    (stamped / stamp.NAME).write_text(content)
+    (stamped / validation_stamp.NAME).write_text(content)
     with pytest.raises(UserError, match="not a stamp"):
-        stamp.check(stamped, ["train"])
-    (stamped / stamp.NAME).unlink()
+        validation_stamp.check(stamped, ["train"])
+    (stamped / validation_stamp.NAME).unlink()
     with pytest.raises(UserError, match=f"never validated; run `python -m data.validate {stamped}`"):
-        stamp.check(stamped, ["train"])
+        validation_stamp.check(stamped, ["train"])
 
 
 @pytest.mark.parametrize("content", ["mine", "[1]", '{"checks": 1}'])
 def test_what_is_no_stamp_is_not_written_over(stamped: Path, content: str) -> None:
-    (stamped / stamp.NAME).write_text(content)
-    for act in (validate.stamped, stamp.remove):
+    (stamped / validation_stamp.NAME).write_text(content)
+    for act in (validate.stamped, validation_stamp.remove):
         with pytest.raises(UserError, match="move it away, its name is needed"):
             act(stamped)
-    assert (stamped / stamp.NAME).read_text() == content
+    assert (stamped / validation_stamp.NAME).read_text() == content
 
 
 def test_new_checks_ask_for_a_new_validation(stamped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stamp, "CHECKS", stamp.CHECKS + 1)
+    monkeypatch.setattr(validation_stamp, "CHECKS", validation_stamp.CHECKS + 1)
     with pytest.raises(UserError, match="other checks than today's"):
-        stamp.check(stamped, ["train"])
+        validation_stamp.check(stamped, ["train"])
 
 
 def test_a_stamp_is_taken_away_when_the_data_goes_bad(stamped: Path) -> None:
     data = rows("test", 6)
     data[0]["hint"] = ""
     raw_write(data, stamped / "test.parquet")
-    assert validate.stamped(stamped).blocking and not (stamped / stamp.NAME).exists()
+    assert validate.stamped(stamped).blocking and not (stamped / validation_stamp.NAME).exists()
 
 
 def test_hashes_of_random_noise_do_not_collide() -> None:

@@ -8,9 +8,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import stamp
-from vopd import resuming, run, watch
-from vopd.terminal import Terminal
+from data import validation_stamp
+from vopd.common.terminal import Terminal
+from vopd.runner import resuming, run, supervisor
 
 Words = Callable[..., list[str]]
 
@@ -21,10 +21,10 @@ def refusal(
 ) -> Callable[..., str]:
     """`refusal(*words)` gives the sentence on stderr of a run with these words beside the short run's."""
 
-    def no_training(*_: object) -> watch.Outcome:
+    def no_training(*_: object) -> supervisor.Outcome:
         raise AssertionError("training was started")
 
-    monkeypatch.setattr(watch, "run", no_training)
+    monkeypatch.setattr(supervisor, "run", no_training)
 
     def refused(*words: str, recipe: str = "vision_opd") -> str:
         replaced = {word.split("=")[0] for word in words}
@@ -91,7 +91,7 @@ def test_data_that_was_not_validated(
 ) -> None:
     folder = spoiled(lambda table: table.slice(0, 30))
     assert f"run `python -m data.validate {folder}` first" in refusal(f"data.folder={folder}")
-    shutil.copyfile(triplets / stamp.NAME, folder / stamp.NAME)
+    shutil.copyfile(triplets / validation_stamp.NAME, folder / validation_stamp.NAME)
     assert "is not the one that was validated" in refusal(f"data.folder={folder}")
 
 

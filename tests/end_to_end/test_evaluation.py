@@ -14,10 +14,10 @@ from data import schema
 from data.miniature import prepare
 from vopd.evaluation.benchmark import FOLDER, ROOT
 from vopd.evaluation.records import Record, read_records
-from vopd.report.runs import find, read
+from vopd.report.run_folders import find, read
 
 pytestmark = pytest.mark.e2e
-ROWS = 1024  # all; many batches of 64: stale cache blocks would show (vopd/vllm_blocks.py)
+ROWS = 1024  # all; many batches of 64: stale cache blocks would show (vopd/backbone/cpu/vllm_blocks.py)
 TABLE = ROOT / "docs" / "results" / "miniature"
 POINTS = 1.0
 """How far a cell of the README's table may be off when it is answered again (docs/comparing.md)."""
@@ -45,7 +45,7 @@ def answered(small: Path) -> list[Record]:
         "max_tokens=40",
         "concurrency=64",
     ]
-    command = [sys.executable, "-P", "-m", "vopd.evaluate", *words]
+    command = [sys.executable, "-P", "-m", "vopd.evaluation.evaluate", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
         run = subprocess.run(

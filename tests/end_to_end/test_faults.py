@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from vopd import processes, recipe
+from vopd.common import processes
+from vopd.runner import new_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
@@ -18,13 +19,13 @@ Words = Callable[..., list[str]]
 
 
 def test_a_mistake_in_score_is_told_with_file_and_line(tmp_path: Path, words_for: Words) -> None:
-    yaml, module, _ = recipe.new("mine", tmp_path / "recipe")
+    yaml, module, _ = new_recipe.new("mine", tmp_path / "recipe")
     right, wrong = "(teacher_CV - student_CV)", "(teacher_CV - student_CV[:, :-1])"
     module.write_text(module.read_text().replace(right, wrong))
     line = next(i for i, text in enumerate(module.read_text().splitlines(), 1) if wrong in text)
     words = [*words_for(tmp_path / "run"), "evaluate.test_rows=4", "evaluate.holdout_rows=4"]
     told = subprocess.run(
-        [sys.executable, "-P", "-m", "vopd.run", str(yaml), *words],
+        [sys.executable, "-P", "-m", "vopd.runner.run", str(yaml), *words],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

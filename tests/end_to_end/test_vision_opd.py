@@ -27,8 +27,8 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from vopd import checkpoints, scratch
-from vopd.backbone import shards
+from vopd.backbone import checkpoints, shards
+from vopd.common import temporary as scratch
 from vopd.config import ROOT
 from vopd.evaluation.records import read_records
 
@@ -44,7 +44,7 @@ Words = Callable[..., list[str]]
 
 
 def command(words: list[str]) -> list[str]:
-    return [sys.executable, "-P", "-m", "vopd.run", "vision_opd", *words]
+    return [sys.executable, "-P", "-m", "vopd.runner.run", "vision_opd", *words]
 
 
 def start(words: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -246,7 +246,9 @@ def test_the_exported_folder_loads_and_holds_other_weights_than_the_base(finishe
 def test_a_checkpoint_is_exported_to_the_model_of_the_run(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
     words = [str(finished / "checkpoints" / "global_step_4"), str(out), "--dtype", "float32"]
-    done = subprocess.run([sys.executable, "-P", "-m", "vopd.export", *words], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "vopd.runner.export", *words], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
         f.name: f.read_bytes() for f in (finished / "model").iterdir()

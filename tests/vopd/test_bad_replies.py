@@ -28,10 +28,10 @@ from PIL import Image
 from data.synthesis import client as synthesis
 from data.synthesis.config import Server as ServerSettings
 from data.synthesis.journal import Journal
-from vopd import chat, evaluate
-from vopd.chat import NoAnswerError, read_completion, retry_after
+from vopd.common import chat_client
+from vopd.common.chat_client import NoAnswerError, read_completion, retry_after
 from vopd.errors import UserError
-from vopd.evaluation import asking, judge
+from vopd.evaluation import asking, evaluate, judge
 from vopd.evaluation.records import Record, read_answers
 
 MESSAGE = {"role": "assistant", "content": "Answer: yes"}
@@ -248,9 +248,9 @@ def picture() -> bytes:
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[BadServer]:
     """A bad server, and clients that try twice at once and take less than a real reply can be."""
-    quick = partial(chat.Server, tries=2, first_wait_s=0.001, longest_wait_s=0.001)
-    monkeypatch.setattr(chat, "Server", quick)
-    monkeypatch.setattr(chat, "MOST_BYTES", 250_000)
+    quick = partial(chat_client.Server, tries=2, first_wait_s=0.001, longest_wait_s=0.001)
+    monkeypatch.setattr(chat_client, "Server", quick)
+    monkeypatch.setattr(chat_client, "MOST_BYTES", 250_000)
     bad = BadServer()
     yield bad
     bad.close()
@@ -336,7 +336,7 @@ def test_a_synthesis_goes_on(
     server: BadServer, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesis, "UNANSWERED_IN_A_ROW", len(KINDS))
-    monkeypatch.setattr(chat, "Server", chat.Server.func)  # type: ignore[attr-defined]
+    monkeypatch.setattr(chat_client, "Server", chat_client.Server.func)  # type: ignore[attr-defined]
     (tmp_path / "a.png").write_bytes(picture)
     requests = [synthesis.Request(kind, tmp_path / "a.png", f"KIND:{kind};", 0.0) for kind in KINDS]
     settings = OmegaConf.merge(
@@ -361,8 +361,8 @@ def test_a_synthesis_goes_on(
 
 
 def test_no_reply_takes_more_than_its_time_or_its_bytes(server: BadServer) -> None:
-    async def go() -> list[BaseException | chat.Completion]:
-        async with chat.Server(server.url, timeout_s=0.6) as client:
+    async def go() -> list[BaseException | chat_client.Completion]:
+        async with chat_client.Server(server.url, timeout_s=0.6) as client:
             asked = [client.complete({"messages": f"KIND:{kind};"}) for kind in SLOW]
             return await asyncio.wait_for(asyncio.gather(*asked, return_exceptions=True), 60)
 
@@ -387,11 +387,11 @@ def test_no_reply_takes_more_than_its_time_or_its_bytes(server: BadServer) -> No
 )  # fmt: skip
 def test_an_address_that_is_none_is_a_sentence(url: str) -> None:
     with pytest.raises(UserError, match="no address of a server"):
-        chat.Server(url, 1)
+        chat_client.Server(url, 1)
 
 
 def test_a_password_in_an_address_is_not_shown() -> None:
-    assert chat.Server("http://me:secret@127.0.0.1:1/v1", 1).name == "http://127.0.0.1:1/v1"
+    assert chat_client.Server("http://me:secret@127.0.0.1:1/v1", 1).name == "http://127.0.0.1:1/v1"
 
 
 @pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9", "nonsense://x", "http://["])
@@ -403,7 +403,7 @@ def test_no_proxy_stands_before_this_machine(
     monkeypatch.setenv("NO_PROXY", "example.org")
 
     async def go() -> str:
-        async with chat.Server(server.url, 60) as client:
+        async with chat_client.Server(server.url, 60) as client:
             return (await client.complete({"messages": "KIND:good;"})).text
 
     assert asyncio.run(go()) == "Answer: yes"
@@ -412,7 +412,7 @@ def test_no_proxy_stands_before_this_machine(
 @pytest.mark.parametrize("host", ["localhost", "127.8.9.1", "[::1]", "0.0.0.0", "judge.localhost"])
 def test_this_machine_has_many_names(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ALL_PROXY", "nonsense://x")
-    chat.Server(f"http://{host}:8000/v1", 1)
+    chat_client.Server(f"http://{host}:8000/v1", 1)
 
 
 @pytest.mark.parametrize(
@@ -438,14 +438,14 @@ def test_a_proxy_that_cannot_be_used_is_a_sentence(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("ALL_PROXY", proxy)
     with pytest.raises(UserError, match=sentence):
-        chat.Server("http://example.org/v1", 1)
+        chat_client.Server("http://example.org/v1", 1)
 
 
 @pytest.mark.parametrize("key", ["a\nb", " a", "schlüssel", "a\x00"])
 def test_a_key_that_cannot_be_sent_is_a_sentence(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.environ", {"OPENAI_API_KEY": key})
     with pytest.raises(UserError, match="OPENAI_API_KEY"):
-        chat.Server("http://127.0.0.1:1/v1", 1)
+        chat_client.Server("http://127.0.0.1:1/v1", 1)
 
 
 # ---- bodies and headers of any kind --------------------------------------------------------------------------------

@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from vopd import bounds, evaluate
+from vopd import bounds
 from vopd.bounds import Each, OneOf, Range, above, bounded, check, one_of, within
 from vopd.config import ROOT, Run, load
 from vopd.errors import UserError
+from vopd.evaluation import evaluate
 from vopd.method import default_settings
 
 METHODS = ["vopd.vision_opd", "vopd.vision_opd_sampled", "baselines.grpo", "baselines.dapo", "baselines.opsd",

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vopd import config as module
-from vopd import words
+from vopd.common import overrides as words
 from vopd.config import ROOT, Run, load
 from vopd.errors import UserError
 

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vopd import method as contract
-from vopd import recipe
 from vopd.errors import UserError
 from vopd.method import (
     Method,
@@ -32,6 +31,7 @@ from vopd.method import (
     sequence_mean,
     token_mean,
 )
+from vopd.runner import new_recipe
 
 OUTSIDE = """
 from dataclasses import dataclass, field
@@ -274,7 +274,7 @@ def test_a_method_without_a_record() -> None:
 
 
 def test_a_mistake_in_a_methods_function_names_its_place(tmp_path: Path) -> None:
-    recipe.new("mine", tmp_path)
+    new_recipe.new("mine", tmp_path)
     method = build({"module": "mine.py"}, tmp_path)
     line = next(
         i for i, text in enumerate((tmp_path / "mine.py").read_text().splitlines(), 1) if "def score" in text

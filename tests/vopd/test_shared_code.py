@@ -18,10 +18,10 @@ SHARED = [f for folder in ("vopd", "data") for f in (ROOT / folder).rglob("*.py"
 # Not ours: verl's estimator and its buffer. Ours, and harmless: the example that --help prints, the published data.
 ALLOWED = {
     ("vopd/method.py", "grpo"),
-    ("vopd/backbone/seams.py", "dapo"),
-    ("vopd/run.py", "vision_opd"),
+    ("vopd/backbone/verl_internals.py", "dapo"),
+    ("vopd/runner/run.py", "vision_opd"),
     ("data/vision_opd_6k", "vision_opd"),
-    ("data/sets.py", "vision_opd"),
+    ("data/folders.py", "vision_opd"),
 }
 VALUES = {
     "weights": {*contract.WEIGHTS, *contract.ROLLOUT_WEIGHTS},

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vopd.backbone.head import Component, ScoreChunk, ScoringContext, ScoringHead, active
-from vopd.method import Scorer
+from vopd.backbone.head import Component, ScoringContext, ScoringHead, active
+from vopd.method import ScoreChunk, Scorer
 from vopd.teacher import TeacherWeights, components, stores
 
 

@@ -3,9 +3,8 @@
 import pytest
 import torch
 
-from vopd.backbone.head import ScoreChunk
 from vopd.errors import UserError
-from vopd.method import UpdateBatch, build, default_settings
+from vopd.method import ScoreChunk, UpdateBatch, build, default_settings
 from vopd.vision_opd import VisionOPD
 
 MODULE = {"module": "vopd.vision_opd"}

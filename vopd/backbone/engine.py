@@ -23,13 +23,15 @@ from tensordict.tensorclass import NonTensorStack
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vopd.backbone import delta_rule, inputs, seams, shards
-from vopd.backbone.head import Component, GatherContext, ScoreChunk, ScoringContext, active, install_head
+from vopd.backbone import model_inputs as inputs
+from vopd.backbone import shards, verl_internals
+from vopd.backbone.cpu import delta_rule
+from vopd.backbone.head import Component, GatherContext, ScoringContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
 from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
-from vopd.method import Method, UpdateBatch, calling, checked_loss, checked_scores
+from vopd.method import Method, ScoreChunk, UpdateBatch, calling, checked_loss, checked_scores
 from vopd.teacher import TeacherWeights, components, stores
 
 # Always scored beside a method's own outputs: whether rollout and trainer agree, whether the policy collapses. A
@@ -42,7 +44,7 @@ def warmup_factor(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(warmup_steps, 1))
 
 
-class ScoringEngine(seams.FSDPEngineWithLMHead):
+class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
     """verl's engine plus `attach(method)`; without a method it behaves like verl's."""
 
     method: Method | None = None
@@ -52,7 +54,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         respect_boundaries(module)
         self.head = install_head(module)
         self.vision = SharedVision(module)
-        if seams.get_device_name() == "cpu":
+        if verl_internals.get_device_name() == "cpu":
             delta_rule.install(module)
         self.prompts = SharedPrompts(module)
         return module
@@ -113,7 +115,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         data["loss_mask"] = _nested([mask_R * kept for mask_R, kept in masks])
         count = kept_B.sum().to(self._device())
         torch.distributed.all_reduce(count, group=self.get_data_parallel_group())
-        seams.assign_non_tensor(data, global_batch_size=int(count))
+        verl_internals.assign_non_tensor(data, global_batch_size=int(count))
         return int(count)
 
     def forward_step(
@@ -210,7 +212,7 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
                 self._reshard()
                 # A copy: on one rank the full tensor is the shard itself, which changes back with the student's.
                 weight = self.head.weight.detach().to(self._autocast_dtype, copy=True)
-                head[store] = seams.full_tensor(weight)
+                head[store] = verl_internals.full_tensor(weight)
         return hidden, head
 
     def _hidden(self, data: TensorDict, view: str) -> list[torch.Tensor]:
@@ -234,8 +236,8 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         )
         for key in ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "sp_size"):
             if key in data.keys():
-                seams.assign_non_tensor(view_data, **{key: data[key]})
-        micro_batches, _ = seams.prepare_micro_batches(
+                verl_internals.assign_non_tensor(view_data, **{key: data[key]})
+        micro_batches, _ = verl_internals.prepare_micro_batches(
             data=view_data, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
         )
         found: list[torch.Tensor | None] = [None] * len(ids)
@@ -243,7 +245,9 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
             index_B = micro_batch["row_index"].tolist()
             chosen = [responses[i] for i in index_B]
             batch = TensorDict({"responses": _nested(chosen)}, batch_size=[len(index_B)])
-            seams.assign_non_tensor(batch, temperature=1.0, use_remove_padding=data["use_remove_padding"])
+            verl_internals.assign_non_tensor(
+                batch, temperature=1.0, use_remove_padding=data["use_remove_padding"]
+            )
             values_N = self._forward(batch, [rendered[i] for i in index_B], context(chosen))
             for i, values_R in zip(index_B, values_N.split([len(r) for r in chosen]), strict=True):
                 found[i] = values_R
@@ -276,9 +280,11 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
         batch["multi_modal_inputs"] = NonTensorStack(
             *images, *[{} for _ in range(len(rows.ids) - len(images))]
         )
-        seams.assign_non_tensor(batch, temperature=1.0, use_remove_padding=packed)
+        verl_internals.assign_non_tensor(batch, temperature=1.0, use_remove_padding=packed)
         batch = batch.to(self._device())
-        batch["position_ids"] = seams.nested_positions([p.to(self._device()) for p in rows.positions])
+        batch["position_ids"] = verl_internals.nested_positions(
+            [p.to(self._device()) for p in rows.positions]
+        )
         model_inputs, _ = self.prepare_model_inputs(batch)
         layout = rows.layout and rows.layout.to(self._device())
         if layout:
@@ -291,15 +297,15 @@ class ScoringEngine(seams.FSDPEngineWithLMHead):
     def _autocast(self) -> AbstractContextManager[Any]:
         if self._autocast_dtype == torch.float32:
             return nullcontext()
-        return torch.autocast(device_type=seams.get_device_name(), dtype=self._autocast_dtype)
+        return torch.autocast(device_type=verl_internals.get_device_name(), dtype=self._autocast_dtype)
 
     def _device(self) -> Any:
-        return seams.get_device_id()
+        return verl_internals.get_device_id()
 
     def _reshard(self) -> None:
         """Drop gathered parameters, so that the next forward gathers what the shards hold now."""
         for module in self.module.modules():
-            if isinstance(module, seams.FSDPModule):
+            if isinstance(module, verl_internals.FSDPModule):
                 module.reshard()
 
     # ---- what is recorded ---------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from vopd.method import ScoreChunk
+
 
 @dataclass(frozen=True)
 class Component:
@@ -32,20 +34,6 @@ class Component:
 
 Scorer = tuple[Component, ...]
 """One component: its logits. Several: the sum of coefficient * log_softmax, a geometric mixture."""
-
-
-@dataclass(frozen=True)
-class ScoreChunk:
-    """What a method's `score` sees of C consecutive response tokens (of one row or of several).
-
-    All logits are float32 at temperature 1 over the full vocabulary, and not normalised. Gradient reaches
-    `student_logits_CV` only. `extras` are the per-token tensors of the context, cut to the chunk.
-    """
-
-    student_logits_CV: Tensor
-    scorer_logits: Mapping[str, Tensor]
-    tokens_C: Tensor
-    extras: Mapping[str, Tensor]
 
 
 Score = Callable[[ScoreChunk], Mapping[str, Tensor]]

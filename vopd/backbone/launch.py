@@ -1,6 +1,6 @@
 """The training process: starts Ray, runs verl's task runner with our trainer, leaves a sentence if it fails.
 
-Run by `vopd.run` as `python -m vopd.backbone.launch RUN_DIR`; reads RUN_DIR/config.yaml. verl would start its task
+Run by `vopd.runner.run` as `python -m vopd.backbone.launch RUN_DIR`; reads RUN_DIR/config.yaml. verl would start its task
 runner as one more Ray actor; it runs here instead, which saves a process and its imports.
 """
 
@@ -14,61 +14,34 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from vopd import processes, scratch, vitals
-from vopd.backbone import sockets, stopping, warm
+from vopd.backbone import stop_requests, weight_sockets
+from vopd.backbone.cpu import fork_server
 from vopd.backbone.progress import Progress
-from vopd.failures import FAILURE, ExplainedError, explain, hand_over
-from vopd.redaction import redacted
+from vopd.common import heartbeat, library_environment, processes, temporary
+from vopd.common.failures import ExplainedError, explain, hand_over
+from vopd.common.redaction import redacted
 
-__all__ = ["FAILURE", "environment", "main", "train"]
 LOG_BYTES = 1 << 22
 STOPPED = 130
-
-
-def environment(run: DictConfig) -> dict[str, str]:
-    """Variables that verl, Ray and vLLM read when they are imported, in this process and in every Ray worker."""
-    common = {
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DEDUP_LOGS": "0",
-        # Ray runs its workers at niceness 15, behind everything else on a shared machine.
-        "RAY_worker_niceness": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "VLLM_NO_USAGE_STATS": "1",
-        "VLLM_LOGGING_LEVEL": "WARN",
-        "TOKENIZERS_PARALLELISM": "false",
-        "TQ_NUM_THREADS": "1",
-    }
-    if run.hardware.device != "cpu":
-        return common
-    return common | {
-        "VERL_PLATFORM": "cpu",
-        "OMP_NUM_THREADS": "1",
-        # The trainer uses more (worker.py). Threads that spin while they wait take the cores from everything else.
-        "OMP_WAIT_POLICY": "PASSIVE",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "TORCHDYNAMO_DISABLE": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
 
 
 def train(run_dir: Path) -> None:
     """Run the training that RUN_DIR/config.yaml describes, to its end."""
     run = OmegaConf.load(run_dir / "config.yaml")
     assert isinstance(run, DictConfig)
-    os.environ.update(environment(run))
+    os.environ.update(library_environment.variables(run.hardware.device))
     # Where verl's trackers write; without these it would be the current folder.
     os.environ.update(TENSORBOARD_DIR=str(run_dir / "tensorboard"), WANDB_DIR=str(run_dir))
     progress = Progress(run_dir)
     progress.note("loading torch, vLLM and verl")
     # Ray's sockets must fit in 107 characters, so its folder cannot be the run's.
-    place = Path(os.environ[scratch.VARIABLE])
-    scratch.hold(place)
+    place = Path(os.environ[temporary.VARIABLE])
+    temporary.hold(place)
     executable = {}
     if run.hardware.device == "cpu":
-        warm.start(place / "warm")
-        executable["py_executable"] = warm.executable(place / "warm")
-    vitals.start(processes.DRIVER)
+        fork_server.start(place / "warm")
+        executable["py_executable"] = fork_server.executable(place / "warm")
+    heartbeat.start(processes.DRIVER)
     _train(run, run_dir, progress, {"_temp_dir": str(place)}, executable)
 
 
@@ -80,7 +53,7 @@ def _train(
     from verl.trainer.constants_ppo import get_ppo_ray_runtime_env
     from verl.utils.config import validate_config
 
-    from vopd.backbone import plugin, seams, trainer
+    from vopd.backbone import plugin, trainer, verl_internals
     from vopd.backbone.verl_config import verl_config
 
     config = verl_config(run)
@@ -89,20 +62,20 @@ def _train(
     assert config.trainer.v1.trainer_mode == trainer.NAME  # imported above: verl now knows it by this name
     validate_config(config=config, use_reference_policy=False, use_critic=False)
     runtime_env |= get_ppo_ray_runtime_env(config)
-    runtime_env["env_vars"] |= {"TRANSFER_QUEUE_ENABLE": "1", sockets.VARIABLE: sockets.token()}
+    runtime_env["env_vars"] |= {"TRANSFER_QUEUE_ENABLE": "1", weight_sockets.VARIABLE: weight_sockets.token()}
     arguments = OmegaConf.to_container(config.ray_kwargs.ray_init)
     assert isinstance(arguments, dict)
     progress.note("starting Ray")
     ray.init(**{**arguments, **init, "runtime_env": runtime_env})
-    seams.before_queue_closes(progress.ending)
-    stopping.install()
+    verl_internals.before_queue_closes(progress.ending)
+    stop_requests.install()
     try:
-        seams.TaskRunner().run(config)
+        verl_internals.TaskRunner().run(config)
         progress.done()
-    except stopping.Stopped:
+    except stop_requests.Stopped:
         raise
     except Exception as error:  # explained here, where the processes' own output still is
-        failure = explain(error, _engine_log(Path(init["_temp_dir"])), vitals.ended(run_dir))
+        failure = explain(error, _engine_log(Path(init["_temp_dir"])), heartbeat.ended(run_dir))
         hand_over(run_dir, failure)
         raise ExplainedError(failure) from error
     finally:
@@ -122,7 +95,7 @@ def main() -> int:
     processes.die_with_parent()
     try:
         train(run_dir)
-    except stopping.Stopped:
+    except stop_requests.Stopped:
         return STOPPED
     except Exception as error:  # the process boundary: the cause is handed to the terminal's process
         print(redacted(traceback.format_exc()), file=sys.stderr)

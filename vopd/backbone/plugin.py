@@ -11,7 +11,7 @@ def register() -> None:
     """Register the CPU platform. Idempotent."""
     from verl.plugin.platform import PlatformRegistry
 
-    from vopd.backbone.platform_cpu import PlatformCPU
+    from vopd.backbone.cpu.platform import PlatformCPU
 
     if PlatformRegistry.get("cpu") is not PlatformCPU:
         PlatformRegistry.register(platform="cpu")(PlatformCPU)

@@ -19,19 +19,19 @@ import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
 
-from vopd import pictures, vitals
-from vopd.backbone import seams
-from vopd.backbone.groups import METRIC
+from vopd.backbone import verl_internals
 from vopd.backbone.rendering import Rendered, render
+from vopd.backbone.replay_buffer import METRIC
+from vopd.common import heartbeat, images
+from vopd.common.failures import Failure, explain
+from vopd.common.seeding import request_seed
 from vopd.errors import UserError
 from vopd.evaluation.scoring import is_correct, parse_answer
-from vopd.failures import Failure, explain
-from vopd.seeding import request_seed
 from vopd.views import VIEWS
 
 
 def decode(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with `image` and `crop` as RGB images, as everything else decodes them (vopd/pictures.py).
+    """The row with `image` and `crop` as RGB images, as everything else decodes them (vopd/common/images.py).
 
     Raises:
         UserError: bytes that are not a whole image, or too large a one; names row and column.
@@ -39,8 +39,8 @@ def decode(row: dict[str, Any]) -> dict[str, Any]:
     decoded = dict(row)
     for column in ("image", "crop"):
         try:
-            decoded[column] = pictures.decode(row[column]["bytes"])
-        except pictures.PictureError as error:
+            decoded[column] = images.decode(row[column]["bytes"])
+        except images.PictureError as error:
             raise UserError(f"Row {row['id']}, column {column}: {error}") from error
     return decoded
 
@@ -50,7 +50,7 @@ def training_limit(settings: Any) -> int:
     return max(1, int(settings.rollout.train_share * settings.rollout.max_response_tokens))
 
 
-class ViewRolloutWorker(seams.AgentLoopWorker):
+class ViewRolloutWorker(verl_internals.AgentLoopWorker):
     """One request = one (triplet, view, rollout index).
 
     Its process is made early, while the trainer loads the model, and `start`ed when the servers are up.
@@ -66,7 +66,7 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
 
     async def look(self) -> None:
         """Give signs of life, the event loop's too."""
-        vitals.start("rollout worker", asyncio.get_running_loop())
+        heartbeat.start("rollout worker", asyncio.get_running_loop())
 
     async def failures(self) -> list[Failure]:
         """Why rollouts of this worker have failed, the first one first."""
@@ -169,7 +169,7 @@ class ViewRolloutWorker(seams.AgentLoopWorker):
         }
         await tq.async_kv_batch_put(
             keys=[f"{kwargs['uid']}_{kwargs['session_id']}_0"],
-            fields=seams.list_of_dict_to_tensordict([field]),
+            fields=verl_internals.list_of_dict_to_tensordict([field]),
             tags=[tag],
             partition_id="val" if trajectory["validate"] else "train",
         )
@@ -227,7 +227,7 @@ def early_workers(config: Any) -> list[Any]:
     ]
 
 
-class ViewRolloutManager(seams.AgentLoopManagerTQ):
+class ViewRolloutManager(verl_internals.AgentLoopManagerTQ):
     """verl's manager with our workers (`rollout.agent.agent_loop_manager_class`)."""
 
     async def _init_agent_loop_workers(self) -> None:

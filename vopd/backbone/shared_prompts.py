@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vopd.backbone.delta_rule import gated_delta_rule, wide
+from vopd.backbone.cpu.delta_rule import gated_delta_rule, wide
 
 
 @dataclass(frozen=True)

@@ -30,21 +30,20 @@ from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
-from vopd import checkpoints
-from vopd.backbone import recording, seams, stopping
+from vopd.backbone import checkpoints, recorded_rollouts, stop_requests, verl_internals
 from vopd.backbone.dataset import TripletDataset
-from vopd.backbone.groups import GroupBuffer
-from vopd.backbone.history import History
 from vopd.backbone.policy_gradient import advantages
 from vopd.backbone.progress import Progress
+from vopd.backbone.replay_buffer import GroupBuffer
 from vopd.backbone.rollout import early_workers, training_limit
-from vopd.backbone.servers import ServerManager
+from vopd.backbone.rollout_servers import ServerManager
+from vopd.backbone.run_history import History
 from vopd.backbone.tracking import Trackers
 from vopd.backbone.worker import MethodWorker
+from vopd.common.collapse import collapse_flags
+from vopd.common.failures import ExplainedError, Failure, explain
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
-from vopd.failures import ExplainedError, Failure, explain
-from vopd.guards import collapse_flags
 from vopd.method import Method, Rollouts, build, calling, checked, checked_rewards
 
 NAME = "vopd"
@@ -59,8 +58,8 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why and what is kept."""
 
 
-@seams.register_trainer(NAME)
-class Trainer(seams.PPOTrainerSync):
+@verl_internals.register_trainer(NAME)
+class Trainer(verl_internals.PPOTrainerSync):
     """See the module's docstring."""
 
     def __init__(self, config: Any) -> None:
@@ -84,13 +83,13 @@ class Trainer(seams.PPOTrainerSync):
         self.until_death: list[Any] = []
         self.looked_at_workers = 0.0
         self.recorded = self._recorded()
-        seams.use_server_manager(ServerManager)
-        seams.use_replay_buffer(GroupBuffer)
-        seams.use_tracking(partial(Trackers, seams.Tracking, self.progress.note))
+        verl_internals.use_server_manager(ServerManager)
+        verl_internals.use_replay_buffer(GroupBuffer)
+        verl_internals.use_tracking(partial(Trackers, verl_internals.Tracking, self.progress.note))
         super().__init__(config)
         # The training process is about to import and load for a while: load what comes next meanwhile.
         threading.Thread(
-            target=importlib.import_module, args=(seams.ROLLOUT_SERVER_MODULE,), daemon=True
+            target=importlib.import_module, args=(verl_internals.ROLLOUT_SERVER_MODULE,), daemon=True
         ).start()
         self.progress.note("loading the model into the trainer")
 
@@ -105,7 +104,7 @@ class Trainer(seams.PPOTrainerSync):
 
     def _init_resource_pool_mgr(self) -> None:
         super()._init_resource_pool_mgr()
-        self.role_worker_mapping[seams.Role.ActorRollout] = ray.remote(MethodWorker)
+        self.role_worker_mapping[verl_internals.Role.ActorRollout] = ray.remote(MethodWorker)
         self.rollout_workers = early_workers(self.config)
 
     def _look_at_workers(self, failed: bool) -> None:
@@ -139,10 +138,10 @@ class Trainer(seams.PPOTrainerSync):
             rows = self._draw(num_prompts or self.vopd.train.prompts)
             batch = self._requests(rows, [views] * len(rows))
         else:
-            groups, self.recorded_seconds = recording.read(self.recorded, self.global_steps)
+            groups, self.recorded_seconds = recorded_rollouts.read(self.recorded, self.global_steps)
             rows = [self._row(group.row_id) for group in groups]
             batch = self._requests(rows, [views] * len(rows), groups)
-        seams.assign_non_tensor(batch, global_steps=self.global_steps)
+        verl_internals.assign_non_tensor(batch, global_steps=self.global_steps)
         return batch
 
     def _draw(self, count: int) -> list[dict[str, Any]]:
@@ -182,7 +181,10 @@ class Trainer(seams.PPOTrainerSync):
         return super()._add_prompts_to_generate(num_prompts)
 
     def _requests(
-        self, rows: list[dict[str, Any]], views: list[str], groups: list[recording.Group] | None = None
+        self,
+        rows: list[dict[str, Any]],
+        views: list[str],
+        groups: list[recorded_rollouts.Group] | None = None,
     ) -> Any:
         """Rows as verl's prompt batch. Keys count upwards, so that sorting them is sorting the prompt stream.
 
@@ -192,7 +194,7 @@ class Trainer(seams.PPOTrainerSync):
         recorded = {"recorded": [{"tokens": g.tokens, "log_probs": g.log_probs} for g in groups or []]}
         uids = [f"{self.prompts_drawn + i:010d}" for i in range(len(rows))]
         self.prompts_drawn += len(rows)
-        return seams.get_tensordict(
+        return verl_internals.get_tensordict(
             {
                 "row": rows,
                 "views": views,
@@ -206,16 +208,16 @@ class Trainer(seams.PPOTrainerSync):
     def _generate_ahead(self) -> None:
         """All rollouts of the run from the weights as they are, one file a step; whole files are kept."""
         folder, steps = self.run_dir / "rollouts", self.total_training_steps
-        if all(recording.path(folder, step).exists() for step in range(1, steps + 1)):
+        if all(recorded_rollouts.path(folder, step).exists() for step in range(1, steps + 1)):
             return
         if self.global_steps:
             raise TrainingError(f"{folder} lacks rollouts of the initial weights; remove {self.run_dir}.")
         for step in range(1, steps + 1):
             rows = self._draw(self.vopd.train.prompts)
-            if not recording.path(folder, step).exists():
+            if not recorded_rollouts.path(folder, step).exists():
                 start = time.perf_counter()
                 batch = self._requests(rows, [self.method.rollout.view] * len(rows))
-                seams.assign_non_tensor(batch, global_steps=step)
+                verl_internals.assign_non_tensor(batch, global_steps=step)
                 self._submit_batch_to_rollout(batch)
                 done, _ = self.replay_buffer.sample(
                     global_steps=step, partition_id="train", batch_size=len(rows)
@@ -229,14 +231,14 @@ class Trainer(seams.PPOTrainerSync):
         keys = sorted(batch.keys, key=_sort_key)
         fields = ["record", "responses", "rollout_log_probs"]
         data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-        groups: list[recording.Group] = []
+        groups: list[recorded_rollouts.Group] = []
         columns = (data["record"], data["responses"].unbind(), data["rollout_log_probs"].unbind())
         for key, record, tokens_R, log_probs_R in zip(keys, *columns, strict=True):
             if _sort_key(key)[1] == 0:
-                groups.append(recording.Group(seams.plain(record)["id"], [], []))
+                groups.append(recorded_rollouts.Group(verl_internals.plain(record)["id"], [], []))
             groups[-1].tokens.append(tokens_R.tolist())
             groups[-1].log_probs.append(log_probs_R.tolist())
-        recording.write(folder, step, groups, seconds)
+        recorded_rollouts.write(folder, step, groups, seconds)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -255,7 +257,7 @@ class Trainer(seams.PPOTrainerSync):
             self._store(batch, self.run_dir / "rollouts", self.global_steps, timing_raw["gen"])
         with marked_timer("prepare", timing_raw):
             prepared = self._prepare(batch, metrics)
-        stopping.check()  # from here on the weights are under way to those of the next update
+        stop_requests.check()  # from here on the weights are under way to those of the next update
         with marked_timer("update_actor", timing_raw):
             self._update_actor(batch, metrics, prepared)
         return batch
@@ -281,7 +283,7 @@ class Trainer(seams.PPOTrainerSync):
 
     def _records(self, keys: list[str], partition_id: str) -> list[dict[str, Any]]:
         data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["record"])
-        return [dict(seams.plain(record)) for record in data["record"]]
+        return [dict(verl_internals.plain(record)) for record in data["record"]]
 
     def _complete(self, batch: KVBatchMeta, prompts: int) -> KVBatchMeta:
         """All rollouts of all prompts, or a sentence: verl would fill the place of a failed group with padding."""
@@ -305,7 +307,9 @@ class Trainer(seams.PPOTrainerSync):
         for start in range(0, len(batch), size):
             mini = order[start : start + size]
             lengths = [batch.tags[i]["seq_len"] for i in mini]
-            parts = seams.get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True)
+            parts = verl_internals.get_seqlen_balanced_partitions(
+                lengths, k_partitions=ranks, equal_size=True
+            )
             for rank, part in enumerate(parts):
                 shares[rank].extend(mini[j] for j in sorted(part))
         batch.reorder([i for rank in range(ranks) for i in shares[rank]])
@@ -466,7 +470,7 @@ class Trainer(seams.PPOTrainerSync):
 
     def _answer(self, requests: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
         batch = self._requests([row for row, _ in requests], [view for _, view in requests])
-        seams.assign_non_tensor(batch, global_steps=self.global_steps, validate=True)
+        verl_internals.assign_non_tensor(batch, global_steps=self.global_steps, validate=True)
         tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in requests]
         tq.kv_batch_put(keys=list(batch["uid"]), partition_id="val", tags=tags)
         self.agent_loop_manager.generate_sequences(batch)
@@ -519,7 +523,7 @@ class Trainer(seams.PPOTrainerSync):
         self.save_seconds = self.saved_at - start
 
     def _load_checkpoint(self) -> None:
-        """Resume from the newest checkpoint, which `vopd.run` has looked at; replaces verl's, which unpickles."""
+        """Resume from the newest checkpoint, which `vopd.runner.run` has looked at; replaces verl's, which unpickles."""
         found = checkpoints.found(self.checkpoints)
         self.global_steps = found[0].step if found else 0
         if found:
@@ -536,12 +540,12 @@ class Trainer(seams.PPOTrainerSync):
 
     def fit(self, agent_loop_manager: Any) -> None:
         self.agent_loop_manager = agent_loop_manager
-        with stopping.patiently():
+        with stop_requests.patiently():
             try:
                 if self.recorded is not None and not self.vopd.rollout.replay:
                     self._generate_ahead()
                 super().fit(agent_loop_manager)
-            except stopping.Stopped:
+            except stop_requests.Stopped:
                 if self.finished and self.finished.step > self._newest():
                     self.progress.note(f"saving the checkpoint of update {self.finished.step}")
                     self._save_checkpoint()

@@ -13,29 +13,29 @@ from huggingface_hub import save_torch_state_dict
 from omegaconf import OmegaConf
 from tensordict import TensorDict
 
-from vopd import vitals
-from vopd.backbone import seams, weight_sync
+from vopd.backbone import verl_internals, weight_sync
 from vopd.backbone.engine import ScoringEngine
-from vopd.backbone.sockets import own
+from vopd.backbone.weight_sockets import own
+from vopd.common import heartbeat
 from vopd.method import build
 
 
-class ScoringTrainingWorker(seams.TrainingWorker):
+class ScoringTrainingWorker(verl_internals.TrainingWorker):
     """verl's TrainingWorker on our engine, on CPU as on GPU."""
 
     def __init__(self, config: Any) -> None:
-        if seams.get_device_name() == "cpu":
+        if verl_internals.get_device_name() == "cpu":
             # Ranks work while the rollout waits, so they share all cores; every other process keeps to one thread.
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ["WORLD_SIZE"])))
             # verl would ask for "cpu:gloo,cpu:gloo", which torch refuses; it skips that once a group exists.
-            seams.initialize_global_process_group_ray(backend="cpu:gloo")
-        seams.register_engine(ScoringEngine)
+            verl_internals.initialize_global_process_group_ray(backend="cpu:gloo")
+        verl_internals.register_engine(ScoringEngine)
         super().__init__(config)
 
     def log_probs(self, data: TensorDict) -> torch.Tensor:
         """Log-probs of all rows before the first mini-batch, in micro-batches like those of an update."""
         engine = self.engine.engine_config
-        seams.assign_non_tensor(
+        verl_internals.assign_non_tensor(
             data,
             use_remove_padding=self.model_config.get("use_remove_padding", False),
             use_dynamic_bsz=engine.use_dynamic_bsz,
@@ -46,7 +46,7 @@ class ScoringTrainingWorker(seams.TrainingWorker):
             return self.engine.log_probs(data)
 
 
-class MethodWorker(seams.ActorRolloutRefWorker):
+class MethodWorker(verl_internals.ActorRolloutRefWorker):
     """Student, teachers and the weight sync to the rollout, in one process per device.
 
     verl looks for a base class of the name `Worker` among its ancestors, so this one must be called otherwise.
@@ -54,10 +54,10 @@ class MethodWorker(seams.ActorRolloutRefWorker):
 
     actor_worker_cls = ScoringTrainingWorker
 
-    @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)
+    @verl_internals.register(dispatch_mode=verl_internals.Dispatch.ONE_TO_ALL)
     def init_model(self) -> None:
         super().init_model()
-        vitals.start("trainer worker")
+        heartbeat.start("trainer worker")
         self.rollout.zmq_handle = own(self.rollout.zmq_handle)
         weight_sync.install(self.rollout)
         self._attach()
@@ -73,7 +73,9 @@ class MethodWorker(seams.ActorRolloutRefWorker):
         np.random.seed(seed)
         torch.manual_seed(seed)
 
-    @seams.register(dispatch_mode=seams.make_nd_compute_dataproto_dispatch_fn(mesh_name="actor"))
+    @verl_internals.register(
+        dispatch_mode=verl_internals.make_nd_compute_dataproto_dispatch_fn(mesh_name="actor")
+    )
     def update_actor(self, data: TensorDict) -> TensorDict:
         engine = self.actor.engine
         engine.update_in_batch = 0
@@ -81,7 +83,7 @@ class MethodWorker(seams.ActorRolloutRefWorker):
             data["old_log_probs"] = self.actor.log_probs(data)
         return super().update_actor(data)
 
-    @seams.register(dispatch_mode=seams.Dispatch.ONE_TO_ALL)
+    @verl_internals.register(dispatch_mode=verl_internals.Dispatch.ONE_TO_ALL)
     def export(self, folder: str, dtype: str) -> None:
         """Write the student as a Hugging Face folder that transformers and vLLM load.
 

@@ -13,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vopd.chat import together
+from vopd.common.chat_client import NoAnswerError, together
+from vopd.common.images import PictureError
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import Question, Questions
-from vopd.evaluation.engines import Engine, NoAnswerError, Reply
+from vopd.evaluation.endpoint import Endpoint, Reply
 from vopd.evaluation.records import Appender, Record, read_answers
 from vopd.evaluation.scoring import is_correct, parse_answer
-from vopd.pictures import PictureError
 
 Key = tuple[str, str]  # question id, view
 MOST_FAILURES = 20  # in a row: then the server is gone rather than a question odd
@@ -49,7 +49,7 @@ def only_writer(folder: Path) -> Iterator[None]:
 
 
 async def ask(
-    engine: Engine,
+    endpoint: Endpoint,
     questions: Questions,
     todo: list[tuple[Question, str]],
     records: Path,
@@ -69,7 +69,7 @@ async def ask(
         for question, view in queue:
             key = f"{questions.name}/{question.id}/{view}"
             try:
-                reply = await engine.answer(key, view, questions.picture(question, view), question.prompt)
+                reply = await endpoint.answer(key, view, questions.picture(question, view), question.prompt)
             except PictureError as error:  # of this question alone; the server may be well
                 failures.append(f"{key}: its picture {error}")
                 continue

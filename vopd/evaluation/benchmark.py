@@ -18,16 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vopd import caches, pictures
+from vopd.common import caches
+from vopd.common import images as pictures
+from vopd.common.provenance import hash_contents, hash_json
 from vopd.errors import UserError
 from vopd.evaluation import description
 from vopd.evaluation.description import BY_GOLD, PAIR, Benchmark, leads_out
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
 from vopd.evaluation.scoring.numbers import parse_gold_number
-from vopd.provenance import hash_contents, hash_json
 
-ROOT = Path(__file__).resolve().parents[2]  # not from vopd.config, which pulls in torch
 FOLDER = Path(__file__).parent / "benchmarks"
 LOCK = "lock.json"
 MOST_ROWS = 1_000_000

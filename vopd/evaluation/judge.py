@@ -12,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, cast, get_args
 
-from vopd import chat, jsonl
-from vopd.chat import NoAnswerError, together
+from vopd.common import chat_client, jsonl
+from vopd.common.chat_client import NoAnswerError, together
+from vopd.common.provenance import hash_json
 from vopd.errors import UserError
 from vopd.evaluation.records import Record
 from vopd.evaluation.scoring import parse_answer
-from vopd.provenance import hash_json
 
 State = Literal["right", "wrong", "failed"]
 TEXTS = ("short", "free")
@@ -91,7 +91,7 @@ async def judge(
             file.append(line | {"asked": ASKED})
             advance()
 
-    async with chat.Server(url, timeout) as server:
+    async with chat_client.Server(url, timeout) as server:
         with jsonl.Appender(path) as file:
             await together(worker() for _ in range(min(concurrency, len(wanting))))
     return failures

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vopd import jsonl
+from vopd.common import jsonl
+from vopd.common.jsonl import drop_torn_line as drop_torn_line
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES
-from vopd.jsonl import drop_torn_line as drop_torn_line
 
 MAX_UNPACKED = 512 * 2**20
 
@@ -82,7 +82,7 @@ _DETAILS: dict[str, tuple[type, ...]] = {
 
 
 class Appender:
-    """A record file open for appending (`vopd.jsonl`)."""
+    """A record file open for appending (`vopd.common.jsonl`)."""
 
     def __init__(self, path: Path) -> None:
         self._lines = jsonl.Appender(path)

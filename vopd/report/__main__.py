@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vopd import ownership
-from vopd.caches import results_folder
+from vopd.common import ownership
+from vopd.common.caches import results_folder
+from vopd.common.markdown import escaped
+from vopd.common.terminal import Terminal, say, visible
 from vopd.config import ROOT
 from vopd.errors import UserError
-from vopd.markdown import escaped
 from vopd.report import comparison, curves, gallery, page, published, tables
+from vopd.report.archive import keep
 from vopd.report.comparison import Comparison
-from vopd.report.keep import keep
-from vopd.report.sheet import to_markdown, to_terminal
-from vopd.report.summary import as_json
-from vopd.terminal import Terminal, say, visible
+from vopd.report.run_summary import as_json
+from vopd.report.text_table import to_markdown, to_terminal
 
 MAKER = "vopd.report"
 NAMES = {

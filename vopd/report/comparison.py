@@ -9,10 +9,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from vopd.errors import UserError
-from vopd.report import comparable, figures, runs, tokens
-from vopd.report.figures import Group, Row, Table
-from vopd.report.runs import Broken, Run
-from vopd.report.tokens import EqualTokens
+from vopd.report import consistency, estimates, run_folders
+from vopd.report import token_budget as tokens
+from vopd.report.estimates import Group, Row, Table
+from vopd.report.run_folders import Broken, Run
+from vopd.report.token_budget import EqualTokens
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,15 @@ def make(paths: Sequence[Path], mixed: bool = False) -> Comparison:
     Raises:
         UserError: no run could be used, or runs do not compare and `mixed` is not set.
     """
-    folders = runs.find(paths)
+    folders = run_folders.find(paths)
     with tqdm(total=len(folders), desc="reading runs", unit="run", disable=None) as bar:
-        found, broken = runs.read_all(folders, bar.update)
+        found, broken = run_folders.read_all(folders, bar.update)
     if not found:
         raise UserError(f"None of the {len(folders)} runs can be used; the first: {broken[0].why}")
-    differences = comparable.check(found, mixed)
-    groups = figures.group(found)
+    differences = consistency.check(found, mixed)
+    groups = estimates.group(found)
     with tqdm(total=len(groups), desc="intervals", unit="method", disable=None) as bar:
-        tables = figures.compare(groups, bar.update)
+        tables = estimates.compare(groups, bar.update)
     order = [row.name for table in tables for row in table.rows]
     groups.sort(key=lambda g: order.index(g.name))
     main = [g for g in groups if g.kind == tables[0].kind]

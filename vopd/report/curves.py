@@ -16,10 +16,10 @@ import matplotlib
 from matplotlib.axes import Axes
 
 from vopd.report.comparison import Comparison
-from vopd.report.figures import Group
+from vopd.report.estimates import Group
 from vopd.report.plots import STYLE, figure
-from vopd.report.runs import Run
-from vopd.report.tokens import points
+from vopd.report.run_folders import Run
+from vopd.report.token_budget import points
 
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999933")
 STYLES = ("-", "--", ":", "-.")

@@ -18,13 +18,14 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from data import schema, stamp
-from vopd import pictures, provenance
+from data import schema, validation_stamp
+from vopd.common import images as pictures
+from vopd.common import provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation.records import Record
-from vopd.report.figures import Group
-from vopd.report.runs import Run
+from vopd.report.estimates import Group
+from vopd.report.run_folders import Run
 
 OUTCOMES = ("fixed", "broken")
 SHOWN = 24
@@ -188,7 +189,7 @@ def _check(folder: Path, run: Run) -> None:
     splits = [path.stem for path in schema.splits(folder)] if folder.is_dir() else []
     if not splits:
         raise UserError(f"the data is not in {folder.name}; prepare it, then make the page again.")
-    if provenance.hash_json(stamp.check(folder, splits)) != run.facts["data_hash"]:
+    if provenance.hash_json(validation_stamp.check(folder, splits)) != run.facts["data_hash"]:
         raise UserError(f"the data in {folder.name} is not what the runs were made from.")
 
 

@@ -16,8 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from vopd.report.comparison import Comparison
 from vopd.report.curves import Picture
 from vopd.report.gallery import OUTCOMES, Gallery
-from vopd.report.sheet import Sheet
 from vopd.report.tables import broken_notes, mixed_notes, verdict
+from vopd.report.text_table import Sheet
 
 HERE = Path(__file__).parent
 

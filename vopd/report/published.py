@@ -8,9 +8,9 @@ from pathlib import Path
 
 import yaml
 
-from vopd.report.figures import Base, Row
-from vopd.report.sheet import Sheet
-from vopd.report.summary import percent
+from vopd.report.estimates import Base, Row
+from vopd.report.run_summary import percent
+from vopd.report.text_table import Sheet
 
 FILE = Path(__file__).with_name("published.yaml")
 

@@ -6,12 +6,12 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vopd.report import comparable, published
+from vopd.report import consistency, published
 from vopd.report.comparison import Comparison
-from vopd.report.figures import MEASURES, Base, Group, Row, Table
-from vopd.report.runs import METHODS, Run
-from vopd.report.sheet import Sheet
-from vopd.report.summary import p_text, percent
+from vopd.report.estimates import MEASURES, Base, Group, Row, Table
+from vopd.report.run_folders import METHODS, Run
+from vopd.report.run_summary import p_text, percent
+from vopd.report.text_table import Sheet
 
 BASE = "base (before training)"
 SIGNIFICANT = 0.05
@@ -317,7 +317,7 @@ def _failures(c: Comparison) -> Sheet:
 
 
 def _judge(runs: Sequence[Run]) -> str:
-    names = {str(comparable.scorer(run)["judge"]) for run in runs}
+    names = {str(consistency.scorer(run)["judge"]) for run in runs}
     return "no judge" if names == {"none"} else ", ".join(sorted(names))
 
 
@@ -364,7 +364,7 @@ def _settings(c: Comparison) -> Sheet:
     }
 
     def row(g: Group) -> list[str]:
-        method, settings = g.runs[0].facts["method"], comparable.settings_of(g.runs[0])
+        method, settings = g.runs[0].facts["method"], consistency.settings_of(g.runs[0])
         return [
             g.name,
             *(str(method.get(key, "-")) for key in names),
@@ -389,7 +389,7 @@ def _runs(c: Comparison) -> Sheet:
         return [
             os.path.relpath(run.folder.absolute(), top), run.recipe, str(run.seed), f"{full / asked:.1f}",
             _hash(run.facts["code"]), _hash(run.facts["data_hash"]), _hash(run.facts["model_hash"]),
-            _hash(str(comparable.scorer(run)["code"])),
+            _hash(str(consistency.scorer(run)["code"])),
         ]  # fmt: skip
 
     return Sheet(

@@ -19,7 +19,7 @@ from data.synthesis import prompts
 from data.synthesis.client import Client, RejectedError, Reply, Request, ask_all, read_json
 from data.synthesis.config import Server
 from data.synthesis.journal import Journal
-from vopd import chat
+from vopd.common import chat_client
 from vopd.errors import UserError
 
 
@@ -85,7 +85,7 @@ def test_a_lasting_outage_is_raised_after_the_last_try(
     stub_server: ModuleType, photographs: Path, fault: str
 ) -> None:
     with stub_server.StubServer(faults=dict.fromkeys(range(9), fault)) as stub:
-        with pytest.raises(chat.OutageError):
+        with pytest.raises(chat_client.OutageError):
             send(stub.url, request(photographs), tries=2, timeout_s=1 if fault == "silent" else 5)
         assert len(stub.bodies) == 2
 
@@ -119,7 +119,7 @@ def test_what_is_no_reply_is_a_sentence_and_left_for_the_next_run(
     stub_server: ModuleType, photographs: Path, fault: str, sentence: str
 ) -> None:
     with stub_server.StubServer(faults={0: fault}) as stub:
-        with pytest.raises(chat.NoAnswerError, match=sentence):
+        with pytest.raises(chat_client.NoAnswerError, match=sentence):
             send(stub.url, request(photographs))
         assert len(stub.bodies) == 1
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from data import audit, schema, synthesize, validate
 from data.synthesis import config, pipeline, prompts, proposers
-from vopd import fingerprint, ownership
+from vopd.common import fingerprint, ownership
 from vopd.config import ROOT
 from vopd.errors import UserError
 

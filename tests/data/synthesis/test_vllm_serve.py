@@ -20,8 +20,8 @@ from data import synthesize
 from data.miniature import world
 from data.synthesis.client import Client, Request
 from data.synthesis.config import Server
-from vopd.backbone.launch import environment
-from vopd.config import ROOT, load
+from vopd.common import library_environment
+from vopd.config import ROOT
 from vopd.evaluation.scoring import is_correct, parse_answer
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
@@ -67,7 +67,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             [sys.executable, "-P", *command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env={**os.environ, **environment(load("vision_opd", []))},
+            env={**os.environ, **library_environment.variables("cpu")},
         )
     try:
         limit = time.monotonic() + START_SECONDS

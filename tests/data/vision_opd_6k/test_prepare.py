@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
 
-from data import near_duplicates, schema, stamp
+from data import near_duplicates, schema, validation_stamp
 from data.vision_opd_6k import prepare, source
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.rollout import decode
@@ -74,14 +74,14 @@ def test_held_out_rows_share_no_image_with_others(prepared: Path) -> None:
 
 def test_it_is_validated_and_trains_from_anywhere(prepared: Path, tmp_path: Path) -> None:
     moved = shutil.copytree(prepared, tmp_path / "moved")
-    assert set(stamp.check(moved, prepare.SPLITS)) == set(prepare.SPLITS)
+    assert set(validation_stamp.check(moved, prepare.SPLITS)) == set(prepare.SPLITS)
     shutil.rmtree(moved / "work")
     data = TripletDataset(str(moved / "train.parquet"), None, None)
     row = decode(data[3]["row"])
     assert row["image"].size == (512, 512) and row["crop"].size == (192, 192)
     (moved / data.rows[3]["image"]["path"]).write_bytes(b"other")
     with pytest.raises(UserError, match="not the one that was validated"):
-        stamp.check(moved, prepare.SPLITS)
+        validation_stamp.check(moved, prepare.SPLITS)
 
 
 def test_archives_may_leave_the_folders_name_out(layout: ModuleType, tmp_path: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
         patch.setattr(prepare, "BATCH", 8)
         with pytest.raises(Killed):
             prepare.prepare(out, published, choices=CHOICES)
-    assert not (out / stamp.NAME).exists() and not (out / "meta.json").exists()
+    assert not (out / validation_stamp.NAME).exists() and not (out / "meta.json").exists()
     rows_file = out / "work" / "rows.jsonl"
     if at in ("rows", "half a line"):
         assert 24 <= len(rows_file.read_text().splitlines()) < ROWS
@@ -156,7 +156,7 @@ def test_a_killed_run_goes_on_and_ends_the_same(
         rows_file.write_bytes(rows_file.read_bytes()[:-7])
     prepare.prepare(out, published, choices=CHOICES)
     assert rows_of(out) == rows_of(prepared)
-    assert stamp.check(out, prepare.SPLITS) == stamp.check(prepared, prepare.SPLITS)
+    assert validation_stamp.check(out, prepare.SPLITS) == validation_stamp.check(prepared, prepare.SPLITS)
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "images/images.tar.gz.part-ab"])

@@ -109,11 +109,11 @@ def make_fields(processor: Any) -> list[dict[str, Any]]:
 
 def mini_batch(fields: list[dict[str, Any]], tokens: int = ALL, packed: bool = True) -> Any:
     """This rank's share of the rows as the trainer's TensorDict."""
-    from vopd.backbone import seams
+    from vopd.backbone import verl_internals
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    data = seams.list_of_dict_to_tensordict(fields[rank::ranks])
-    seams.assign_non_tensor(
+    data = verl_internals.list_of_dict_to_tensordict(fields[rank::ranks])
+    verl_internals.assign_non_tensor(
         data,
         temperature=1.0,
         global_batch_size=len(fields),
@@ -219,7 +219,7 @@ def make_methods() -> dict[str, Any]:
 
 def update(engine: Any, data: Any) -> dict[str, Any]:
     """One optimiser update: metrics, full gradients and per-token numbers by row (of this rank)."""
-    from vopd.backbone import seams
+    from vopd.backbone import verl_internals
 
     grads: dict[str, torch.Tensor] = {}
     rows: dict[int, dict[str, torch.Tensor]] = {}
@@ -228,7 +228,7 @@ def update(engine: Any, data: Any) -> dict[str, Any]:
     def optimizer_step() -> float:
         for name, p in engine.module.named_parameters():
             if p.grad is not None:
-                grads[name] = seams.full_tensor(p.grad).clone()
+                grads[name] = verl_internals.full_tensor(p.grad).clone()
         return step()
 
     def counted(loss: Any, per_token: Any, mask_BT: Any, micro_batch: Any, lengths: list[int]) -> None:
@@ -263,10 +263,10 @@ def shards(engine: Any) -> dict[str, torch.Tensor]:
 @contextmanager
 def root_unit_forgotten(engine: Any) -> Iterator[None]:
     """The defect of pitfall 1: the moving average walks the inner FSDP units only."""
-    from vopd.backbone import seams
+    from vopd.backbone import verl_internals
     from vopd.teacher import TeacherWeights
 
-    inner = [n for n, m in engine.module.named_modules() if n and isinstance(m, seams.FSDPModule)]
+    inner = [n for n, m in engine.module.named_modules() if n and isinstance(m, verl_internals.FSDPModule)]
     original = TeacherWeights.update
 
     def forgetful(self: Any, module: Any) -> None:
@@ -356,7 +356,7 @@ def case_packing(s: Setting) -> dict[str, Any]:
 
 def case_positions(s: Setting) -> dict[str, Any]:
     """The teacher with its own positions, with the student's, and everything read one token late."""
-    from vopd.backbone import inputs as module
+    from vopd.backbone import model_inputs as module
 
     engine = s.attach(s.methods["probe"]("crop", "initial"))
     out = {
@@ -531,7 +531,7 @@ def case_checkpoint(s: Setting) -> dict[str, Any]:
 
 def case_first_learning_rate(s: Setting) -> dict[str, Any]:
     """Learning rate and movement of the first update in a warm-up of 5; then with verl's own schedule."""
-    from vopd.backbone import seams
+    from vopd.backbone import verl_internals
     from vopd.backbone.engine import ScoringEngine
 
     def play() -> dict[str, Any]:
@@ -546,7 +546,7 @@ def case_first_learning_rate(s: Setting) -> dict[str, Any]:
 
     out = {"ours": play()}
     with mock.patch.object(
-        ScoringEngine, "_build_lr_scheduler", seams.FSDPEngineWithLMHead._build_lr_scheduler
+        ScoringEngine, "_build_lr_scheduler", verl_internals.FSDPEngineWithLMHead._build_lr_scheduler
     ):
         out["verl_defect"] = play()
     return out
@@ -612,7 +612,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
     from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss
 
-    from vopd.backbone import seams
+    from vopd.backbone import verl_internals
     from vopd.backbone.trainer import row_fields, step_rollouts
     from vopd.method import build
 
@@ -685,7 +685,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
         positions = [with_response(f["rendered"]["full"], f["responses"])[1] for f in s.fields]
         for _ in range(3):
             data = mini_batch(rows, packed=False)
-            data["position_ids"] = seams.nested_positions(positions)
+            data["position_ids"] = verl_internals.nested_positions(positions)
             with stock.train_mode():
                 result = stock.train_batch(data, partial(ppo_loss, config))
             out[name]["stock"].append((sum(result["loss"]), float(result["metrics"]["grad_norm"])))
@@ -704,10 +704,10 @@ def main() -> None:
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     store = f"file://{folder}/store{ranks}"
     torch.distributed.init_process_group("cpu:gloo", init_method=store, rank=rank, world_size=ranks)
-    from vopd.backbone import seams
+    from vopd.backbone import verl_internals
 
     models = {name: folder / name for name in ("tied", "untied")}
-    processor = seams.hf_processor(str(models["tied"]))
+    processor = verl_internals.hf_processor(str(models["tied"]))
     setting = Setting(models, make_fields(processor), make_methods(), folder, processor)
     setting.still = build_engine(models["tied"], lr=0.0)
     for name in sys.argv[2:] or CASES:

@@ -15,10 +15,11 @@ from torch import nn
 
 import vopd.backbone.head as head_module
 from vopd.backbone.engine import warmup_factor
-from vopd.backbone.head import Component, ScoreChunk, ScoringContext, ScoringHead, active
-from vopd.backbone.inputs import response_positions
+from vopd.backbone.head import Component, ScoringContext, ScoringHead, active
+from vopd.backbone.model_inputs import response_positions
 from vopd.backbone.packing import honest, swallows_boundaries
 from vopd.divergence import top_k_tail_divergence
+from vopd.method import ScoreChunk
 
 Results = Callable[..., dict[str, Any]]
 

@@ -22,13 +22,13 @@ import vopd.backbone.head as head_module
 from vopd.backbone.head import (
     Component,
     GatherContext,
-    ScoreChunk,
     ScoringContext,
     ScoringHead,
     active,
     install_head,
 )
 from vopd.divergence import divergence, entropy, sampled_token_log_prob, top_k_tail_divergence
+from vopd.method import ScoreChunk
 
 N, H, V = 37, 16, 101
 NAMES = ("divergence", "log_prob", "weighted", "entropy")

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from vopd.backbone.engine import SharedVision
-from vopd.backbone.inputs import unique_rows
+from vopd.backbone.model_inputs import unique_rows
 
 
 class Tower(nn.Module):

@@ -24,15 +24,14 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import create_rl_sampler
 from verl.trainer.ppo.v1 import replay_buffer
 
-from vopd import checkpoints
-from vopd.backbone import seams, stopping
-from vopd.backbone.groups import METRIC, GroupBuffer
-from vopd.backbone.history import History
+from vopd.backbone import checkpoints, stop_requests, verl_internals
+from vopd.backbone.replay_buffer import METRIC, GroupBuffer
+from vopd.backbone.run_history import History
 from vopd.backbone.trainer import Trainer, TrainingError, _renamed, _sort_key, row_fields, step_rollouts
 from vopd.backbone.verl_config import verl_config
+from vopd.common.failures import ExplainedError, Failure
 from vopd.config import load
 from vopd.errors import UserError
-from vopd.failures import ExplainedError, Failure
 from vopd.method import Method
 
 # ---- prompts
@@ -207,7 +206,7 @@ def at_step(step: int, folder: Path, **train: Any) -> Trainer:
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [{"response_tokens": 3, "truncated": False, "correct": i == 0} for i in range(4)]
     monkeypatch.setattr(Trainer, "_records", lambda *_: found)
-    monkeypatch.setattr(seams.PPOTrainerSync, "step", lambda *_: batch([0, 1, 2, 3]))
+    monkeypatch.setattr(verl_internals.PPOTrainerSync, "step", lambda *_: batch([0, 1, 2, 3]))
     answered = {
         "id": "r",
         "family": "f",
@@ -301,10 +300,10 @@ def test_a_stop_in_the_middle_of_an_update_keeps_the_one_before(
     def stopped(self: Trainer, _: Any) -> None:
         update(made)
         made.train_dataloader.place, made.prompts_drawn = 99, 99  # the next prompts are drawn already
-        raise stopping.Stopped
+        raise stop_requests.Stopped
 
-    monkeypatch.setattr(seams.PPOTrainerSync, "fit", stopped)
-    with pytest.raises(stopping.Stopped):
+    monkeypatch.setattr(verl_internals.PPOTrainerSync, "fit", stopped)
+    with pytest.raises(stop_requests.Stopped):
         made.fit(None)
     again = resumed(tmp_path)
     assert (again.global_steps, again.train_dataloader.place, again.prompts_drawn) == (2, 1, 4)
@@ -387,7 +386,7 @@ def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch)
     made.vopd.train.update({"prompts": 8, "max_refills": 2})
     made.refilled, submitted = 0, []
     monkeypatch.setattr(
-        seams.PPOTrainerSync, "_add_prompts_to_generate", lambda self, n: submitted.append(n) or n
+        verl_internals.PPOTrainerSync, "_add_prompts_to_generate", lambda self, n: submitted.append(n) or n
     )
     for _ in range(2):
         made._add_prompts_to_generate(8)
@@ -450,7 +449,7 @@ class Queue:
             self.verdicts[key] = verdict
 
 
-def buffer_for(queue: Queue, kind: type[seams.ReplayBuffer], prompts: int) -> Any:
+def buffer_for(queue: Queue, kind: type[verl_internals.ReplayBuffer], prompts: int) -> Any:
     return kind(
         trainer_mode="sync",
         trainer_config=OmegaConf.create({}),
@@ -499,7 +498,9 @@ STREAM = [
 
 
 def outcome(
-    monkeypatch: pytest.MonkeyPatch, kind: type[seams.ReplayBuffer], pace: Callable[[list[str]], list[str]]
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[verl_internals.ReplayBuffer],
+    pace: Callable[[list[str]], list[str]],
 ) -> Any:
     queue = Queue(monkeypatch, STREAM, pace)
     queue.ask(4)
@@ -517,7 +518,7 @@ def test_what_a_filtered_step_takes_and_draws_does_not_depend_on_what_finishes_f
 
 def test_twin_verls_own_buffer_depends_on_it(monkeypatch: pytest.MonkeyPatch) -> None:
     paces = [one_by_one(random.Random(seed)) for seed in range(50)]
-    assert len({str(outcome(monkeypatch, seams.ReplayBuffer, pace)) for pace in paces}) > 1
+    assert len({str(outcome(monkeypatch, verl_internals.ReplayBuffer, pace)) for pace in paces}) > 1
 
 
 # ---- what prepare may say ------------------------------------------------------------------------------------------

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from vopd.backbone import sockets
+from vopd.backbone import weight_sockets
+from vopd.backbone.cpu import vllm_blocks
+from vopd.backbone.cpu.vllm_blocks import zero_blocks
+from vopd.backbone.cpu.vllm_worker import CPUWorkerExtension
 from vopd.backbone.rendering import render
-from vopd.backbone.vllm_worker import CPUWorkerExtension
 from vopd.views import VIEWS
-from vopd.vllm_blocks import zero_blocks
 
 IMAGE, VIDEO = 5, 6
 
@@ -57,9 +58,8 @@ class Model:
 
 def extension(model: Model) -> CPUWorkerExtension:
     made = object.__new__(CPUWorkerExtension)
+    made.model_runner = SimpleNamespace(model=model)
     made._iter_all_models = lambda: [model]
-    caches = [torch.ones(2, 3)]
-    made.model_runner = SimpleNamespace(kv_caches=caches, kv_cache_config=SimpleNamespace(num_blocks=2))
     return made
 
 
@@ -87,11 +87,15 @@ def test_pitfall_18_twin_an_extension_that_drops_the_mask_is_seen(
         check_vision_tokens_masked(processor)
 
 
-def test_the_extension_clears_blocks_of_its_runner() -> None:
-    made = extension(Model())
-    made.monkey_patch_model(10, [IMAGE])
-    made.model_runner._zero_block_ids([1])
-    assert made.model_runner.kv_caches[0].sum(dim=1).tolist() == [3, 0]
+def test_the_patch_clears_blocks_of_every_runner(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    monkeypatch.setattr(CPUModelRunner, "_zero_block_ids", CPUModelRunner._zero_block_ids)
+    vllm_blocks.install()
+    runner = object.__new__(CPUModelRunner)
+    runner.kv_caches, runner.kv_cache_config = [torch.ones(2, 3)], SimpleNamespace(num_blocks=2)
+    runner._zero_block_ids([1])
+    assert runner.kv_caches[0].sum(dim=1).tolist() == [3, 0]
 
 
 def test_lora_weights_are_refused() -> None:
@@ -169,13 +173,13 @@ def test_two_runs_on_one_machine_sync_over_sockets_of_their_own(monkeypatch: pyt
     trainers = "ipc:///tmp/rl-colocate-zmq-01000000-replica-0-rank-0.sock"
     seen = set()
     for _ in range(2):
-        monkeypatch.setenv(sockets.VARIABLE, sockets.token())
-        assert made._get_zmq_handle() == sockets.own(trainers)
+        monkeypatch.setenv(weight_sockets.VARIABLE, weight_sockets.token())
+        assert made._get_zmq_handle() == weight_sockets.own(trainers)
         seen.add(made._get_zmq_handle())
     assert len(seen) == 2
 
 
 def test_a_process_without_its_runs_token_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(sockets.VARIABLE, raising=False)
-    with pytest.raises(KeyError, match=sockets.VARIABLE):
-        sockets.own("ipc:///tmp/x.sock")
+    monkeypatch.delenv(weight_sockets.VARIABLE, raising=False)
+    with pytest.raises(KeyError, match=weight_sockets.VARIABLE):
+        weight_sockets.own("ipc:///tmp/x.sock")

@@ -10,9 +10,9 @@ from typing import Any
 import datasets
 import pytest
 
-from vopd import evaluate, pictures
+from vopd.common import images
 from vopd.errors import UserError
-from vopd.evaluation import benchmark, metrics
+from vopd.evaluation import benchmark, evaluate, metrics
 from vopd.evaluation.records import read_records
 
 NAMES = sorted(p.stem for p in benchmark.FOLDER.glob("*.yaml"))
@@ -66,7 +66,7 @@ def test_loads_prompts_answers_and_scores(
     found = {q.cluster for q in questions.questions}
     assert (len(found) if clusters else found) == (clusters or {None})
     for view in questions.views:
-        assert pictures.decode(questions.picture(first, view), benchmark.PICTURES).width > 8
+        assert images.decode(questions.picture(first, view), benchmark.PICTURES).width > 8
     gold = {
         q.prompt: q.answer for q in questions.questions[:1]
     }  # the first prompt is answered right, others "A"

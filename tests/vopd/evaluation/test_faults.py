@@ -11,9 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vopd import evaluate
 from vopd.errors import UserError
-from vopd.evaluation import benchmark, description, judge
+from vopd.evaluation import benchmark, description, evaluate, judge
 from vopd.evaluation.records import read_answers
 
 Start = Callable[..., Any]

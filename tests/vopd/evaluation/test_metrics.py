@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from vopd.errors import UserError
-from vopd.evaluation import benchmark, compare, metrics, statistics
+from vopd.evaluation import benchmark, metrics, model_comparison, statistics
 from vopd.evaluation.records import Record, append_records
 
 
@@ -127,7 +127,7 @@ def run(folder: Path, right: int, name: str = "vstar", count: int = 40) -> Path:
 def test_a_comparison_is_paired_corrected_and_states_what_it_could_have_seen(tmp_path: Path) -> None:
     first = run(run(tmp_path / "a", 20), 20, "mmstar")
     second = run(run(tmp_path / "b", 30), 21, "mmstar")
-    rows = {row.name: row for row in compare.compare([first], [second])}
+    rows = {row.name: row for row in model_comparison.compare([first], [second])}
     big, small = rows["vstar full"], rows["mmstar full"]
     assert (big.first, big.second, big.difference.value) == pytest.approx((0.5, 0.75, 0.25))
     assert big.difference.p_value == pytest.approx(2 * 0.5**10)  # exact McNemar: ten changes, all one way
@@ -141,8 +141,8 @@ def test_seeds_are_a_second_level(tmp_path: Path) -> None:
     first = [run(tmp_path / f"a{s}", 20) for s in range(3)]
     steady = [run(tmp_path / f"b{s}", 28) for s in range(3)]
     shaky = [run(tmp_path / f"c{s}", right) for s, right in enumerate((20, 28, 36))]
-    one = compare.compare(first, steady)[0].difference
-    other = compare.compare(first, shaky)[0].difference
+    one = model_comparison.compare(first, steady)[0].difference
+    other = model_comparison.compare(first, shaky)[0].difference
     assert one.value == pytest.approx(other.value) == pytest.approx(0.2)
     assert other.high - other.low > 1.2 * (one.high - one.low)
 
@@ -159,7 +159,7 @@ def test_mmvp_is_compared_by_pairs_too(tmp_path: Path) -> None:
             for i in range(20)
         ]
         append_records(tmp_path / name / "mmvp" / "records.jsonl", rows)
-    rows = {row.name: row for row in compare.compare([tmp_path / "a"], [tmp_path / "b"])}
+    rows = {row.name: row for row in model_comparison.compare([tmp_path / "a"], [tmp_path / "b"])}
     assert rows["mmvp full"].difference.value == 0.5
     assert (rows["mmvp full pairs"].first, rows["mmvp full pairs"].second) == (0.0, 1.0)
 
@@ -174,11 +174,11 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captu
         (fewer, "did not answer the same questions"),
         (other, "no benchmark and view in common"),
     ]:
-        assert compare.main([str(first), str(second)]) == 2
+        assert model_comparison.main([str(first), str(second)]) == 2
         assert sentence in capsys.readouterr().err
-    assert compare.main([str(first), f"{first},{fewer}"]) == 2
-    assert compare.main([str(first), str(tmp_path / "none")]) == 2
-    assert compare.main([str(first), str(first), "scorer=kind"]) == 2
+    assert model_comparison.main([str(first), f"{first},{fewer}"]) == 2
+    assert model_comparison.main([str(first), str(tmp_path / "none")]) == 2
+    assert model_comparison.main([str(first), str(first), "scorer=kind"]) == 2
     capsys.readouterr()
-    assert compare.main([str(first), str(first), "scorer=official"]) == 0
+    assert model_comparison.main([str(first), str(first), "scorer=official"]) == 0
     assert "scorer official" in capsys.readouterr().out

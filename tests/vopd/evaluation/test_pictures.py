@@ -1,15 +1,12 @@
-"""A picture has the same pixels in training, in an evaluation in this process, and behind a server (vLLM's decoder)."""
+"""A picture has the same pixels in training and behind a server (vLLM's decoder)."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.util
 import io
-import queue
-import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,11 +14,11 @@ import pytest
 from PIL import Image
 
 from data import schema
-from vopd import evaluate, pictures
 from vopd.backbone.rollout import decode
+from vopd.common import images
 from vopd.errors import UserError
-from vopd.evaluation import benchmark
-from vopd.evaluation.engines import Endpoint, LocalEngine, Sampling
+from vopd.evaluation import benchmark, evaluate
+from vopd.evaluation.endpoint import Endpoint, Sampling
 from vopd.evaluation.records import read_records
 from vopd.views import VIEWS
 
@@ -44,39 +41,12 @@ def trained_on(content: bytes, view: str) -> Image.Image:
     return VIEWS[view](decoded)[0]["content"][0]["image"]
 
 
-def asked_here(content: bytes) -> tuple[Image.Image, tuple[int, int]]:
-    """What vLLM's engine in this process is given, and the size in the record."""
-    given: list[Any] = []
-
-    def step() -> list[Any]:
-        completion = SimpleNamespace(text="A", token_ids=[1], finish_reason="stop")
-        return [
-            SimpleNamespace(request_id="0", finished=True, outputs=[completion], prompt_token_ids=[0] * 7)
-        ]
-
-    def enqueue(prompts: list[Any], params: list[Any], use_tqdm: bool) -> list[str]:
-        given.extend(prompts)
-        return ["0-x"]
-
-    engine = object.__new__(LocalEngine)
-    engine.llm = SimpleNamespace(enqueue=enqueue, llm_engine=SimpleNamespace(step=step))
-    engine._sampling, engine._params = SAMPLING, lambda **values: values
-    engine._processor = SimpleNamespace(apply_chat_template=lambda chat, **_: "What?")
-    engine._resizing = lambda width, height: (width, height)
-    engine._failure, engine._inbox = None, queue.Queue()
-    engine._thread = threading.Thread(target=engine._serve, daemon=True)
-    engine._thread.start()
-    reply = asyncio.run(engine.answer("q", "full", content, "What?"))
-    engine.close()
-    return given[0]["multi_modal_data"]["image"][0], reply.image_in
-
-
 @pytest.mark.parametrize("kind", ALL)
-def test_pixels_are_the_same_in_training_and_in_an_evaluation_here(kind: str) -> None:
+def test_pixels_are_the_same_in_training_and_where_an_evaluation_decodes(kind: str) -> None:
     content, expected = ALL[kind]
     size = expected.shape[1], expected.shape[0]
-    here, recorded = asked_here(content)
-    assert (here.mode, here.info, recorded) == ("RGB", {}, size)
+    here = images.decode(content, benchmark.PICTURES)
+    assert (here.mode, here.info, here.size) == ("RGB", {}, size)
     assert np.array_equal(np.asarray(here), expected)
     if kind in kinds.KINDS:
         for view in ("full", "crop"):
@@ -111,7 +81,7 @@ def test_pixels_are_the_same_behind_a_server(stub: Callable[..., Any]) -> None:
 @pytest.mark.parametrize("kind", ALL)
 def test_a_file_is_sent_as_it_is_where_any_server_sees_the_same(kind: str) -> None:
     content, expected = ALL[kind]
-    file = pictures.portable(content, benchmark.PICTURES)
+    file = images.portable(content, benchmark.PICTURES)
     assert (file.content == content) == (kind in kinds.SENT_AS_THEY_ARE)
     with Image.open(
         io.BytesIO(file.content)
@@ -124,8 +94,8 @@ def test_a_file_is_sent_as_it_is_where_any_server_sees_the_same(kind: str) -> No
 @pytest.mark.parametrize("kind", kinds.BROKEN)
 def test_a_broken_picture_is_told_with_its_reason(kind: str) -> None:
     content, reason = kinds.BROKEN[kind]
-    for use in (pictures.decode, pictures.portable):
-        with pytest.raises(pictures.PictureError, match=reason):
+    for use in (images.decode, images.portable):
+        with pytest.raises(images.PictureError, match=reason):
             use(content)
     with pytest.raises(UserError, match=f"Row r, column image: .*{reason}"):
         trained_on(content, "full")
@@ -135,30 +105,30 @@ def test_bounds_are_ours_and_not_pillows(tmp_path: Path, monkeypatch: pytest.Mon
     content = kinds.saved(kinds.RGB, "PNG")
     (tmp_path / "a.png").write_bytes(content)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some of vLLM's modules do
-    monkeypatch.setattr(pictures, "MAX_PIXELS", kinds.WIDTH * kinds.HEIGHT - 1)
-    with pytest.raises(pictures.ImageTooLargeError, match="24 x 18 pixels, more than 431"):
-        pictures.decode(content)
-    monkeypatch.setattr(pictures, "MAX_BYTES", len(content) - 1)
+    monkeypatch.setattr(images, "MAX_PIXELS", kinds.WIDTH * kinds.HEIGHT - 1)
+    with pytest.raises(images.ImageTooLargeError, match="24 x 18 pixels, more than 431"):
+        images.decode(content)
+    monkeypatch.setattr(images, "MAX_BYTES", len(content) - 1)
     for source in (content, tmp_path / "a.png"):
-        with pytest.raises(pictures.ImageTooLargeError, match=f"has {len(content)} bytes"):
-            pictures.decode(source)
-    with pytest.raises(pictures.ImageTooLargeError, match=f"has {len(content)} bytes"):
-        pictures.read(tmp_path / "a.png")
+        with pytest.raises(images.ImageTooLargeError, match=f"has {len(content)} bytes"):
+            images.decode(source)
+    with pytest.raises(images.ImageTooLargeError, match=f"has {len(content)} bytes"):
+        images.read(tmp_path / "a.png")
 
 
 def test_what_is_no_file_is_told(tmp_path: Path) -> None:
     for path, reason in ((tmp_path, "is not a file"), (tmp_path / "no.png", "No such file")):
-        for use in (pictures.decode, pictures.read):
-            with pytest.raises(pictures.PictureError, match=reason):
+        for use in (images.decode, images.read):
+            with pytest.raises(images.PictureError, match=reason):
                 use(path)
-    with pytest.raises(pictures.PictureError, match="is not a file"):
-        pictures.read(Path("/dev/zero"))
+    with pytest.raises(images.PictureError, match="is not a file"):
+        images.read(Path("/dev/zero"))
 
 
 def test_orientation_that_cannot_be_read_counts_as_upright() -> None:
     data = b"Exif\0\0II*\0\xff\xff\xff\xffnonsense"
     content = kinds.saved(kinds.RGB, "PNG", exif=data)
-    assert np.array_equal(np.asarray(pictures.decode(content)), kinds.RGB)
+    assert np.array_equal(np.asarray(images.decode(content)), kinds.RGB)
 
 
 def test_a_size_costs_no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,7 +140,7 @@ def test_a_size_costs_no_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImageFile.ImageFile, "load", load)
     for kind in ("RGB PNG", "JPEG, orientation 6", "PNG, orientation 6", "WebP, orientation 6"):
         content, expected = kinds.KINDS[kind]
-        with pictures.open_picture(content) as picture:
+        with images.open_picture(content) as picture:
             assert picture.size == (expected.shape[1], expected.shape[0])
 
 
@@ -223,10 +193,5 @@ def test_a_missing_picture_does_not_keep_a_clustered_benchmark_from_loading(
     questions = benchmark.load("hrbench_4k", tmp_path)
     clusters = [q.cluster for q in questions.questions]
     assert len(set(clusters)) == 4 and clusters[2] == clusters[3] != clusters[4] == clusters[7]
-    with pytest.raises(pictures.PictureError, match="is not there"):
+    with pytest.raises(images.PictureError, match="is not there"):
         questions.picture(questions.questions[0], "full")
-
-
-def test_a_bad_picture_in_this_process_leaves_the_engine_alone() -> None:
-    with pytest.raises(pictures.PictureError, match="is not a whole image"):
-        asked_here(kinds.BROKEN["JPEG cut short"][0])

@@ -11,7 +11,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from vopd.evaluation.records import Record, write_records
-from vopd.report.summary import summarise
+from vopd.report.run_summary import summarise
 
 SPLITS = {"test": 160, "holdout": 60}
 RIGHT = {"full": 0.6, "crop": 0.94}

@@ -13,8 +13,8 @@ from vopd.evaluation import statistics
 from vopd.evaluation.records import read_records, write_records
 from vopd.report import comparison, tables
 from vopd.report.comparison import Comparison
-from vopd.report.sheet import Sheet, to_markdown
-from vopd.report.summary import summarise
+from vopd.report.run_summary import summarise
+from vopd.report.text_table import Sheet, to_markdown
 
 MakeRun = Callable[..., Path]
 

@@ -12,15 +12,15 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from data import schema, stamp, validate
+from data import schema, validate, validation_stamp
 from data.miniature import prepare
-from vopd import ownership, provenance
+from vopd.common import ownership, provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
 from vopd.report import __main__ as report
 from vopd.report import comparison, gallery, published, tables
-from vopd.report.sheet import to_markdown
+from vopd.report.text_table import to_markdown
 
 HOSTILE = '</script><script>window.hacked=1</script><img src=x onerror="window.hacked=1">{{ 7*7 }} & "quoted"'
 KEPT = ROOT / "docs" / "results"
@@ -42,7 +42,7 @@ def runs(synthetic: ModuleType, data: Path, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("runs")
     splits = [path.stem for path in schema.splits(data)]
     facts = {
-        "data_hash": provenance.hash_json(stamp.check(data, splits)),
+        "data_hash": provenance.hash_json(validation_stamp.check(data, splits)),
         "changed": {"data.folder": str(data)},
     }
     asked = synthetic.questions({"test": 40, "holdout": 10})

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vopd.evaluation.statistics import Difference, Interval
 from vopd.report import plots
-from vopd.report.summary import Row, summarise
+from vopd.report.run_summary import Row, summarise
 
 MakeRun = Callable[..., Path]
 NO_CHANGE = Difference(0.0, 0.0, 0.0, 1.0)

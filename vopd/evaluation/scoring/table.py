@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vopd.common.terminal import say
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.official import parse_official
-from vopd.terminal import say
 
 RULES = ("strict", "official")
 

@@ -1,0 +1,1 @@
+"""What every other room uses: files, caches, images, text, processes. Imports no other room of vopd."""
