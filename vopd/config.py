@@ -1,6 +1,6 @@
-"""A run's settings: typed defaults, a profile (hardware, model, data size), a recipe (a method), the user's words.
+"""A run's settings: typed defaults, a profile (hardware, model, data size), a recipe (a method), the user's overrides.
 
-Later ones go first: class defaults < profile < recipe < words. The words are Hydra overrides
+Later ones go first: class defaults < profile < recipe < overrides. Overrides are in Hydra's grammar
 (`seed=1 method.top_k=20`); keys below `verl.` reach verl's own tree. Unknown keys, wrong types and values outside the
 bounds that stand beside the defaults are errors.
 """
@@ -12,22 +12,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
-from hydra.core.config_store import ConfigStore
-from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from vopd import bounds
 from vopd.bounds import Each, Range, above, bounded, one_of, within
-from vopd.common import overrides as words
-from vopd.common import yaml_files
+from vopd.common import overrides, yaml_files
 from vopd.common.paths import ROOT
 from vopd.errors import UserError
 from vopd.method import default_settings
 
 RECIPES = ROOT / "recipes"
+OPEN = ("verl", "rollout.chat_template")
+"""Sections without a fixed set of keys: verl's own tree, which is checked later, and a chat template's arguments."""
+FIXED = {
+    "recipe": "it is the first word of the command",
+    "recipe_folder": "it is where the recipe's file lies",
+    "method.module": "it belongs to the recipe; write a recipe of your own for another module",
+}
 METHOD = "method"
 DEFAULT_PROFILE = "miniature"
 MOST_ROWS = 100_000_000  # of a file or a batch; only there to catch a slip
@@ -185,24 +186,34 @@ def load(recipe_name: str, given: list[str]) -> DictConfig:
 
     Args:
         recipe_name: name or path of a recipe.
-        given: the words, Hydra overrides.
+        given: Hydra overrides, `key=value`.
 
     Raises:
         UserError: unknown recipe, profile or key, wrong type, a value that cannot be, unreadable YAML.
     """
     recipe_path = find_recipe(recipe_name)
     recipe = _read(recipe_path)
-    profile_name, given = words.profile(given, DEFAULT_PROFILE)
+    profile_name, given = overrides.profile(given, DEFAULT_PROFILE)
     profile_path = find_profile(profile_name)
     profile = _read(profile_path)
     base = OmegaConf.structured(Run)
     base.recipe = recipe_path.stem
     base.recipe_folder = str(recipe_path.parent)
     base.profile = profile_path.stem
-    base.method = _method_settings(recipe, profile, recipe_path)
     for path, content in ((profile_path, profile), (recipe_path, recipe)):
-        base = _with_file(base, path, {key: value for key, value in content.items() if key != METHOD})
-    return _checked(_apply(base, given))
+        base = _tree(base).with_file(path, {key: value for key, value in content.items() if key != METHOD})
+    _check_early(base, given)
+    base.method = _method_settings(recipe, profile, recipe_path)
+    OmegaConf.set_struct(base.method, True)
+    return _checked(_tree(base).override(given))
+
+
+def _check_early(base: DictConfig, given: list[str]) -> None:
+    """Refuse what can be refused without the method's module, whose imports take a second or more."""
+    early = [word for word in given if not word.startswith(METHOD) and "${" not in word]
+    settings = base.copy()
+    settings.method = {}
+    _checked(_tree(settings).override(early))
 
 
 def _method_settings(recipe: dict[str, Any], profile: dict[str, Any], recipe_path: Path) -> dict[str, Any]:
@@ -219,34 +230,8 @@ def _method_settings(recipe: dict[str, Any], profile: dict[str, Any], recipe_pat
     return {"module": chosen.pop("module"), **defaults, **of_profile, **chosen}
 
 
-def _with_file(base: DictConfig, path: Path, content: dict[str, Any]) -> DictConfig:
-    """The tree with a file's values on top."""
-    if fault := words.unknown(content, base):
-        raise UserError(f"{path}: {fault}")
-    try:
-        merged = OmegaConf.merge(base, content)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {_said(error)}") from error
-    assert isinstance(merged, DictConfig)
-    return merged
-
-
-def _apply(merged: DictConfig, given: list[str]) -> DictConfig:
-    OmegaConf.set_struct(merged.method, True)
-    overrides = words.overrides(given, merged)
-    ConfigStore.instance().store(name="vopd_run", node=merged)
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_dir(version_base=None, config_dir=str(RECIPES)):
-            config = compose("vopd_run", overrides=overrides)
-        OmegaConf.resolve(config)
-        missing = sorted(OmegaConf.missing_keys(config))
-    except (HydraException, OmegaConfBaseException, RecursionError) as error:
-        cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-        raise UserError(f"Setting not understood: {_said(cause)}") from error
-    if missing:
-        raise UserError(f"The setting '{missing[0]}' has no value; give {missing[0]}=... or another profile.")
-    return config
+def _tree(settings: DictConfig) -> overrides.Tree:
+    return overrides.Tree(settings, OPEN, FIXED)
 
 
 def _checked(config: DictConfig) -> DictConfig:
@@ -255,7 +240,7 @@ def _checked(config: DictConfig) -> DictConfig:
     for fault in _faults(config):
         raise UserError(fault)
     # A file of the run holds these settings, and what reads it would resolve once more.
-    words.check_interpolations("the settings", OmegaConf.to_container(config))
+    overrides.check_interpolations("the settings", OmegaConf.to_container(config))
     return config
 
 
@@ -318,14 +303,5 @@ def _read(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: {key} cannot be set in a file; give it in the command.")
     if METHOD in content and not isinstance(content[METHOD], dict):
         raise UserError(f"{path}: method is a section; write `method:` with `module: ...` below it.")
-    words.check_interpolations(str(path), content)
+    overrides.check_interpolations(str(path), content)
     return content
-
-
-def _said(error: BaseException) -> str:
-    """The first line of what OmegaConf says, and the key that it speaks of."""
-    said = str(error).strip().splitlines()[0]
-    key = getattr(error, "full_key", None) or ""
-    if said.endswith("is not Optional"):
-        return f"{key or said.split(chr(39))[1]} cannot be null; give a value, or leave it out."
-    return f"{key}: {said}" if key not in said else said

@@ -14,17 +14,15 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
-import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -32,6 +30,9 @@ from vopd import bounds
 from vopd.common import heartbeat, recipe_errors
 from vopd.errors import UserError
 from vopd.views import VIEWS
+
+if TYPE_CHECKING:  # settings are read and refused without the second that importing torch takes
+    import torch
 
 WEIGHTS = ("current", "initial", "ema", "trust_region")
 RATED = ("ema", "trust_region")
@@ -184,7 +185,7 @@ class Method:
 
     def rewards(self, rollouts: Rollouts) -> torch.Tensor:
         """Rewards (B,), float32, of one step's responses: 1.0 where correct unless overridden."""
-        return rollouts.correct_B.to(torch.float32)
+        return rollouts.correct_B.float()
 
     def prepare(self, rollouts: Rollouts) -> Mapping[str, torch.Tensor]:
         """What the update needs to know of the whole step; any of the names in PREPARED.
@@ -265,96 +266,6 @@ def calling(method: Method, call: str) -> Iterator[None]:
             raise UserError(f"{error} [{place(method, call)}]") from error
 
 
-def checked_scores(scored: Any, names: Collection[str], tokens_C: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `score` returned; UserError unless it is one number per token (C,) for each of these names."""
-    if not isinstance(scored, Mapping):
-        raise UserError(f"score returned {_kind(scored)}; give a mapping of names to tensors.")
-    for name in names:
-        if name not in scored:
-            raise UserError(
-                f"score did not return '{name}', which outputs declares; it gave {sorted(scored)}."
-            )
-    for name, values in scored.items():
-        if name not in names and name not in ALWAYS_SCORED:
-            raise UserError(
-                f"score returned '{name}', which outputs doesn't declare; declared are {sorted(names)}."
-            )
-        if not isinstance(values, torch.Tensor) or values.shape != tokens_C.shape:
-            raise UserError(
-                f"score returned '{name}' as {_kind(values)}; it must be one number per token, a tensor of shape "
-                f"{tuple(tokens_C.shape)}."
-            )
-        if not values.is_floating_point():
-            raise UserError(f"score returned '{name}' of type {values.dtype}; give floats.")
-    return dict(scored)
-
-
-def checked_loss(loss: Any) -> torch.Tensor:
-    """What `loss` returned; UserError unless it is a scalar through which there is a gradient."""
-    if not isinstance(loss, torch.Tensor) or loss.dim() != 0:
-        raise UserError(f"loss returned {_kind(loss)}; give a scalar tensor.")
-    if torch.is_grad_enabled() and not loss.requires_grad:
-        raise UserError(
-            "loss returned a scalar that does not depend on the student; its gradient would be zero."
-        )
-    return loss
-
-
-def checked_rewards(rewards_B: Any, rows: int) -> torch.Tensor:
-    """What `rewards` returned, float32; UserError unless it is a finite number per rollout."""
-    if not isinstance(rewards_B, torch.Tensor) or tuple(rewards_B.shape) != (rows,):
-        raise UserError(f"rewards returned {_kind(rewards_B)}; give a tensor of shape ({rows},).")
-    if not torch.isfinite(rewards_B).all():
-        raise UserError("rewards returned a value that is not finite.")
-    return rewards_B.to(torch.float32)
-
-
-def checked_record(method: Method) -> dict[str, Any]:
-    """What `record` returned; UserError unless a summary can hold it. Asked before a run, not at its end."""
-    with calling(method, "record"):
-        try:
-            record = method.record()
-            json.dumps(record, allow_nan=False)
-        except NotImplementedError as error:
-            raise UserError(
-                "The method has no record; give the row of settings that a table must show."
-            ) from error
-        except (TypeError, ValueError) as error:
-            raise UserError(f"record returned what JSON cannot hold ({error}).") from error
-    if not isinstance(record, dict):
-        raise UserError(f"record returned {_kind(record)}; give a dict. [{place(method, 'record')}]")
-    return record
-
-
-def _kind(value: Any) -> str:
-    shape = f" of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else ""
-    return f"{'a tensor' if shape else f'a {type(value).__name__}'}{shape}"
-
-
-def checked(prepared: Mapping[str, torch.Tensor], rows: int) -> dict[str, torch.Tensor]:
-    """What `prepare` returned, in the types that travel; UserError for other names, shapes or types."""
-    if not isinstance(prepared, Mapping):
-        raise UserError(f"prepare returned {_kind(prepared)}; give a mapping of names to tensors.")
-    found: dict[str, torch.Tensor] = {}
-    for name, values_B in prepared.items():
-        if name not in PREPARED:
-            raise UserError(f"prepare returned '{name}'; it may return {', '.join(PREPARED)}.")
-        if not isinstance(values_B, torch.Tensor):
-            raise UserError(
-                f"prepare returned {name} as {_kind(values_B)}; give a tensor of shape ({rows},)."
-            )
-        if tuple(values_B.shape) != (rows,):
-            raise UserError(f"prepare returned {name} of shape {tuple(values_B.shape)}; give ({rows},).")
-        if (values_B.dtype == torch.bool) != (name == "kept"):
-            raise UserError(
-                f"prepare returned {name} of type {values_B.dtype}; kept is bool, the others float."
-            )
-        if not torch.isfinite(values_B).all():
-            raise UserError(f"prepare returned {name} with a value that is not finite.")
-        found[name] = values_B if name == "kept" else values_B.to(torch.float32)
-    return found
-
-
 class _FromSource(SourceFileLoader):
     """Compiles the file as it is: Python's kept bytecode is told by whole seconds and size, and litters the folder."""
 
@@ -430,6 +341,16 @@ def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
                 "return a vopd.method.Method."
             )
         return check(method)
+
+
+def of(config: Any) -> Method:
+    """The method of a run's settings (a DictConfig, or the same tree of dicts).
+
+    Raises:
+        UserError: as `build`.
+    """
+    tree: Any = OmegaConf.to_container(config.method, resolve=True)
+    return build(tree, Path(config.recipe_folder) if config.recipe_folder else None)
 
 
 def default_settings(module_name: str, beside: Path | None = None) -> dict[str, Any]:

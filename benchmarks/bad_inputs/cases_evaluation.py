@@ -155,7 +155,7 @@ BY_NAME = {"pictures": "{name}.png", "columns": {**DESCRIPTION["columns"], "imag
 
 SETTINGS = (
     setting("evaluation: temperature is NaN", "temperature=nan cannot be", temperature="nan"),
-    setting("evaluation: temperature without end", "temperature=inf cannot be", temperature=".inf"),
+    setting("evaluation: temperature without end", "temperature=inf cannot be", temperature="inf"),
     setting("evaluation: top_p=0", "top_p=0.0 cannot be; give above 0", top_p="0"),
     setting("evaluation: no tokens", "max_tokens=0 cannot be", max_tokens="0"),
     setting("evaluation: negative rows", "rows=-1 cannot be", rows="-1"),
@@ -164,8 +164,8 @@ SETTINGS = (
     setting("evaluation: no time", "timeout=0.0 cannot be", timeout="0"),
     setting("evaluation: a seed that is true", "seed", seed="true"),
     setting("evaluation: the same key twice", "rows is given twice", "rows=1", "rows=2"),
-    setting("evaluation: a list without brackets", "stands in quotes", benchmarks="vstar,pope"),
-    setting("evaluation: a list without quotes", "'pope]' is not a setting", "pope]", benchmarks="[vstar,"),
+    setting("evaluation: a list without brackets", "commas need brackets or quotes", benchmarks="vstar,pope"),
+    setting("evaluation: a list without quotes", "put such a value in quotes", "pope]", benchmarks="[vstar,"),
     setting("evaluation: no benchmark in the list", "benchmarks is empty", benchmarks="[]"),
     setting(
         "evaluation: a list in the list", "benchmarks holds something else than names", benchmarks="[[a]]"

@@ -91,7 +91,7 @@ CASES = (
     run("a profile without a name", "profile= has no value", "profile="),
     run("unquoted commas", "commas need brackets or quotes: a list is train.betas=[0.9,0.95]",
         "train.betas=0.9,0.95"),
-    run("a sweep", "a run has one value a key", "seed=1,2"),
+    run("a sweep", "a key has one value", "seed=1,2"),
     run("an empty value", "'train.lr=' has no value", "train.lr="),
     run("spaces around the equals sign", "without spaces", "train.lr = 3"),
     run("a word without a key", "without spaces", "=3"),

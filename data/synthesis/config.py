@@ -1,4 +1,4 @@
-"""Settings of a synthesis: class defaults are the parent paper's, a YAML file and words come on top.
+"""Settings of a synthesis: class defaults are the parent paper's, a YAML file and overrides come on top.
 
 "ZwZ" in a comment is arXiv 2602.11858; "ours" marks what the paper does not say.
 """
@@ -7,14 +7,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.synthesis import proposers
 from vopd.common import yaml_files
-from vopd.common.dotlist import MOST_SEED, TINY, check_bounds, merge
+from vopd.common.overrides import Tree, check_interpolations
 from vopd.common.redaction import check_address
 from vopd.errors import UserError
+
+TINY = 1e-9  # for what must be above nothing
+MOST_SEED = 2**32 - 1
 
 
 @dataclass
@@ -181,26 +185,30 @@ BOUNDS = {
 }
 
 
-def load(words: list[str]) -> DictConfig:
-    """Settings from an optional YAML file (the first word) and key=value words; raises `UserError`."""
-    layers = [OmegaConf.structured(Synthesis)]
-    if words and words[0].endswith((".yaml", ".yml")):
-        layers.append(read(Path(words[0])))
-        words = words[1:]
-    config = merge(layers, words)
+def load(given: list[str]) -> DictConfig:
+    """Settings from an optional YAML file (the first argument) and key=value overrides; raises `UserError`."""
+    settings = OmegaConf.structured(Synthesis)
+    if given and given[0].endswith((".yaml", ".yml")):
+        file, *given = given
+        settings = Tree(settings).with_file(Path(file), read(Path(file)))
+    config = Tree(settings).override(given)
     _check(config)
     return config
 
 
-def read(path: Path) -> DictConfig:
-    """A YAML file that holds a mapping; raises `UserError`."""
-    content = OmegaConf.create(yaml_files.read(path))
-    assert isinstance(content, DictConfig)
+def read(path: Path) -> dict[str, Any]:
+    """A YAML file that holds a mapping, whose `${...}` name keys alone; raises `UserError`."""
+    content = yaml_files.read(path)
+    check_interpolations(str(path), content)
     return content
 
 
 def _check(config: DictConfig) -> None:
-    check_bounds(config, BOUNDS)
+    for key, (least, most) in BOUNDS.items():
+        value = OmegaConf.select(config, key)
+        if not least <= value <= most:  # NaN too
+            low = "more than 0" if least == TINY else f"at least {least:g}"
+            raise UserError(f"{key}={value} cannot be; give a number of {low} and at most {most:.10g}.")
     for key in ("images", "out", "server.model"):
         if not OmegaConf.select(config, key).strip():
             raise UserError(f"{key} is empty; give {key}=...")

@@ -458,7 +458,7 @@ def _made_before(file: Path) -> bool:
 def _bind(file: Path, config: DictConfig) -> None:
     """Bind the folder to these settings; `UserError` when it holds results of others."""
     if file.exists():
-        differing = settings.differences(settings.read(file), config)
+        differing = settings.differences(OmegaConf.create(settings.read(file)), config)
         if differing:
             raise UserError(
                 f"{file.parent}: holds a synthesis with another {differing[0]}; give the same one, or another out=."

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from vopd import config as module
-from vopd.common import overrides as words
+from vopd.common.overrides import Tree
 from vopd.config import ROOT, Run, load
 from vopd.errors import UserError
 
@@ -138,7 +138,7 @@ def test_pitfall_14_twin_an_untyped_tree_is_seen(recipe, monkeypatch: pytest.Mon
     typed = OmegaConf.structured(Run)
     loose = OmegaConf.create(OmegaConf.to_container(typed, resolve=False))
     monkeypatch.setattr(OmegaConf, "structured", lambda _: loose.copy())
-    monkeypatch.setattr(words, "_fault", lambda *_: None)
+    monkeypatch.setattr(Tree, "_fault", lambda *_: None)
     with pytest.raises(AssertionError):
         check_unknown_keys_refused(recipe)
 

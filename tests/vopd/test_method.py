@@ -22,15 +22,11 @@ from vopd.method import (
     build,
     calling,
     check,
-    checked,
-    checked_loss,
-    checked_record,
-    checked_rewards,
-    checked_scores,
     place,
     sequence_mean,
     token_mean,
 )
+from vopd.method_checks import checked, checked_loss, checked_record, checked_rewards, checked_scores
 from vopd.runner import new_recipe
 
 OUTSIDE = """

@@ -31,7 +31,8 @@ from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
 from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
-from vopd.method import Method, ScoreChunk, UpdateBatch, calling, checked_loss, checked_scores
+from vopd.method import Method, ScoreChunk, UpdateBatch, calling
+from vopd.method_checks import checked_loss, checked_scores
 from vopd.teacher import TeacherWeights, components, stores
 
 # Always scored beside a method's own outputs: whether rollout and trainer agree, whether the policy collapses. A

@@ -23,13 +23,13 @@ from typing import Any
 import ray
 import torch
 import transfer_queue as tq
-from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
+from vopd import method as contract
 from vopd.backbone import checkpoints, recorded_rollouts, stop_requests, verl_internals
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.policy_gradient import advantages
@@ -44,7 +44,8 @@ from vopd.common.collapse import collapse_flags
 from vopd.common.failures import ExplainedError, Failure, explain
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records, write_records
-from vopd.method import Method, Rollouts, build, calling, checked, checked_rewards
+from vopd.method import Method, Rollouts, calling
+from vopd.method_checks import checked, checked_rewards
 
 NAME = "vopd"
 STATE, DATA, ACTOR = "trainer.json", "data.pt", "actor"  # in a checkpoint, beside the run's config.yaml
@@ -65,8 +66,7 @@ class Trainer(verl_internals.PPOTrainerSync):
     def __init__(self, config: Any) -> None:
         self.vopd = config.vopd
         self.run_dir = Path(self.vopd.run_dir)
-        beside = Path(self.vopd.recipe_folder) if self.vopd.recipe_folder else None
-        self.method = build(OmegaConf.to_container(self.vopd.method, resolve=True), beside)  # type: ignore[arg-type]
+        self.method = contract.of(self.vopd)
         self.progress = Progress(self.run_dir)
         self.prompts_drawn = 0
         self.refilled = 0

@@ -12,8 +12,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from data import schema
+from vopd import method as contract
 from vopd.errors import UserError
-from vopd.method import Method, build, final_views
+from vopd.method import Method, final_views
 
 HERE = Path(__file__).parent
 GIB = 1024**3
@@ -41,7 +42,7 @@ def verl_config(run: DictConfig) -> DictConfig:
     vopd = OmegaConf.create(OmegaConf.to_container(run, resolve=True))
     assert isinstance(vopd, DictConfig)
     words = vopd.pop("verl")
-    method = build(vopd.method, Path(vopd.recipe_folder) if vopd.recipe_folder else None)
+    method = contract.of(vopd)
     vopd.evaluate = _plans(vopd, method)
     trackers = [name for name in ("tensorboard", "wandb") if vopd.logging[name]]
     OmegaConf.set_struct(config, False)

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
-from omegaconf import OmegaConf
 from tensordict import TensorDict
 
+from vopd import method
 from vopd.backbone import verl_internals, weight_sync
 from vopd.backbone.engine import ScoringEngine
 from vopd.backbone.weight_sockets import own
 from vopd.common import heartbeat
-from vopd.method import build
 
 
 class ScoringTrainingWorker(verl_internals.TrainingWorker):
@@ -63,10 +62,7 @@ class MethodWorker(verl_internals.ActorRolloutRefWorker):
         self._attach()
 
     def _attach(self) -> None:
-        settings = OmegaConf.to_container(self.config.vopd.method, resolve=True)
-        beside = self.config.vopd.recipe_folder
-        method = build(settings, Path(beside) if beside else None)  # type: ignore[arg-type]
-        self.actor.engine.attach(method, self.config.vopd.train.chunk)
+        self.actor.engine.attach(method.of(self.config.vopd), self.config.vopd.train.chunk)
         # Nothing of ours draws from these; a library that did would do so alike in every run of a seed.
         seed = self.config.vopd.seed + self.rank
         random.seed(seed)

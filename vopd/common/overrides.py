@@ -1,7 +1,7 @@
-"""A run's `key=value` words, read strictly before Hydra applies them.
+"""`key=value` overrides of every command, read strictly before Hydra applies them.
 
-Hydra's grammar has more than a run can use: additions, deletions, sweeps, config groups, resolvers. Each of these, and
-each slip of the hand, is refused here in one sentence that names the word.
+Hydra's grammar has more than a command can use: additions, deletions, sweeps, config groups, resolvers. Each of these,
+and each slip of the hand, is refused here in one sentence that names the override.
 """
 
 from __future__ import annotations
@@ -10,23 +10,23 @@ import difflib
 import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from vopd.errors import UserError
 
-OPEN = ("verl", "rollout.chat_template")
-"""Sections without a fixed set of keys: verl's own tree, which is checked later, and a chat template's arguments."""
-GIVEN = {
-    "recipe": "it is the first word of the command",
-    "recipe_folder": "it is where the recipe's file lies",
-    "method.module": "it belongs to the recipe; write a recipe of your own for another module",
-}
 PROFILE = "profile"
+_NAME = "vopd_settings"
 # The one kind of `${...}` that a person's own text may hold: another key. The others read the environment or compute.
 _KEY_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.]*\}")
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z0-9_]\w*)*", re.ASCII)
@@ -46,31 +46,207 @@ def profile(words: Sequence[str], default: str) -> tuple[str, list[str]]:
     return (named or [default])[0], [word for word in words if not word.startswith(f"{PROFILE}=")]
 
 
-def overrides(words: Sequence[str], settings: DictConfig) -> list[str]:
-    """The words as Hydra shall apply them.
+@dataclass(frozen=True)
+class Tree:
+    """Settings that overrides change.
 
     Args:
-        words: `key=value`, without the profile.
-        settings: the tree that they change; what it does not have is unknown.
-
-    Raises:
-        UserError: a word that is no setting, an unknown key, a key given twice, a value that is no value.
+        settings: with every key there is; what it does not have is unknown.
+        open: sections without a fixed set of keys, such as another library's own settings.
+        fixed: keys that cannot be overridden, and why.
     """
-    first: dict[str, str] = {}
-    applied = []
-    for word in words:
-        key, value = _split(word)
-        _check_key(word, key, settings)
-        content = _parsed(word, key, value, settings).value()
-        _check_content(word, key, content, settings)
-        for leaf in _leaves(key, content):
-            for other, before in first.items():
-                if other == leaf or other.startswith(f"{leaf}.") or leaf.startswith(f"{other}."):
-                    raise UserError(f"{leaf} is given twice, by '{before}' and by '{word}'; give it once.")
-        first.update(dict.fromkeys(_leaves(key, content), word))
-        # Below an open section a key may be new; everything else is there already.
-        applied.append(f"++{key}={value}" if _is_open(key) else f"{key}={value}")
-    return applied
+
+    settings: DictConfig
+    open: tuple[str, ...] = ()
+    fixed: Mapping[str, str] = field(default_factory=dict)
+
+    def override(self, given: Sequence[str]) -> DictConfig:
+        """The settings with `key=value` overrides applied by Hydra, resolved.
+
+        Raises:
+            UserError: an override that is none, an unknown key, a key given twice, a value that is no value or of
+                another type, a setting left without a value.
+        """
+        ConfigStore.instance().store(name=_NAME, node=self.settings)
+        GlobalHydra.instance().clear()
+        try:
+            with initialize_config_dir(version_base=None, config_dir=str(Path(__file__).parent)):
+                config = compose(_NAME, overrides=self.checked(given))
+            OmegaConf.resolve(config)
+            missing = sorted(OmegaConf.missing_keys(config))
+        except (HydraException, OmegaConfBaseException, RecursionError) as error:
+            cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+            raise UserError(f"Setting not understood: {said(cause)}") from error
+        if missing:
+            raise UserError(
+                f"The setting '{missing[0]}' has no value; give {missing[0]}=... (--help shows how)."
+            )
+        return config
+
+    def with_file(self, path: Path, content: Mapping[str, Any]) -> DictConfig:
+        """The settings with a YAML file's values on top.
+
+        Raises:
+            UserError: an unknown key, or a value of another type.
+        """
+        if fault := self.unknown(content):
+            raise UserError(f"{path}: {fault}")
+        try:
+            merged = OmegaConf.merge(self.settings, content)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{path}: {said(error)}") from error
+        assert isinstance(merged, DictConfig)
+        return merged
+
+    def checked(self, given: Sequence[str]) -> list[str]:
+        """The overrides as Hydra shall apply them; UserError for one that is none."""
+        first: dict[str, str] = {}
+        applied = []
+        for word in given:
+            key, value = self._split(word)
+            self._check_key(word, key)
+            content = self._parsed(word, key, value).value()
+            self._check_content(word, key, content)
+            for leaf in _leaves(key, content):
+                for other, before in first.items():
+                    if other == leaf or other.startswith(f"{leaf}.") or leaf.startswith(f"{other}."):
+                        raise UserError(
+                            f"{leaf} is given twice, by '{before}' and by '{word}'; give it once."
+                        )
+            first.update(dict.fromkeys(_leaves(key, content), word))
+            # Below an open section a key may be new; everything else is there already.
+            applied.append(f"++{key}={value}" if self._is_open(key) else f"{key}={value}")
+        return applied
+
+    def unknown(self, content: Any, prefix: str = "") -> str | None:
+        """A sentence about the first key of nested mappings that the settings do not have, or that is no section."""
+        for name, value in content.items():
+            key = f"{prefix}{name}"
+            if self._is_open(key):
+                continue
+            if fault := self._fault(key, value):
+                return fault
+            if isinstance(value, Mapping) and (fault := self.unknown(value, f"{key}.")):
+                return fault
+        return None
+
+    def _split(self, word: str) -> tuple[str, str]:
+        """Key and value; a `+` before the key of an open section is taken off, as Hydra's users write it."""
+        key, equals, value = word.partition("=")
+        plain = key.lstrip("+")
+        if key.startswith("~"):
+            raise UserError(f"'{word}': a setting cannot be removed; give it another value.")
+        if not equals:
+            raise UserError(
+                f"'{word}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
+            )
+        if key != key.strip() or not key:
+            raise UserError(f"'{word}': write key=value without spaces around the equals sign.")
+        if key.startswith("-"):
+            raise UserError(f"'{word}': settings have no dashes; write {key.lstrip('-')}={value}.")
+        if key.startswith("+") and not self._is_open(plain):
+            raise UserError(
+                f"'{word}': nothing can be added to the settings; write {plain}={value}, without +."
+            )
+        return plain, value
+
+    def _check_key(self, word: str, key: str) -> None:
+        for sign in key:
+            if not sign.isascii():
+                name = unicodedata.name(sign, "a sign without a name")
+                raise UserError(
+                    f"'{word}': the key holds {sign!r} (U+{ord(sign):04X}, {name}), which only looks "
+                    "like a plain letter."
+                )
+        if not _KEY.fullmatch(key):
+            raise UserError(f"'{word}': '{key}' is no key; write section.key=value (--help lists the keys).")
+        if key in self.fixed:
+            raise UserError(f"'{word}': {key} cannot be set; {self.fixed[key]}.")
+        if not self._is_open(key) and (fault := self._fault(key, {})):
+            raise UserError(fault)
+
+    def _parsed(self, word: str, key: str, value: str) -> Override:
+        if not value.strip():
+            raise UserError(f"'{word}' has no value; leave the word out to keep the default.")
+        check_interpolations(f"'{word}'", value)
+        try:
+            parsed = OverridesParser.create().parse_override(f"{key}={value}")
+        except (HydraException, ValueError) as error:
+            raise UserError(
+                f"'{word}' is not understood; {_strange(value)}put such a value in quotes that the shell leaves alone: "
+                f"'{key}=\"...\"'."
+            ) from error
+        if parsed.package is not None:
+            raise UserError(f"'{word}': '@' has no meaning in a key.")
+        if not parsed.is_sweep_override():
+            return parsed
+        before = (
+            None
+            if self._is_open(key)
+            else OmegaConf.select(
+                self.settings, key, throw_on_missing=False, throw_on_resolution_failure=False
+            )
+        )
+        if isinstance(before, int | float) or "(" in value:
+            raise UserError(f"'{word}': a key has one value; run the command for each.")
+        raise UserError(
+            f"'{word}': commas need brackets or quotes: a list is {key}=[{value}], a text is '{key}=\"{value}\"'."
+        )
+
+    def _check_content(self, word: str, key: str, content: Any) -> None:
+        if key in self.open and not isinstance(content, Mapping):
+            raise UserError(f"'{word}': {key} is a section; set its keys, {key}.KEY=...")
+        for text in _texts(content):
+            if any(unicodedata.category(sign) in ("Cc", "Cf", "Cs") for sign in text):
+                raise UserError(f"'{word}': a control character or an invisible sign stands in the value.")
+        if self._is_open(key):
+            return
+        fault = self._fault(key, content)
+        if fault is None and isinstance(content, Mapping):
+            fault = self.unknown(content, f"{key}.")
+        if fault:
+            raise UserError(fault)
+
+    def _fault(self, key: str, value: Any) -> str | None:
+        """What is wrong with a key, given the value (a mapping, or not) that it shall have; None if nothing is."""
+        node: Any = self.settings
+        *path, last = key.split(".")
+        for name in path:
+            node = node._get_node(name) if isinstance(node, DictConfig) and name in node.keys() else None
+        if (
+            not isinstance(node, DictConfig) or last not in node.keys()
+        ):  # `in node` would not see a key without a value
+            return f"{key}: there is no such setting{self._meant(key)}; --help lists them."
+        if isinstance(node._get_node(last), DictConfig) and not isinstance(value, Mapping):
+            return f"{key} is a section and has no value of its own; set its keys, e.g. {self._example(key)}."
+        return None
+
+    def _meant(self, key: str) -> str:
+        near = difflib.get_close_matches(key, list(self._keys(self.settings)), n=1, cutoff=0.7)
+        return f" (is {near[0]} meant?)" if near else ""
+
+    def _example(self, key: str) -> str:
+        return next((name for name in self._keys(self.settings) if name.startswith(f"{key}.")), f"{key}.KEY")
+
+    def _keys(self, section: DictConfig, prefix: str = "") -> Iterator[str]:
+        for name in map(str, section):
+            node = section._get_node(name)
+            if isinstance(node, DictConfig) and not self._is_open(f"{prefix}{name}"):
+                yield from self._keys(node, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    def _is_open(self, key: str) -> bool:
+        return any(key == section or key.startswith(f"{section}.") for section in self.open)
+
+
+def said(error: BaseException) -> str:
+    """The first line of what OmegaConf says, and the key that it speaks of."""
+    said = str(error).strip().splitlines()[0]
+    key = getattr(error, "full_key", None) or ""
+    if said.endswith("is not Optional"):
+        return f"{key or said.split(chr(39))[1]} cannot be null; give a value, or leave it out."
+    return f"{key}: {said}" if key not in said else said
 
 
 def check_interpolations(where: str, value: Any) -> None:
@@ -91,138 +267,9 @@ def check_interpolations(where: str, value: Any) -> None:
             )
 
 
-def unknown(content: Any, settings: DictConfig, prefix: str = "") -> str | None:
-    """A sentence about the first key of nested mappings that `settings` does not have, or that is no section there."""
-    for name, value in content.items():
-        key = f"{prefix}{name}"
-        if _is_open(key):
-            continue
-        if fault := _fault(key, value, settings):
-            return fault
-        if isinstance(value, Mapping) and (fault := unknown(value, settings, f"{key}.")):
-            return fault
-    return None
-
-
-# ---- one word --------------------------------------------------------------------------------------------------------
-
-
-def _split(word: str) -> tuple[str, str]:
-    """Key and value; a `+` before the key of an open section is taken off, as Hydra's users write it."""
-    key, equals, value = word.partition("=")
-    plain = key.lstrip("+")
-    if key.startswith("~"):
-        raise UserError(f"'{word}': a setting cannot be removed; give it another value.")
-    if not equals:
-        raise UserError(f"'{word}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys).")
-    if key != key.strip() or not key:
-        raise UserError(f"'{word}': write key=value without spaces around the equals sign.")
-    if key.startswith("-"):
-        raise UserError(f"'{word}': settings have no dashes; write {key.lstrip('-')}={value}.")
-    if key.startswith("+") and not _is_open(plain):
-        raise UserError(f"'{word}': nothing can be added to the settings; write {plain}={value}, without +.")
-    return plain, value
-
-
-def _check_key(word: str, key: str, settings: DictConfig) -> None:
-    for sign in key:
-        if not sign.isascii():
-            name = unicodedata.name(sign, "a sign without a name")
-            raise UserError(
-                f"'{word}': the key holds {sign!r} (U+{ord(sign):04X}, {name}), which only looks like a plain letter."
-            )
-    if not _KEY.fullmatch(key):
-        raise UserError(f"'{word}': '{key}' is no key; write section.key=value (--help lists the keys).")
-    if key in GIVEN:
-        raise UserError(f"'{word}': {key} cannot be set; {GIVEN[key]}.")
-    if not _is_open(key) and (fault := _fault(key, {}, settings)):
-        raise UserError(fault)
-
-
-def _parsed(word: str, key: str, value: str, settings: DictConfig) -> Override:
-    if not value.strip():
-        raise UserError(f"'{word}' has no value; leave the word out to keep the default.")
-    check_interpolations(f"'{word}'", value)
-    try:
-        parsed = OverridesParser.create().parse_override(f"{key}={value}")
-    except (HydraException, ValueError) as error:
-        raise UserError(
-            f"'{word}' is not understood; {_strange(value)}put such a value in quotes that the shell leaves alone: "
-            f"'{key}=\"...\"'."
-        ) from error
-    if parsed.package is not None:
-        raise UserError(f"'{word}': '@' has no meaning in a key.")
-    if not parsed.is_sweep_override():
-        return parsed
-    before = (
-        None
-        if _is_open(key)
-        else OmegaConf.select(settings, key, throw_on_missing=False, throw_on_resolution_failure=False)
-    )
-    if isinstance(before, int | float) or "(" in value:
-        raise UserError(f"'{word}': a run has one value a key; start a run for each.")
-    raise UserError(
-        f"'{word}': commas need brackets or quotes: a list is {key}=[{value}], a text is '{key}=\"{value}\"'."
-    )
-
-
 def _strange(value: str) -> str:
     sign = next((s for s in value if not s.isascii() or s in ";#~\"'(){}[]=\n\t"), None)
     return f"it holds {sign!r}; " if sign else ""
-
-
-def _check_content(word: str, key: str, content: Any, settings: DictConfig) -> None:
-    if key in OPEN and not isinstance(content, Mapping):
-        raise UserError(f"'{word}': {key} is a section; set its keys, {key}.KEY=...")
-    for text in _texts(content):
-        if any(unicodedata.category(sign) in ("Cc", "Cf", "Cs") for sign in text):
-            raise UserError(f"'{word}': a control character or an invisible sign stands in the value.")
-    if _is_open(key):
-        return
-    fault = _fault(key, content, settings)
-    if fault is None and isinstance(content, Mapping):
-        fault = unknown(content, settings, f"{key}.")
-    if fault:
-        raise UserError(fault)
-
-
-def _fault(key: str, value: Any, settings: DictConfig) -> str | None:
-    """What is wrong with a key, given the value (a mapping, or not) that it shall have; None if nothing is."""
-    node: Any = settings
-    *path, last = key.split(".")
-    for name in path:
-        node = node._get_node(name) if isinstance(node, DictConfig) and name in node.keys() else None
-    if (
-        not isinstance(node, DictConfig) or last not in node.keys()
-    ):  # `in node` would not see a key without a value
-        return f"{key}: there is no such setting{_meant(key, settings)}; --help lists them."
-    if isinstance(node._get_node(last), DictConfig) and not isinstance(value, Mapping):
-        return (
-            f"{key} is a section and has no value of its own; set its keys, e.g. {_example(key, settings)}."
-        )
-    return None
-
-
-def _meant(key: str, settings: DictConfig) -> str:
-    near = difflib.get_close_matches(key, list(_keys(settings)), n=1, cutoff=0.7)
-    return f" (is {near[0]} meant?)" if near else ""
-
-
-def _example(key: str, settings: DictConfig) -> str:
-    return next((name for name in _keys(settings) if name.startswith(f"{key}.")), f"{key}.KEY")
-
-
-def _keys(settings: DictConfig, prefix: str = "") -> Iterator[str]:
-    for name in map(str, settings):
-        node = settings._get_node(name)
-        if isinstance(node, DictConfig) and not _is_open(f"{prefix}{name}"):
-            yield from _keys(node, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}"
-
-
-def _is_open(key: str) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in OPEN)
 
 
 def _leaves(key: str, content: Any) -> Iterator[str]:

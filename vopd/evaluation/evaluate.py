@@ -27,7 +27,7 @@ from vopd import bounds
 from vopd.bounds import above, within
 from vopd.common import caches, environment_checks, fingerprint, model_folder, provenance
 from vopd.common.chat_client import one_line
-from vopd.common.dotlist import merge
+from vopd.common.overrides import Tree
 from vopd.common.paths import ROOT
 from vopd.common.redaction import check_address, redacted
 from vopd.common.terminal import Terminal, say
@@ -115,7 +115,7 @@ def help_text() -> str:
 def settings_of(words: list[str]) -> Settings:
     """Settings from `key=value` words; UserError for an unknown key, a wrong type or value, or a missing one."""
     words = ["speed=true" if word == "--speed" else word for word in words]
-    merged = merge([OmegaConf.structured(Settings)], words)
+    merged = Tree(OmegaConf.structured(Settings), open=("vllm",)).override(words)
     settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
     bounds.check(Settings, settings)
     for key in ("benchmarks", "views", "exclude"):

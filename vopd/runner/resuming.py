@@ -19,13 +19,14 @@ from vopd.backbone import checkpoints
 from vopd.backbone.run_history import History
 from vopd.common import fingerprint
 from vopd.errors import UserError
+from vopd.runner import run_fingerprint
 
 CONFIG = "config.yaml"
 EARLY = frozenset([fingerprint.FILE, "lock", "prepare.txt", "log.txt"])
 """What may be there before config.yaml is."""
 MARKS = frozenset(["recipe", "profile", "method", "train", "rollout", "run_dir"])
 FREE = (
-    *fingerprint.PLACES,
+    *run_fingerprint.PLACES,
     "train.steps",
     "evaluate.every",
     "evaluate.batch",

@@ -20,6 +20,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from vopd import method as contract
 from vopd.backbone import checkpoints
 from vopd.common import (
     caches,
@@ -35,8 +36,8 @@ from vopd.common.terminal import Terminal, say
 from vopd.config import ROOT, load
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records
-from vopd.method import build, checked_record, final_views, place
-from vopd.runner import lock, result_checks, resuming, supervisor, trackers
+from vopd.method import final_views, place
+from vopd.runner import lock, result_checks, resuming, run_fingerprint, supervisor, trackers
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
@@ -88,7 +89,7 @@ class Run:
         self.config = _absolute(load(recipe, words))
         self.folder = Path(self.config.run_dir)
         self.console = console
-        self.method = build(_plain(self.config.method), Path(self.config.recipe_folder))
+        self.method = contract.of(self.config)
         self.other_settings = False  # than those of what the folder holds
 
     def go(self) -> int:
@@ -166,7 +167,7 @@ class Run:
             ) from error
         if recorded:  # else there is nothing to compare with, and the data need not be made
             self.prepare_data()
-        if why := fingerprint.why(recorded, fingerprint.of(self) if recorded else {}):
+        if why := fingerprint.why(recorded, run_fingerprint.of(self) if recorded else {}):
             raise UserError(
                 f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
                 "run_dir=... to keep it, or remove the folder to run it again."
@@ -178,7 +179,7 @@ class Run:
 
     def _begin(self) -> None:
         """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
-        now = fingerprint.of(self)
+        now = run_fingerprint.of(self)
         why = fingerprint.why(fingerprint.read(self.folder), now)
         if why or self.other_settings:
             if resuming.has_results(self.folder):
@@ -206,6 +207,8 @@ class Run:
         from vopd.runner import preflight
 
         config = self.config
+        from vopd.method_checks import checked_record  # pulls in torch
+
         checked_record(self.method)
         variables = library_environment.variables(config.hardware.device)
         here = environment_checks.machine(config.hardware.device)
@@ -265,7 +268,7 @@ class Run:
         views = sorted(final_views(self.method))
         template = _plain(config.rollout.chat_template)
         code = fingerprint.files(
-            [ROOT / "vopd" / "prompt_lengths.py", *fingerprint.view_files(views, config)],
+            [ROOT / "vopd" / "prompt_lengths.py", *run_fingerprint.view_files(views, config)],
             config.recipe_folder,
         )
         limit = config.rollout.max_prompt_tokens
@@ -314,7 +317,7 @@ class Run:
     def _train(self) -> supervisor.Outcome:
         (self.folder / FAILURE).unlink(missing_ok=True)
         before = self.folder / "records" / "before.jsonl"
-        key = provenance.hash_json(fingerprint.answers(self, final_views(self.method)))
+        key = provenance.hash_json(run_fingerprint.answers(self, final_views(self.method)))
         kept = caches.read("evaluations", key)
         if kept is not None and not before.exists():
             before.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from vopd.config import RECIPES
 from vopd.errors import UserError
 from vopd.report import __main__ as report
 from vopd.report.run_folders import REPLACED
-from vopd.runner import supervisor
+from vopd.runner import run_fingerprint, supervisor
 from vopd.runner.resuming import has_results
 from vopd.runner.run import INTERRUPTED, Run
 
@@ -109,7 +109,7 @@ def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) 
                 results_folder(run.folder, "another place in VOPD_RUNS")
                 run.prepare_data()
             config: Any = OmegaConf.to_container(run.config, resolve=True)
-            origin = fingerprint.of(run)
+            origin = run_fingerprint.of(run)
             found.append(Job(recipe, seed, [recipe, *settings, f"seed={seed}"], run.folder, config, origin))
     return found
 
@@ -135,7 +135,9 @@ def plan(job: Job) -> Plan:
 
 def _differs(job: Job, settings: Any, recorded: dict[str, str] | None) -> str:
     """The first setting that decides a result and differs, or else what the run was made from; empty for none."""
-    changed = fingerprint.differences(fingerprint.settings(settings), fingerprint.settings(job.settings))
+    changed = fingerprint.differences(
+        run_fingerprint.settings(settings), run_fingerprint.settings(job.settings)
+    )
     return f"another {sorted(changed)[0]}" if changed else fingerprint.why(recorded, job.origin)
 
 

@@ -47,13 +47,13 @@ def test_a_file_goes_before_words(tmp_path: Path) -> None:
         ("seed=-1", "seed=-1 cannot be"),
         ("server.model=''", "server.model is empty"),
         ("answer.temperature=nan", "answer.temperature=nan cannot be"),
-        ("server.timeout_s=.inf", "server.timeout_s=inf cannot be"),
+        ("server.timeout_s=.inf", "could not be converted to Float"),
         ("ask.top_p=0", "ask.top_p=0.0 cannot be; give a number of more than 0"),
         ("crop.enlarge=1000", "crop.enlarge=1000 cannot be"),
         ("server.tries=true", "server.tries"),
-        ("ask={questions: 3", "stands in quotes"),
-        ("3]", "stands in quotes"),
-        ("=3", "'=3' is not a setting"),
+        ("ask={questions: 3", "put such a value in quotes"),
+        ("3]", "'3]' is not a setting"),
+        ("=3", "write key=value without spaces"),
     ],
 )
 def test_a_wrong_word_is_a_sentence(word: str, sentence: str) -> None:

@@ -17,6 +17,7 @@ from vopd.common import caches, fingerprint, provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.method import final_views
+from vopd.runner import run_fingerprint
 from vopd.runner.run import Run
 
 YAML = """method:
@@ -92,8 +93,8 @@ class Place:
     def now(self, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the run is made from, and what the base model's answers are."""
         run = self.run(*words)
-        answers = fingerprint.answers(run, final_views(run.method))
-        return {**fingerprint.settings(run.config), **fingerprint.of(run)}, answers
+        answers = run_fingerprint.answers(run, final_views(run.method))
+        return {**run_fingerprint.settings(run.config), **run_fingerprint.of(run)}, answers
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +130,7 @@ def before(original: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     """`Place.now` of the original."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fingerprint, "ROOT", original.root)
+        patch.setattr(run_fingerprint, "ROOT", original.root)
         return original.now()
 
 
@@ -141,6 +143,7 @@ def place(original: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     monkeypatch.setattr(provenance, "REMEMBERED_BYTES", 0)
     monkeypatch.setattr(provenance, "SETTLED_SECONDS", -1e6)
     monkeypatch.setattr(fingerprint, "ROOT", tmp_path / "here" / "checkout")
+    monkeypatch.setattr(run_fingerprint, "ROOT", tmp_path / "here" / "checkout")
     here = tmp_path / "here"
     return Place(here / "checkout", here / "recipe", here / "model", here / "data")
 
@@ -184,7 +187,7 @@ def text(name: str, old: str, new: str) -> Callable[[Place], None]:
 
 EDITS: dict[str, tuple[Callable[[Place], Any], str, bool]] = {
     "the recipe's YAML": (text("mine.yaml", "1.0e-4", "2.0e-4"), "train.lr", False),
-    "the profile": (text("small.yaml", "160", "170"), "rollout.max_prompt_tokens", True),
+    "the profile": (text("small.yaml", "tokens: 160", "tokens: 170"), "rollout.max_prompt_tokens", True),
     "the module": (text("mine.py", '("x",)', '("y",)'), "recipe module mine.py", False),
     "a module beside it, imported in a function": (text("maths.py", "1", "2"), "recipe module maths.py", False),
     "a package beside it": (text("tools/numbers.py", "2", "3"), "recipe module tools/numbers.py", False),
@@ -254,7 +257,7 @@ def test_a_package_of_the_user_s_counts_wherever_it_lies(
     found = fingerprint.files([place.recipe / "mine.py"], str(place.recipe))
     own = ["mine.py", "losses_of_mine/__init__.py", "losses_of_mine/kl.py"]
     assert set(found) == {f"recipe module {name}" for name in own}
-    assert fingerprint.method_files("losses_of_mine.kl", None) == [package / "kl.py"]
+    assert run_fingerprint.method_files("losses_of_mine.kl", None) == [package / "kl.py"]
 
 
 def test_libraries_device_and_recordings_count(
@@ -265,7 +268,7 @@ def test_libraries_device_and_recordings_count(
 ) -> None:
     known = provenance.version
     monkeypatch.setattr(provenance, "version", lambda name: "9.9" if name == "pillow" else known(name))
-    monkeypatch.setattr(fingerprint, "device", lambda kind: "a card")
+    monkeypatch.setattr(run_fingerprint, "device", lambda kind: "a card")
     (tmp_path / "step000001.parquet").write_bytes(b"rollouts")
     now, answers = place.now(f"rollout.replay={tmp_path}")
     assert set(fingerprint.differences(before[0], now)) == {"library pillow", "device", "recording"}
@@ -279,7 +282,7 @@ def test_a_file_that_a_setting_of_the_method_names_counts(place: Place, tmp_path
     found = []
     for content in ("[1]", "[2]"):
         (place.recipe / "weights.json").write_text(content)
-        found.append(fingerprint.settings_files(place.run("method.weights=weights.json").config))
+        found.append(run_fingerprint.settings_files(place.run("method.weights=weights.json").config))
     assert fingerprint.differences(*found) == ["file of method.weights"]
 
 
@@ -292,7 +295,7 @@ def test_an_image_that_was_changed_in_place_must_be_validated_again(place: Place
 
 def test_settings_of_verl_make_other_answers(place: Place) -> None:
     answers = [
-        fingerprint.answers(place.run(*words), ["full"])
+        run_fingerprint.answers(place.run(*words), ["full"])
         for words in (
             [],
             ["verl.actor_rollout_ref.rollout.dtype=bfloat16"],
@@ -306,10 +309,10 @@ def test_settings_of_verl_make_other_answers(place: Place) -> None:
 def test_views_of_the_users_own_bring_their_module_along(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(fingerprint.VIEWS, "mine", lambda row: [])
-    found = fingerprint.answers(place.run(), ["full", "mine"])
+    monkeypatch.setitem(run_fingerprint.VIEWS, "mine", lambda row: [])
+    found = run_fingerprint.answers(place.run(), ["full", "mine"])
     assert "recipe module mine.py" in found
-    assert "recipe module mine.py" not in fingerprint.answers(place.run(), ["full"])
+    assert "recipe module mine.py" not in run_fingerprint.answers(place.run(), ["full"])
 
 
 def test_what_is_recorded_can_be_read_and_what_is_torn_is_not_known(tmp_path: Path) -> None:
@@ -326,7 +329,7 @@ def test_what_is_recorded_can_be_read_and_what_is_torn_is_not_known(tmp_path: Pa
 
 
 def test_every_part_can_be_kept_as_json_without_a_place(place: Place) -> None:
-    written = json.dumps(fingerprint.of(place.run()))
+    written = json.dumps(run_fingerprint.of(place.run()))
     assert str(place.root.parent) not in written and str(ROOT) not in written
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vopd.common import jsonl
-from vopd.common.dotlist import merge
+from vopd.common.overrides import Tree
 from vopd.errors import UserError
 from vopd.evaluation.evaluate import Settings, settings_of
 
@@ -91,7 +91,7 @@ VALUES = st.sampled_from(
 @given(st.lists(st.builds("{}={}".format, KEYS, VALUES | st.text()) | st.text(), max_size=6))
 def test_any_words_are_settings_or_a_sentence(words: list[str]) -> None:
     with suppress(UserError):
-        merge([OmegaConf.structured(Settings)], words)
+        Tree(OmegaConf.structured(Settings)).override(words)
     with suppress(UserError):
         assert settings_of(words).concurrency >= 1
 

@@ -8,24 +8,26 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from vopd.common import overrides
-from vopd.config import Run, load
+from vopd.common.overrides import Tree
+from vopd.config import FIXED, OPEN, Run, load
 from vopd.errors import UserError
 
-TREE = OmegaConf.structured(Run)
-TREE.method = {"module": "m", "beta": 0.5}
-TREE.model.path = "x"
+SETTINGS = OmegaConf.structured(Run)
+SETTINGS.method = {"module": "m", "beta": 0.5}
+SETTINGS.model.path = "x"
+TREE = Tree(SETTINGS, OPEN, FIXED)
 
 
 def refusal(*given: str) -> str:
     try:
-        overrides.overrides(given, TREE)
+        TREE.checked(given)
     except UserError as error:
         return str(error)
     return ""
 
 
 def test_words_are_handed_on_as_they_are() -> None:
-    assert overrides.overrides(["train.lr=1e-5", "run_dir='a,b'", "train.betas=[0.9,0.95]"], TREE) == [
+    assert TREE.checked(["train.lr=1e-5", "run_dir='a,b'", "train.betas=[0.9,0.95]"]) == [
         "train.lr=1e-5",
         "run_dir='a,b'",
         "train.betas=[0.9,0.95]",
@@ -34,7 +36,7 @@ def test_words_are_handed_on_as_they_are() -> None:
 
 def test_open_sections_take_new_keys_with_or_without_a_plus() -> None:
     for word in ("verl.trainer.x=1", "+verl.trainer.x=1", "++verl.trainer.x=1"):
-        assert overrides.overrides([word], TREE) == ["++verl.trainer.x=1"]
+        assert TREE.checked([word]) == ["++verl.trainer.x=1"]
     config = load("vision_opd", ["rollout.chat_template.enable_thinking=false"])
     assert config.rollout.chat_template == {"enable_thinking": False}
 
@@ -139,7 +141,7 @@ def test_the_default_run_folder_follows_its_own_variable(monkeypatch: pytest.Mon
 @example(key="train", value="{lr: {a: 1}}")
 def test_any_value_is_applied_or_refused_in_a_sentence(key: str, value: str) -> None:
     try:
-        applied, said = overrides.overrides([f"{key}={value}"], TREE), ""
+        applied, said = TREE.checked([f"{key}={value}"]), ""
     except UserError as error:
         applied, said = [], str(error)
     assert applied in ([], [f"{key}={value}"], [f"++{key}={value}"])

@@ -12,7 +12,7 @@ from rich.console import Console
 from vopd.common import caches, fingerprint, provenance
 from vopd.errors import UserError
 from vopd.evaluation.records import Record, write_records
-from vopd.runner import resuming, supervisor
+from vopd.runner import resuming, run_fingerprint, supervisor
 from vopd.runner.run import Run, main
 
 ANSWER = Record("a", "digit", "full", "test", "?", "B", 1, False, "B", "B", True)
@@ -44,8 +44,8 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     stand_in = Fake()
     monkeypatch.setenv(caches.VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(caches, "_said", set())
-    monkeypatch.setattr(fingerprint, "of", lambda run: dict(stand_in.parts))
-    monkeypatch.setattr(fingerprint, "answers", lambda run, views: dict(stand_in.answers))
+    monkeypatch.setattr(run_fingerprint, "of", lambda run: dict(stand_in.parts))
+    monkeypatch.setattr(run_fingerprint, "answers", lambda run, views: dict(stand_in.answers))
     monkeypatch.setattr(supervisor, "run", stand_in.train)
     monkeypatch.setattr(Run, "_check", lambda self: None)
     monkeypatch.setattr(Run, "prepare_data", lambda self: None)

@@ -20,7 +20,7 @@ from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation import statistics
 from vopd.report import archive
-from vopd.runner import new_recipe
+from vopd.runner import new_recipe, run_fingerprint
 from vopd.runner import series as compare
 from vopd.runner.run import Run
 from vopd.runner.series import Job
@@ -116,7 +116,7 @@ def test_finished_runs_are_reused_and_the_rest_estimated_from_them(series: Serie
     ("change", "said"),
     [
         (
-            lambda m: m.setattr(fingerprint, "training", lambda: [ROOT / "vopd" / "runner" / "run.py"]),
+            lambda m: m.setattr(run_fingerprint, "training", lambda: [ROOT / "vopd" / "runner" / "run.py"]),
             "another code ",
         ),
         (lambda m: m.setattr(Run, "data_hash", lambda self: "new"), "another data"),
