@@ -72,10 +72,16 @@ def main() -> None:
                 "--test-rows",
                 "64",
             ]
-            add("prepare", rows, measured("-m", "data.vision_opd_6k", "prepare", *words))
-            add("validate", rows, measured("-m", "data.validate", str(out)))
-            add("validate --model", rows, measured("-m", "data.validate", str(out), "--model", str(BASE)))
-        generated = measured("-m", "data.miniature.prepare", "--out", str(place / "miniature"))
+            add(
+                "prepare", rows, measured("-m", "vopd", "data", "prepare", "vision_opd_6k", "prepare", *words)
+            )
+            add("validate", rows, measured("-m", "vopd", "data", "validate", str(out)))
+            add(
+                "validate --model",
+                rows,
+                measured("-m", "vopd", "data", "validate", str(out), "--model", str(BASE)),
+            )
+        generated = measured("-m", "vopd", "data", "prepare", "miniature", "--out", str(place / "miniature"))
         add("miniature, validated", 6241 + 256 + 1024 + 512, generated)
     Console(width=120).print(table)
 

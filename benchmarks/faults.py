@@ -288,7 +288,7 @@ def started(fault: Fault, place: Path) -> Iterator[Run]:
     words = [*WORDS, f"run_dir={place / 'run'}", f"data.folder={data}", "train.steps=1000", *fault.words]
     words = list({word.split("=")[0]: word for word in words}.values())
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "vopd.runner.run", recipe, *words],
+        [sys.executable, "-P", "-m", "vopd", "run", recipe, *words],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place,
         env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "2000"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),

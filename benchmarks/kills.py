@@ -91,7 +91,7 @@ class Play:
         words = [f"run_dir={self.place / name}", f"data.folder={self.data}", *SETTINGS]
         with (self.place / f"{name}.txt").open("ab") as terminal:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "vopd.runner.run", self.recipe, *words],
+                [sys.executable, "-P", "-m", "vopd", "run", self.recipe, *words],
                 stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, cwd=ROOT,
             )  # fmt: skip
 

@@ -57,7 +57,7 @@ class Case:
         ]
         with self.terminal.open("ab") as terminal:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "vopd.runner.run", "vision_opd", *given],
+                [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *given],
                 stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, cwd=ROOT,
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Which test images are copies of training images: `python -m data.audit TRAIN TEST --out FOLDER`.
+"""Which test images are copies of training images: `vopd data audit TRAIN TEST --out FOLDER`.
 
 Candidates are pairs whose perceptual hashes are close. A candidate is a copy if, brought to one size, the pictures
 agree in detail: what a blur takes away must correlate, so that two pictures of the same kind of scene do not count.
@@ -236,7 +236,7 @@ def _data_url(picture: np.ndarray) -> str:
 def arguments() -> argparse.ArgumentParser:
     """What the command takes."""
     parser = argparse.ArgumentParser(
-        prog="python -m data.audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="vopd data audit", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("train", type=Path, help="the training split, FOLDER/SPLIT.parquet")
     parser.add_argument("test", type=Path, help="the test split; needs the columns id and image")

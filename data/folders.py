@@ -30,7 +30,7 @@ def needs_preparing(folder: Path, preparer: str) -> bool:
     if not (folder / validation_stamp.NAME).is_file():
         raise UserError(
             f"{folder}: {preparer} did not make what is there and leaves it alone; if it is a data set, run "
-            f"`python -m data.validate {folder}` first (data.prepare=null says that nothing shall be made)."
+            f"`vopd data validate {folder}` first (data.prepare=null says that nothing shall be made)."
         )
     return False
 

@@ -1,4 +1,4 @@
-"""Makes triplets from a folder of images: `python -m data.synthesize [SETTINGS.yaml] key=value ...`.
+"""Makes triplets from a folder of images: `vopd data synthesize [SETTINGS.yaml] key=value ...`.
 
 Run the same words again to go on after an interruption. `--help` prints every key with its default.
 """

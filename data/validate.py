@@ -1,4 +1,4 @@
-"""Checks a data set before anyone trains on it: `python -m data.validate PATH [--model DIR] [--quarantine OUT]`.
+"""Checks a data set before anyone trains on it: `vopd data validate PATH [--model DIR] [--quarantine OUT]`.
 
 PATH is a folder of splits (or one parquet file). Every row is read once, its images decoded, and compared with what a
 triplet promises; then the set as a whole. Findings are listed by kind with row ids. Kinds that block keep the folder
@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from PIL import Image
-from scipy.special import chdtrc
 from tqdm import tqdm
 
 from data import control_tokens as markers
@@ -327,6 +326,8 @@ def _balance(split: str, letters: Counter[str]) -> Iterator[Finding]:
     if len(counts) < 2:
         return
     statistic = float(((counts - counts.mean()) ** 2 / counts.mean()).sum())
+    from scipy.special import chdtrc  # slow to import
+
     if chdtrc(len(counts) - 1, statistic) < BALANCE_P:
         spread = ", ".join(f"{k} {letters[k] / counts.sum():.1%}" for k in sorted(letters))
         yield Finding(split, None, "", "balance", spread)
@@ -499,7 +500,7 @@ def prompts_for(model: str, limit: int) -> Prompts:
 def main(arguments: list[str]) -> int:
     """Exit code 0 if nothing blocks (or what does was quarantined), else 2."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="vopd data validate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("path", type=Path, help="folder of splits, or one parquet file (which gets no stamp)")
     parser.add_argument("--model", help="model folder or hub id: check prompt lengths for it")

@@ -63,7 +63,7 @@ def check(folder: Path, splits: Iterable[str]) -> dict[str, str]:
     Raises:
         UserError: the folder has no stamp, an older one, or a split was changed, added or removed since.
     """
-    again = f"run `python -m data.validate {folder}`"
+    again = f"run `vopd data validate {folder}`"
     try:
         content: dict[str, Any] = json.loads((folder / NAME).read_text(encoding="utf-8"))
         stamped = {name: str(split["hash"]) for name, split in content["splits"].items()}

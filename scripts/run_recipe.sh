@@ -5,5 +5,4 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 bash "$root/scripts/setup.sh"
 # Some systems forbid Python to keep compiled modules; every start would then compile the libraries for a minute.
 unset PYTHONDONTWRITEBYTECODE
-# -P: a folder named `data` where the user stands must not hide ours.
-exec "$root/.venv/bin/python" -P -m vopd.runner.run "$@"
+exec "$root/.venv/bin/vopd" run "$@"

@@ -117,8 +117,8 @@ def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("command", "error"),
     [
-        ("python -m data.synthesize out=x licenze=y", UserError),
-        ("python -m data.audit a.parquet", SystemExit),
+        ("vopd data synthesize out=x licenze=y", UserError),
+        ("vopd data audit a.parquet", SystemExit),
     ],
 )
 def test_a_word_that_a_command_does_not_take_is_seen(tmp_path: Path, command: str, error: type) -> None:

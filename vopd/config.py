@@ -162,13 +162,34 @@ class Run:
     verl: dict[str, Any] = field(default_factory=dict)
 
 
+def recipes() -> list[str]:
+    """Names of the recipes that come with the repository."""
+    known = (p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
+    return sorted(name for name in known if not name.startswith("profiles/"))
+
+
+def defaults() -> DictConfig:
+    """The settings that every run has, on the default profile; a method's own come with its module."""
+    path = find_profile(DEFAULT_PROFILE)
+    content = {key: value for key, value in _read(path).items() if key != METHOD}
+    settings = _tree(OmegaConf.structured(Run)).with_file(path, content)
+    settings.profile = path.stem
+    shared = [key for key in map(str, settings) if key not in (METHOD, "recipe", "recipe_folder")]
+    return OmegaConf.masked_copy(settings, shared)
+
+
+def keys() -> list[str]:
+    """Settings that every run has; a method's own come with its module."""
+    return _tree(OmegaConf.structured(Run)).keys()
+
+
 def find_recipe(name: str) -> Path:
     """Path of a recipe given by name (below recipes/) or by file."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = sorted(p.relative_to(RECIPES).with_suffix("").as_posix() for p in RECIPES.rglob("*.yaml"))
-        names = ", ".join(k for k in known if not k.startswith("profiles/"))
-        raise UserError(f"There is no recipe '{name}'; known are {names}, or give the path of a YAML file.")
+        raise UserError(
+            f"There is no recipe '{name}'; known are {', '.join(recipes())}, or give the path of a YAML file."
+        )
     return path.resolve()
 
 

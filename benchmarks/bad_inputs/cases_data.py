@@ -170,7 +170,7 @@ CASES = (
     _bad_file("validated.json of someone", "not a stamp of data.validate; move it away", lambda folder: [str(
         (_set(folder) / "validated.json").write_text("mine") and folder / "set")]),
     # ---- places that belong to someone
-    Case("run over a set of someone", "vopd.runner.run", _run_on, "run `python -m data.validate"),
+    Case("run over a set of someone", "vopd.runner.run", _run_on, "run `vopd data validate"),
     Case("miniature over a set of someone", "data.miniature.prepare", lambda folder: ["--out", str(_set(folder))],
          "holds train.parquet, which data.miniature.prepare did not make"),
     Case("published set over a folder of someone", "data.vision_opd_6k.prepare", lambda folder: [

@@ -1,4 +1,4 @@
-"""Writes the miniature's parquet files: `python -m data.miniature.prepare --out .cache/miniature`.
+"""Writes the miniature's parquet files: `vopd data prepare miniature --out .cache/miniature`.
 
 train, validation, test and holdout (the letter family, which post-training never sees), meta.json, and the stamp of
 `data.validate`. Files that are there already are kept when settings and generator code are the same; a folder that
@@ -107,7 +107,9 @@ def _validate(out: Path) -> None:
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 if what was made does not pass its checks."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="vopd data prepare miniature",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=caches.inside(".cache/miniature"))
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])

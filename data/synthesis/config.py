@@ -113,7 +113,7 @@ class Transforms:
 
 @dataclass
 class Synthesis:
-    """Everything `python -m data.synthesize` can be told."""
+    """Everything `vopd data synthesize` can be told."""
 
     images: str = MISSING
     out: str = MISSING

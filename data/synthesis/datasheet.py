@@ -24,7 +24,7 @@ def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict
     small = escaped(config.difficulty.model or "none, so nothing was filtered by difficulty")
     text = f"""# {source}, synthesised
 
-{len(rows)} rows in `train.parquet`, made by `python -m data.synthesize` from the images of {source}.
+{len(rows)} rows in `train.parquet`, made by `vopd data synthesize` from the images of {source}.
 
 - **Licence of the images:** {escaped(config.licence)}. Questions, answers and options come from {model}; its
   licence may bind their use.
@@ -33,7 +33,7 @@ def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict
 - **Right letters:** {_counts(answers)}.
 - **Families:** {_counts(families)}.
 - **Known problems:** answers are what one model agrees with itself on, not what is true. The set was not compared with
-  any benchmark: `python -m data.audit` does that.
+  any benchmark: `vopd data audit` does that.
 
 ## Stages
 

@@ -1,4 +1,4 @@
-"""The published triplets in one command: `python -m data.vision_opd_6k prepare [--source DIR] --out DIR`.
+"""The published triplets in one command: `vopd data prepare vision_opd_6k [--source DIR] --out DIR`.
 
 Stages, each of which goes on where it was interrupted: fetch (hub, or a folder in the published layout), compare with
 what the folder was begun with, extract, read every row (texts, box, crop, image hash -> work/rows.jsonl), split, write
@@ -91,7 +91,7 @@ def _prepare(
     print(visible(report.text()))
     if report.blocking:
         raise UserError(
-            f"{out}: converted, but some rows did not pass; `python -m data.validate {out} --quarantine OTHER` "
+            f"{out}: converted, but some rows did not pass; `vopd data validate {out} --quarantine OTHER` "
             "makes a data set of the rest."
         )
     meta = settings | {
@@ -334,7 +334,7 @@ def _whole_lines(file: Path) -> int:
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m data.vision_opd_6k prepare",
+        prog="vopd data prepare vision_opd_6k",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -457,7 +457,7 @@ def test_no_stamp_and_no_real_stamp(stamped: Path, content: str) -> None:
     with pytest.raises(UserError, match="not a stamp"):
         validation_stamp.check(stamped, ["train"])
     (stamped / validation_stamp.NAME).unlink()
-    with pytest.raises(UserError, match=f"never validated; run `python -m data.validate {stamped}`"):
+    with pytest.raises(UserError, match=f"never validated; run `vopd data validate {stamped}`"):
         validation_stamp.check(stamped, ["train"])
 
 

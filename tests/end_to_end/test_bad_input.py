@@ -90,7 +90,7 @@ def test_data_that_was_not_validated(
     refusal: Callable[..., str], spoiled: Callable[..., Path], triplets: Path
 ) -> None:
     folder = spoiled(lambda table: table.slice(0, 30))
-    assert f"run `python -m data.validate {folder}` first" in refusal(f"data.folder={folder}")
+    assert f"run `vopd data validate {folder}` first" in refusal(f"data.folder={folder}")
     shutil.copyfile(triplets / validation_stamp.NAME, folder / validation_stamp.NAME)
     assert "is not the one that was validated" in refusal(f"data.folder={folder}")
 

@@ -45,7 +45,7 @@ def answered(small: Path) -> list[Record]:
         "max_tokens=40",
         "concurrency=64",
     ]
-    command = [sys.executable, "-P", "-m", "vopd.evaluation.evaluate", *words]
+    command = [sys.executable, "-P", "-m", "vopd", "evaluate", *words]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
         run = subprocess.run(

@@ -25,7 +25,7 @@ def test_a_mistake_in_score_is_told_with_file_and_line(tmp_path: Path, words_for
     line = next(i for i, text in enumerate(module.read_text().splitlines(), 1) if wrong in text)
     words = [*words_for(tmp_path / "run"), "evaluate.test_rows=4", "evaluate.holdout_rows=4"]
     told = subprocess.run(
-        [sys.executable, "-P", "-m", "vopd.runner.run", str(yaml), *words],
+        [sys.executable, "-P", "-m", "vopd", "run", str(yaml), *words],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

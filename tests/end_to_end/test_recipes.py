@@ -28,7 +28,7 @@ SECONDS = 900
 
 
 def run(recipe: str, words: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "vopd.runner.run", recipe, *words]
+    command = [sys.executable, "-P", "-m", "vopd", "run", recipe, *words]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS)
 
 

@@ -44,7 +44,7 @@ Words = Callable[..., list[str]]
 
 
 def command(words: list[str]) -> list[str]:
-    return [sys.executable, "-P", "-m", "vopd.runner.run", "vision_opd", *words]
+    return [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *words]
 
 
 def start(words: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
@@ -247,7 +247,7 @@ def test_a_checkpoint_is_exported_to_the_model_of_the_run(finished: Path, tmp_pa
     out = tmp_path / "exported"
     words = [str(finished / "checkpoints" / "global_step_4"), str(out), "--dtype", "float32"]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "vopd.runner.export", *words], capture_output=True, text=True
+        [sys.executable, "-P", "-m", "vopd", "export", *words], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {

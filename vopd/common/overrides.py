@@ -118,6 +118,10 @@ class Tree:
             applied.append(f"++{key}={value}" if self._is_open(key) else f"{key}={value}")
         return applied
 
+    def keys(self) -> list[str]:
+        """All keys that have a value, dotted."""
+        return list(self._keys(self.settings))
+
     def unknown(self, content: Any, prefix: str = "") -> str | None:
         """A sentence about the first key of nested mappings that the settings do not have, or that is no section."""
         for name, value in content.items():
@@ -222,11 +226,11 @@ class Tree:
         return None
 
     def _meant(self, key: str) -> str:
-        near = difflib.get_close_matches(key, list(self._keys(self.settings)), n=1, cutoff=0.7)
+        near = difflib.get_close_matches(key, self.keys(), n=1, cutoff=0.7)
         return f" (is {near[0]} meant?)" if near else ""
 
     def _example(self, key: str) -> str:
-        return next((name for name in self._keys(self.settings) if name.startswith(f"{key}.")), f"{key}.KEY")
+        return next((name for name in self.keys() if name.startswith(f"{key}.")), f"{key}.KEY")
 
     def _keys(self, section: DictConfig, prefix: str = "") -> Iterator[str]:
         for name in map(str, section):

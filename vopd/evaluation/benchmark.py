@@ -204,9 +204,7 @@ def _files(name: str, spec: Benchmark, folder: Path) -> list[Path]:
             f"{name}: '{spec.files}' is no pattern of files ({error}); correct `files`."
         ) from error
     if not files:
-        how = (
-            "run `python -m data.miniature.prepare` first" if spec.folder else "put the published files there"
-        )
+        how = "run `vopd data prepare miniature` first" if spec.folder else "put the published files there"
         raise UserError(f"{name}: no files {spec.files} in {folder}; {how}.")
     for file in files:
         if file.suffix not in _READERS or file.suffix != files[0].suffix:

@@ -1,4 +1,4 @@
-"""`python -m vopd.evaluation.evaluate model=... benchmarks=[...] [key=value ...]`: ask what is missing, score, print the table.
+"""`vopd evaluate model=... benchmarks=[...] [key=value ...]`: ask what is missing, score, print the table.
 
 Without `endpoint` a `vllm serve` of the model is started (`server.py`) and ended. Results land in <out>/<model>/<benchmark>/: records.jsonl (one
 line per answer, appended as it arrives), settings.json and summary.json. An interrupted evaluation goes on where it
@@ -87,7 +87,7 @@ class Settings:
     vllm: dict[str, Any] = field(default_factory=dict)
 
 
-HELP = """usage: python -m vopd.evaluation.evaluate model=FOLDER|ID benchmarks=[NAME,...] [key=value ...] [--speed]
+HELP = """usage: vopd evaluate model=FOLDER|ID benchmarks=[NAME,...] [key=value ...] [--speed]
 
 model        Hugging Face folder or hub id; with endpoint=... the name the server knows the model by
 benchmarks   {known}, or the path of a YAML file

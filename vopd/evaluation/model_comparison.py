@@ -1,6 +1,6 @@
-"""Two models on the same questions: `python -m vopd.evaluation.model_comparison FIRST SECOND [scorer=official] [judge=true]`.
+"""Two models on the same questions: `vopd compare-models FIRST SECOND [scorer=official] [judge=true]`.
 
-FIRST and SECOND are folders that `python -m vopd.evaluation.evaluate` wrote (runs/evaluation/<model>), or several joined by
+FIRST and SECOND are folders that `vopd evaluate` wrote (runs/evaluation/<model>), or several joined by
 commas: the training seeds of one method, in the same order on both sides, which are resampled as a second level.
 Differences are second minus first, paired by question, with 95% intervals, p-values, and p-values corrected over the
 table (Holm). MDD is the smallest true difference that such questions would show with 80% power. judge=true takes the

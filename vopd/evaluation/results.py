@@ -21,7 +21,7 @@ FULL, CLEAN = "full", "de-overlapped"
 
 
 def read_exclusions(files: Sequence[Path], sets: Sequence[Questions]) -> dict[str, dict[str, Any]]:
-    """Exclusion lists by benchmark, as `python -m data.audit` writes them.
+    """Exclusion lists by benchmark, as `vopd data audit` writes them.
 
     Raises:
         UserError: no such file, not such a list, for a benchmark that is not evaluated, or naming unknown ids.

@@ -6,6 +6,7 @@ Comparisons are paired: both sides must have answered the same questions. Fracti
 points. Bootstraps are percentile bootstraps over clusters (single questions where there are none), seeded.
 """
 
+# scipy and statsmodels are imported where they are used: they take a second, and every command imports this file.
 from __future__ import annotations
 
 import math
@@ -13,10 +14,6 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
-from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from vopd.errors import UserError
 
@@ -113,6 +110,8 @@ def accuracy(
     right = np.array([float(answers[i]) for i in ids])
     value = float(right.mean())
     if clusters is None:
+        from statsmodels.stats.proportion import proportion_confint
+
         low, high = proportion_confint(int(right.sum()), len(ids), alpha=1 - level, method="wilson")
         return Interval(value, float(low), float(high))
     totals_RK = _resampled(_cluster_sums(ids, right[:, None], clusters), seed)
@@ -166,6 +165,8 @@ def paired_difference(
     distribution = totals_RK[:, 0] / totals_RK[:, 1]
     if clusters is None:
         table = [[np.sum((a == x) & (b == y)) for y in (1, 0)] for x in (1, 0)]
+        from statsmodels.stats.contingency_tables import mcnemar
+
         p_value = float(mcnemar(table, exact=True).pvalue)
     else:
         p_value = _bootstrap_p(distribution)
@@ -199,6 +200,8 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """p-values of one table corrected by Holm's step-down procedure (1979), under the same keys."""
     if not p_values:
         return {}
+    from statsmodels.stats.multitest import multipletests
+
     corrected = multipletests(list(p_values.values()), method="holm")[1]
     return dict(zip(p_values, map(float, corrected), strict=True))
 
@@ -290,4 +293,6 @@ def minimum_detectable_difference(
         return math.nan
     residuals = sums[:, 0] - sums[:, 1] * sums[:, 0].sum() / len(ids)
     error = math.sqrt(len(sums) / (len(sums) - 1) * float((residuals**2).sum())) / len(ids)
+    from scipy import stats
+
     return float(error * (stats.norm.ppf((1 + level) / 2) + stats.norm.ppf(power)))

@@ -1,4 +1,4 @@
-"""`python -m vopd.report RUNS... [out=FOLDER] [mixed=true] [keep=FOLDER]`: several runs in one comparison.
+"""`vopd report RUNS... [out=FOLDER] [mixed=true] [keep=FOLDER]`: several runs in one comparison.
 
 RUNS are run folders, or folders that contain them, grouped by recipe over seeds. Writes table.md, report.html (one
 file, opens from disk) and report.json to FOLDER (default: runs/report) and prints the main table.

@@ -1,4 +1,4 @@
-"""The small form of a run folder, for the repository: `python -m vopd.report RUNS... keep=FOLDER`.
+"""The small form of a run folder, for the repository: `vopd report RUNS... keep=FOLDER`.
 
 summary.json, evaluations.jsonl, and the metrics and records packed with gzip; no weights, checkpoints or logs. The
 report reads it like the run folder itself. Packing is deterministic, so keeping a run again changes nothing; paths of

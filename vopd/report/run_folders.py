@@ -1,6 +1,6 @@
 """Run folders as a comparison reads them: found, checked, loaded; what is broken is named and left out.
 
-A run folder is one that `python -m vopd.runner.run` left, or the small form of it that `vopd.report.archive` writes (record
+A run folder is one that `vopd run` left, or the small form of it that `vopd.report.archive` writes (record
 files and metrics packed with gzip). Both are read the same way.
 """
 

@@ -1,7 +1,7 @@
-"""`python -m vopd.runner.export CHECKPOINT OUT [--dtype bfloat16]`: a checkpoint's student as a Hugging Face model folder.
+"""`vopd export CHECKPOINT OUT [--dtype bfloat16]`: a checkpoint's student as a Hugging Face model folder.
 
 CHECKPOINT is a folder such as runs/miniature/vision_opd/seed0/checkpoints/global_step_20 (`train.keep=N` keeps
-several). OUT is a new or empty folder, which transformers, vLLM and `python -m vopd.evaluation.evaluate model=OUT` load. It takes
+several). OUT is a new or empty folder, which transformers, vLLM and `vopd evaluate model=OUT` load. It takes
 no GPU, and the memory of one copy of the weights.
 """
 
@@ -49,7 +49,7 @@ def export(checkpoint: Path, out: Path, dtype: str) -> None:
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
-        prog="python -m vopd.runner.export",
+        prog="vopd export",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -62,9 +62,7 @@ def main(arguments: list[str]) -> int:
     except UserError as error:
         say(f"vopd: {error}")
         return UserError.exit_code
-    print(
-        f"wrote {given.out}; evaluate it: python -m vopd.evaluation.evaluate model={given.out} benchmarks=[miniature_test]"
-    )
+    print(f"wrote {given.out}; evaluate it: vopd evaluate model={given.out} benchmarks=[miniature_test]")
     return 0
 
 

@@ -24,7 +24,7 @@ from vopd.errors import UserError
 
 NAME = "lock"
 TRAINER = "vopd.backbone.launch"
-TERMINAL = "vopd.runner.run"
+TERMINAL = "run"  # the command, of `vopd` or `python -m vopd`
 PATIENCE_SECONDS = 15.0
 NO_LOCKS = (errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL)
 

@@ -1,4 +1,4 @@
-"""`python -m vopd.runner.new_recipe new NAME [--out DIR]`: a working recipe to start from, as three small files.
+"""`vopd recipe new NAME [--out DIR]`: a working recipe to start from, as three small files.
 
 NAME.yaml (the settings), NAME.py (the method) and test_NAME.py (its maths against an independent computation). The
 skeleton is forward KL to the base model that sees the crop; run it, then change it. Walked through in
@@ -127,10 +127,9 @@ def new(name: str, folder: Path) -> list[Path]:
 
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m vopd.runner.new_recipe", description=__doc__)
-    command = parser.add_subparsers(required=True).add_parser("new", help="write a skeleton")
-    command.add_argument("name")
-    command.add_argument("--out", type=Path, default=Path("."), help="folder (default: the current one)")
+    parser = argparse.ArgumentParser(prog="vopd recipe new", description=__doc__)
+    parser.add_argument("name")
+    parser.add_argument("--out", type=Path, default=Path("."), help="folder (default: the current one)")
     given = parser.parse_args(arguments)
     try:
         recipe, module, test = new(given.name, given.out)

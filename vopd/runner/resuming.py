@@ -22,7 +22,7 @@ from vopd.errors import UserError
 from vopd.runner import run_fingerprint
 
 CONFIG = "config.yaml"
-EARLY = frozenset([fingerprint.FILE, "lock", "prepare.txt", "log.txt"])
+EARLY = frozenset([fingerprint.FILE, "lock", "log.txt"])
 """What may be there before config.yaml is."""
 MARKS = frozenset(["recipe", "profile", "method", "train", "rollout", "run_dir"])
 FREE = (

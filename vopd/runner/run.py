@@ -1,4 +1,4 @@
-"""`python -m vopd.runner.run RECIPE [key=value ...]`: check, prepare, train, evaluate, print the result.
+"""`vopd run RECIPE [key=value ...]`: check, prepare, train, evaluate, print the result.
 
 RECIPE is a name below recipes/ or the path of a YAML file. The words are Hydra overrides; `profile=NAME` chooses
 hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. The same command resumes an interrupted
@@ -14,6 +14,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from vopd.common import (
 )
 from vopd.common.failures import FAILURE, Failure
 from vopd.common.terminal import Terminal, say
-from vopd.config import ROOT, load
+from vopd.config import ROOT, defaults, load, recipes
 from vopd.errors import UserError
 from vopd.evaluation.records import read_records
 from vopd.method import final_views, place
@@ -72,13 +73,15 @@ def main(arguments: list[str]) -> int:
 
 
 def help_text() -> str:
-    """Usage and every setting with its default on the miniature."""
-    settings = OmegaConf.to_yaml(load("vision_opd", []))
+    """Usage and every setting that all recipes share, with its default on the miniature."""
     return (
-        "usage: bash scripts/run_recipe.sh RECIPE|FILE.yaml [key=value ...]\n"
-        "       bash scripts/run_recipe.sh RECIPE --help      (settings of that recipe)\n\n"
-        "Settings and their defaults (recipe vision_opd, profile miniature); profile=NAME takes another profile,\n"
-        "verl.KEY=VALUE reaches verl's own settings:\n\n" + settings
+        "usage: vopd run RECIPE|FILE.yaml [key=value ...]   (the same: bash scripts/run_recipe.sh ...)\n"
+        "       vopd run RECIPE --help                      settings of that recipe, the method's own among them\n\n"
+        "examples: vopd run vision_opd seed=1 train.steps=20 run_dir=runs/short\n"
+        "          vopd run my_recipe.yaml profile=qwen3_5_4b_8gpu\n\n"
+        f"recipes: {', '.join(recipes())}\n\n"
+        "Settings and their defaults on the profile miniature; profile=NAME takes another profile, verl.KEY=VALUE\n"
+        f"reaches verl's own settings:\n\n{OmegaConf.to_yaml(defaults())}"
     )
 
 
@@ -104,7 +107,7 @@ class Run:
     def _go(self) -> int:
         longer_than = self._claim_folder()
         if longer_than or not (self.folder / "summary.json").exists():
-            self._check()
+            self.check()
             self._begin()
             if longer_than:
                 resuming.reopen(self.folder, longer_than)
@@ -198,7 +201,8 @@ class Run:
             "fingerprint": now,
         }
 
-    def _check(self) -> None:
+    def check(self) -> None:
+        """Raise UserError for what would stop this run before its first update, as far as it can be known."""
         from vopd.backbone import recorded_rollouts
         from vopd.common import (  # slow to import: not for --help and mistyped overrides
             model_config,
@@ -250,17 +254,17 @@ class Run:
             return
         command = supervisor.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
         # Its progress bars are for a person; the file is read for what went wrong, which stands last.
-        log = self.folder / "prepare.txt"
-        with log.open("wb") as file:
+        with tempfile.TemporaryFile() as file:
             errors = None if self.console.is_terminal else file
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
+            file.seek(0)
+            output = file.read().decode(errors="replace")
         if done.returncode:
-            lines = [line for line in re.split(r"[\r\n]+", log.read_text(errors="replace")) if line.strip()]
+            lines = [line for line in re.split(r"[\r\n]+", output) if line.strip()]
             said = f" ({lines[-1].strip().rstrip('.')})" if lines else ""
             raise UserError(
                 f"{self.config.data.prepare}: could not make the data in {self.config.data.folder}{said}."
             )
-        log.unlink()
 
     def _check_prompts(self) -> None:
         """Every prompt of every split in every view fits; remembered by hash, because it takes seconds on 6K rows."""

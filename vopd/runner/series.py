@@ -1,4 +1,4 @@
-"""`python -m vopd.runner.series [RECIPE...] [seeds=0,1,2] [key=value ...]`: several recipes and seeds, then one comparison.
+"""`vopd compare [RECIPE...] [seeds=0,1,2] [key=value ...]`: several recipes and seeds, then one comparison.
 
 Without recipes: all methods. Each run is what `bash scripts/run_recipe.sh RECIPE seed=K key=value ...` does, in a
 process and a run folder of its own, one after the other. A finished run is reused if its settings and all that it was
@@ -28,7 +28,6 @@ from vopd.common.caches import results_folder
 from vopd.common.terminal import Terminal, say
 from vopd.config import RECIPES
 from vopd.errors import UserError
-from vopd.report import __main__ as report
 from vopd.report.run_folders import REPLACED
 from vopd.runner import run_fingerprint, supervisor
 from vopd.runner.resuming import has_results
@@ -194,6 +193,8 @@ def run(arguments: Sequence[str], start: Start, console: Console) -> int:
     code = 1 if failed else 0
     if good:
         out = good[0].parents[1] / "report"
+        from vopd.report import __main__ as report  # slow to import
+
         code = max(code, report.main([*map(str, good), f"out={out}"]))
     for job in failed:
         console.print(f"failed: {job.recipe}, seed {job.seed}; see {job.folder / 'log.txt'}", soft_wrap=True)
@@ -237,7 +238,7 @@ class Terminated(KeyboardInterrupt):
 
 def start_run(job: Job) -> int:
     """The run as a process of its own. It ends its training tidily when it is interrupted, and is waited for."""
-    child = subprocess.Popen(supervisor.python("-m", "vopd.runner.run", *job.words))
+    child = subprocess.Popen(supervisor.python("-m", "vopd", "run", *job.words))
     try:
         return child.wait()
     except Terminated:

@@ -192,7 +192,7 @@ def test_a_killed_run_loses_only_what_was_in_flight(
     with stub_server.StubServer(delay_s=0.03) as stub:
         words = words_for(stub.url, "server.concurrency=4")
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "data.synthesize", *words],
+            [sys.executable, "-P", "-m", "vopd", "data", "synthesize", *words],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.DEVNULL,
         )

@@ -80,7 +80,7 @@ def test_the_command_ends_with_code_2_and_no_traceback(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("x = 1\ny = nothing\n")
     (tmp_path / "mine.yaml").write_text("method: {module: own.py}\n")
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "vopd.runner.run", str(tmp_path / "mine.yaml")],
+        [sys.executable, "-P", "-m", "vopd", "run", str(tmp_path / "mine.yaml")],
         capture_output=True,
         text=True,
     )

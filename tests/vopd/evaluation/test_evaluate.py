@@ -58,7 +58,7 @@ def test_killed_and_restarted_it_asks_only_what_is_missing(
     server = stub(right, delay=0.4)
     arguments = words(server, published, tmp_path, "concurrency=2")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-P", "-m", "vopd.evaluation.evaluate", *arguments]
+    command = [sys.executable, "-P", "-m", "vopd", "evaluate", *arguments]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
     records = tmp_path / "stub" / "pope" / "records.jsonl"
     deadline = time.monotonic() + 120

@@ -1,4 +1,4 @@
-"""What `python -m vopd.runner.run` makes of a folder, of kept answers and of checked prompts, without a training process."""
+"""What `vopd run` makes of a folder, of kept answers and of checked prompts, without a training process."""
 
 import json
 import shutil

@@ -19,6 +19,7 @@ from vopd.common import fingerprint, provenance
 from vopd.config import ROOT
 from vopd.errors import UserError
 from vopd.evaluation import statistics
+from vopd.report import __main__ as report
 from vopd.report import archive
 from vopd.runner import new_recipe, run_fingerprint
 from vopd.runner import series as compare
@@ -45,9 +46,9 @@ class Series:
 
     def __init__(self, synthetic: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
         self.synthetic = synthetic
-        self.report = compare.report.main
+        self.report = report.main
         self.compared: list[str] = []
-        monkeypatch.setattr(compare.report, "main", self.compare)
+        monkeypatch.setattr(report, "main", self.compare)
         self.started: list[tuple[str, int]] = []
         self.fails: dict[str, int] = {}
         self.output = ""
@@ -93,7 +94,7 @@ def series(synthetic: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_recipe_and_seed_is_run_and_compared(
     series: Series, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare.report, "main", series.report)
+    monkeypatch.setattr(report, "main", series.report)
     assert series() == 0
     assert series.started == [("grpo", 0), ("dapo", 0), ("grpo", 1), ("dapo", 1)]
     assert "time and disk are unknown" in series.output
