@@ -39,6 +39,7 @@ MAKER = "figures of the README of vopd"
 WIDTH = 8.3
 """Inches: 797 CSS pixels, the width of a page on GitHub."""
 RED, GREEN = "#B22222", "#00704A"
+WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 PLAIN: dict[Any, Any] = STYLE | {
     "axes.grid": False,
     "svg.hashsalt": MAKER,
@@ -144,8 +145,8 @@ def draw_example(shown: Mapping[str, Any]) -> Figure:
         options = options.replace(f" {letter})", f"\n{letter})")
     drawing.text(left, 1 - 0.62 / height, options, va="top", linespacing=1.35)
     lines = (
-        ("Base model, shown the crop", shown["base_crop"], True),
         ("Base model, shown the full image", shown["base_full"], False),
+        ("Base model, shown the crop", shown["base_crop"], True),
         (f"After {shown['updates']} updates of Vision-OPD, the full image", shown["trained_full"], True),
     )
     top = 1.76
@@ -214,7 +215,15 @@ def _gap_row(axis: Axes, place: int, row: Mapping[str, Any], first: bool) -> Non
     axis.plot(
         row["seeds"], [place + 0.29] * len(row["seeds"]), "o", color=BLUE, markersize=3, alpha=0.7, zorder=2
     )
-    axis.text(min([full, *row["seeds"]]) - 1.1, place, f"{full:.1f}", ha="right", va="center", color=BLUE)
+    axis.text(
+        min([full, *row["seeds"]]) - 1.1,
+        place,
+        f"{full:.1f}",
+        ha="right",
+        va="center",
+        color=BLUE,
+        bbox=WHITE,
+    )
     axis.text(crop + 1.1, place, f"{crop:.1f}", ha="left", va="center", color="#9a6a00")
     axis.text((full + crop) / 2, place, f"gap {row['gap']:.1f}", ha="center", va="center")
 
