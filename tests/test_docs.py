@@ -30,7 +30,7 @@ from vopd.report import __main__ as report
 from vopd.report.__main__ import words as report_words
 
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "recipes" / "README.md", *METHODS]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "recipes" / "README.md", *METHODS]
 DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS.append(ROOT / "data" / "miniature" / "base" / "README.md")
 EXAMPLE = ROOT / "docs" / "adding_a_recipe.md"
