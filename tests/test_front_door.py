@@ -27,6 +27,7 @@ from vopd.report import readme_figures
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 FIGURES = ROOT / "docs" / "figures"
+SHOWN = ROOT / "docs" / "results" / "miniature" / "vision_opd" / "seed0"
 MEASURED = ROOT / "docs" / "measurements.csv"
 
 
@@ -51,7 +52,8 @@ def test_the_readme_shows_both_figures_with_a_description() -> None:
 
 def test_the_example_is_that_of_the_records_and_the_readme_counts_the_others() -> None:
     shown = described("scene.svg")
-    assert shown == readme_figures.example()
+    assert shown == readme_figures.example(SHOWN)
+    assert shown["recipe"] == described("gap.svg")["methods"][0]["method"]
     assert f"corrects {shown['fixed']} of the {shown['questions']:,} test questions" in " ".join(
         README.split()
     )
@@ -88,16 +90,16 @@ def test_the_chart_shows_the_accuracies_of_the_records_and_of_the_table() -> Non
 
 
 def test_one_answer_counted_otherwise_moves_what_the_chart_is_held_to() -> None:
-    kept = readme_figures.answers(readme_figures.SHOWN, "after")
+    kept = readme_figures.answers(SHOWN, "after")
     name, record = next(iter(kept.items()))
     changed = kept | {name: dataclasses.replace(record, correct=not record.correct)}
     before, after = (readme_figures._rounded(readme_figures._rates(rows)) for rows in (kept, changed))
     assert before[record.view] != after[record.view] and before["gap"] != after["gap"]
 
 
-def test_a_method_without_records_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"vision_opd holds no runs"):
-        readme_figures.accuracies(tmp_path, ["vision_opd"])
+def test_a_folder_without_records_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"{tmp_path} holds no runs"):
+        readme_figures.accuracies(tmp_path)
 
 
 def test_the_command_writes_the_same_files_twice_and_over_nothing_else(

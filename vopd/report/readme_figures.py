@@ -1,7 +1,7 @@
 """`python -m vopd.report.readme_figures [--out docs/figures]`: the two figures of the README, from the kept records.
 
 `scene.svg`: one question of the test split that the base model answers incorrectly on the full image and correctly on
-the crop, and that Vision-OPD (seed 0) answers correctly on the full image. It is the first such question of the
+the crop, and that the best method (seed 0) answers correctly on the full image. It is the first such question of the
 split, not one chosen by its looks. `gap.svg`: accuracy on the full image and on the crop, and the gap between them,
 before and after training, a row a method, mean over its seeds.
 
@@ -33,8 +33,6 @@ from vopd.report.plots import BLUE, GREY, ORANGE, STYLE, figure
 from vopd.terminal import say
 
 RECORDS = ROOT / "docs" / "results" / "miniature"
-METHODS = ("vision_opd", "sft_self_teacher", "dapo", "opsd", "grpo", "opsd_original")
-SHOWN = RECORDS / "vision_opd" / "seed0"
 MAKER = "figures of the README of vopd"
 WIDTH = 8.3
 """Inches: 797 CSS pixels, the width of a page on GitHub."""
@@ -57,8 +55,10 @@ def answers(run: Path, when: str) -> dict[tuple[str, str], Record]:
     return {(r.view, r.id): r for r in records if r.split == "test" and r.view in ("full", "crop")}
 
 
-def example(run: Path = SHOWN) -> dict[str, Any]:
+def example(run: Path) -> dict[str, Any]:
     """The first question that training fixed, with the three answers; and how many were fixed and broken.
+
+    run: a kept run folder.
 
     Raises:
         UserError: the records hold no such question.
@@ -72,6 +72,7 @@ def example(run: Path = SHOWN) -> dict[str, Any]:
     if shown is None:
         raise UserError(f"{run}: no test question was fixed by training; there is nothing to show.")
     return {
+        "recipe": summary["run"]["recipe"],
         "id": shown,
         "prompt": before["full", shown].prompt,
         "gold": before["full", shown].gold,
@@ -85,24 +86,30 @@ def example(run: Path = SHOWN) -> dict[str, Any]:
     }
 
 
-def accuracies(folder: Path = RECORDS, methods: Sequence[str] = METHODS) -> dict[str, Any]:
-    """Accuracy in % on the test split: `base`, and `methods` with the mean over seeds and each seed's own."""
+def accuracies(folder: Path = RECORDS) -> dict[str, Any]:
+    """Accuracy in % on the test split: `base`, and `methods` with the mean over seeds and each seed's own.
+
+    The method with the smallest gap comes first. Ablations and controls, in folders of their own, are left out.
+
+    Raises:
+        UserError: no runs are kept in `folder`.
+    """
     base: dict[str, float] = {}
     questions = 0
     rows: list[dict[str, Any]] = []
-    for method in methods:
-        seeds = sorted((folder / method).glob("seed*"))
-        if not seeds:
-            raise UserError(
-                f"{folder / method} holds no runs; keep them with `vopd.report ... keep=docs/results`."
-            )
+    for method in sorted({seed.parent for seed in folder.glob("*/seed*")}):
+        seeds = sorted(method.glob("seed*"))
         if not base:
             before = answers(seeds[0], "before")
             base, questions = _rates(before), sum(view == "full" for view, _ in before)
         each = [_rates(answers(seed, "after")) for seed in seeds]
         mean = {view: float(np.mean([rates[view] for rates in each])) for view in each[0]}
         rows.append(
-            {"method": method, **_rounded(mean), "seeds": [round(rates["full"], 4) for rates in each]}
+            {"method": method.name, **_rounded(mean), "seeds": [round(rates["full"], 4) for rates in each]}
+        )
+    if not rows:
+        raise UserError(
+            f"{folder} holds no runs; keep some there with `python -m vopd.report RUNS keep=docs/results`."
         )
     rows.sort(key=lambda row: row["gap"])
     return {"base": _rounded(base), "methods": rows, "questions": questions}
@@ -147,7 +154,11 @@ def draw_example(shown: Mapping[str, Any]) -> Figure:
     lines = (
         ("Base model, shown the full image", shown["base_full"], False),
         ("Base model, shown the crop", shown["base_crop"], True),
-        (f"After {shown['updates']} updates of Vision-OPD, the full image", shown["trained_full"], True),
+        (
+            f"After {shown['updates']} updates of {shown['recipe']}, shown the full image",
+            shown["trained_full"],
+            True,
+        ),
     )
     top = 1.76
     for who, response, correct in lines:
@@ -242,7 +253,8 @@ def svg(drawing: Figure, shown: Mapping[str, Any]) -> bytes:
 def make() -> dict[str, bytes]:
     """File name -> content of both figures."""
     with matplotlib.rc_context(PLAIN):
-        fixed, rates = example(), accuracies()
+        rates = accuracies()
+        fixed = example(RECORDS / rates["methods"][0]["method"] / "seed0")
         return {"scene.svg": svg(draw_example(fixed), fixed), "gap.svg": svg(draw_gap(rates), rates)}
 
 
