@@ -1,6 +1,6 @@
 """`python -m vopd.report.readme_figures [--out docs/figures]`: the two figures of the README, from the kept records.
 
-`scene.svg`: one question of the test split that the base model answers incorrectly on the full image and correctly on
+`scene.png`: one question of the test split that the base model answers incorrectly on the full image and correctly on
 the crop, and that the best method (seed 0) answers correctly on the full image. It is the first such question of the
 split, not one chosen by its looks. `gap.svg`: accuracy on the full image and on the crop, and the gap between them,
 before and after training, a row a method, mean over its seeds.
@@ -36,6 +36,7 @@ RECORDS = ROOT / "docs" / "results" / "miniature"
 MAKER = "figures of the README of vopd"
 WIDTH = 8.3
 """Inches: 797 CSS pixels, the width of a page on GitHub."""
+DPI = 200
 RED, GREEN = "#B22222", "#00704A"
 WHITE = {"facecolor": "white", "edgecolor": "none", "pad": 1}
 PLAIN: dict[Any, Any] = STYLE | {
@@ -139,18 +140,18 @@ def scene_of(question: str) -> world.Scene:
 
 def draw_example(shown: Mapping[str, Any]) -> Figure:
     """The scene, its crop, the question and three answers."""
-    height = 3.7
+    height, top = 3.55, 3.3
     drawing = figure(WIDTH, height)
     drawing.set_layout_engine("none")
     scene = scene_of(shown["id"])
-    _picture(drawing, scene.image, 4, (0.05, 0.07, 3.3), "Full image: the student's view")
-    _picture(drawing, scene.crop, 8, (3.62, height - 0.33 - 1.45, 1.45), "Crop: the teacher's view")
+    _picture(drawing, scene.image, 5, (0.05, top - 3.2, 3.2), "Full image: the student's view")
+    _picture(drawing, scene.crop, 6, (3.55, top - 1.44, 1.44), "Crop: the teacher's view")
     question, _, options = shown["prompt"].replace(world.HINT, "").strip().partition("? ")
-    left = 5.25 / WIDTH
-    drawing.text(left, 1 - 0.33 / height, f"{question}?", fontweight="bold", va="top")
+    left = 5.15 / WIDTH
+    drawing.text(left, top / height, f"{question}?", fontweight="bold", va="top")
     for letter in world.LETTERS_OF_OPTIONS:
         options = options.replace(f" {letter})", f"\n{letter})")
-    drawing.text(left, 1 - 0.62 / height, options, va="top", linespacing=1.35)
+    drawing.text(left, (top - 0.29) / height, options, va="top", linespacing=1.35)
     lines = (
         ("Base model, shown the full image", shown["base_full"], False),
         ("Base model, shown the crop", shown["base_crop"], True),
@@ -160,7 +161,7 @@ def draw_example(shown: Mapping[str, Any]) -> Figure:
             True,
         ),
     )
-    top = 1.76
+    top -= 1.6
     for who, response, correct in lines:
         top = _answer(drawing, top, who, response, correct)
     return drawing
@@ -181,7 +182,7 @@ def _picture(
 def _answer(drawing: Figure, top: float, who: str, response: str, correct: bool) -> float:
     """Who answers, whether correctly, and the whole answer; top in inches, returns that of the next one."""
     width, height = drawing.get_size_inches()
-    left, colour = 3.62 / width, GREEN if correct else RED
+    left, colour = 3.55 / width, GREEN if correct else RED
     verdict = "✓ correct" if correct else "✗ incorrect"
     drawing.text(left, top / height, who, fontsize=9.5, color=GREY, va="top")
     drawing.text(0.985, top / height, verdict, color=colour, fontweight="bold", va="top", ha="right")
@@ -242,11 +243,15 @@ def _gap_row(axis: Axes, place: int, row: Mapping[str, Any], first: bool) -> Non
 # ---- files ----------------------------------------------------------------------------------------------------------
 
 
-def svg(drawing: Figure, shown: Mapping[str, Any]) -> bytes:
-    """The figure as SVG on white, with what it shows as its description."""
+def file(drawing: Figure, kind: str, shown: Mapping[str, Any]) -> bytes:
+    """The figure as png or svg on white, with what it shows as its description.
+
+    Pixels are in a PNG: the site that shows the README may forbid an SVG to hold pictures.
+    """
     buffer = BytesIO()
-    described = {"Creator": MAKER, "Date": None, "Description": json.dumps(shown, sort_keys=True)}
-    drawing.savefig(buffer, format="svg", facecolor="white", metadata=described)
+    makers: dict[str, dict[str, Any]] = {"png": {"Software": MAKER}, "svg": {"Creator": MAKER, "Date": None}}
+    described = makers[kind] | {"Description": json.dumps(shown, sort_keys=True)}
+    drawing.savefig(buffer, format=kind, dpi=DPI, facecolor="white", metadata=described)
     return buffer.getvalue()
 
 
@@ -255,18 +260,21 @@ def make() -> dict[str, bytes]:
     with matplotlib.rc_context(PLAIN):
         rates = accuracies()
         fixed = example(RECORDS / rates["methods"][0]["method"] / "seed0")
-        return {"scene.svg": svg(draw_example(fixed), fixed), "gap.svg": svg(draw_gap(rates), rates)}
+        return {
+            "scene.png": file(draw_example(fixed), "png", fixed),
+            "gap.svg": file(draw_gap(rates), "svg", rates),
+        }
 
 
 def write(out: Path) -> list[Path]:
     """Write both figures; UserError where a file of that name is not one of this command's."""
     files = {out / name: content for name, content in make().items()}
-    for file in files:
-        if file.exists() and MAKER.encode() not in file.read_bytes():
-            raise UserError(f"{file}: was not made by this command; move it or give another --out.")
+    for path in files:
+        if path.exists() and MAKER.encode() not in path.read_bytes():
+            raise UserError(f"{path}: was not made by this command; move it or give another --out.")
     out.mkdir(parents=True, exist_ok=True)
-    for file, content in files.items():
-        file.write_bytes(content)
+    for path, content in files.items():
+        path.write_bytes(content)
     return list(files)
 
 
@@ -279,8 +287,8 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of the two files")
     try:
-        for file in write(parser.parse_args(arguments).out):
-            say(f"written: {file}", file=sys.stdout)
+        for path in write(parser.parse_args(arguments).out):
+            say(f"written: {path}", file=sys.stdout)
     except UserError as error:
         say(f"vopd: {error}")
         return UserError.exit_code
