@@ -28,7 +28,9 @@ from vopd.report import __main__ as report
 from vopd.report.__main__ import words as report_words
 from vopd.runner import series
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), ROOT / "recipes" / "README.md", *METHODS]
+DOCUMENTS += sorted((ROOT / "docs").glob("*.md"))
 DOCUMENTS.append(ROOT / "data" / "miniature" / "base" / "README.md")
 EXAMPLE = ROOT / "docs" / "adding_a_recipe.md"
 OWN = ("recipes", "vopd", "data", "scripts", "tests", "docs", "requirements", "baselines")
@@ -147,16 +149,39 @@ def test_files_named_in_the_text_exist(document: Path) -> None:
 
 def test_tests_named_in_the_method_cards_exist() -> None:
     code = "\n".join(file.read_text() for file in (ROOT / "tests").rglob("test_*.py"))
-    named = [word for word in inline(ROOT / "recipes" / "README.md") if word.startswith("test_")]
-    assert len(named) > 10
+    named = [word for page in METHODS for word in inline(page) if word.startswith("test_")]
+    assert len(named) > 30
     assert [name for name in named if f"def {name}(" not in code] == []
+
+
+def test_every_recipe_has_its_row_in_the_index_and_its_page() -> None:
+    index = (ROOT / "recipes" / "README.md").read_text()
+    recipes = [file.stem for file in (ROOT / "recipes").glob("*.yaml")]
+    pages = {
+        name: re.search(rf"^\| `{name}` \| [^|]+\. \| \[\w+\]\(\.\./([^)#]+)", index, re.M)
+        for name in recipes
+    }
+    assert [
+        name
+        for name, found in pages.items()
+        if not found or f"{name}.yaml" not in (ROOT / found[1]).read_text()
+    ] == []
+    variants = [
+        file for kind in ("ablations", "controls") for file in (ROOT / "recipes" / kind).glob("*.yaml")
+    ]
+    # A row names the first of its recipes whole, the others by what they do not share with it.
+    named = [
+        name.split("/")[-1].removeprefix("..._")
+        for name in inline(ROOT / "docs" / "methods" / "ablations.md")
+    ]
+    assert variants
+    assert [f.stem for f in variants if not any(f.stem == n or f.stem.endswith(f"_{n}") for n in named)] == []
 
 
 def test_the_card_states_the_settings_of_a_run() -> None:
     paper, miniature = load("vision_opd", ["profile=qwen3_5_4b_8gpu"]), load("vision_opd", [])
-    rows = re.findall(
-        r"^\| `(\w+\.\w+)` \| ([^|]+) \| ([^|]+) \|", (ROOT / "recipes/README.md").read_text(), re.M
-    )
+    card = (ROOT / "docs" / "methods" / "vision_opd.md").read_text()
+    rows = re.findall(r"^\| `(\w+\.\w+)` \| ([^|]+) \| ([^|]+) \|", card, re.M)
     assert len(rows) > 5
     for key, *stated in rows:
         section, name = key.split(".")

@@ -309,7 +309,7 @@ def test_broken_packed_records_are_named(runs: Path, tmp_path: Path) -> None:
 def test_the_documents_show_the_tables_of_the_committed_records(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vopd.evaluation.statistics.RESAMPLES", 9999)
     assert accuracies([KEPT]) in (ROOT / "README.md").read_text()
-    assert accuracies([KEPT], "ablations") in (ROOT / "recipes" / "README.md").read_text()
+    assert accuracies([KEPT], "ablations") in (ROOT / "docs" / "methods" / "ablations.md").read_text()
 
 
 # ---- names from outside --------------------------------------------------------------------------------------------
