@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from vopd.common import files
 from vopd.errors import UserError
 
 SEAL = "manifest.json"
@@ -64,7 +65,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         if target.exists():  # the same update written again, after the newer ones were found damaged
             _remove(target)
         aside.rename(target)
-        _keep_on_disk(folder)
+        files.sync_folder(folder)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # half a checkpoint, and perhaps the space that was missing
         raise
@@ -88,8 +89,8 @@ def remove_unfinished(folder: Path) -> None:
 def problem(checkpoint: Checkpoint) -> str | None:
     """What is wrong with a checkpoint, or None: every file is there and is, by size and checksum, as it was written."""
     try:
-        files = json.loads((checkpoint.folder / SEAL).read_text(encoding="utf-8"))["files"]
-        entries = [(str(name), int(size), str(digest)) for name, (size, digest) in files.items()]
+        sealed = json.loads((checkpoint.folder / SEAL).read_text(encoding="utf-8"))["files"]
+        entries = [(str(name), int(size), str(digest)) for name, (size, digest) in sealed.items()]
     except FileNotFoundError:
         return f"{SEAL} is missing"
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -132,18 +133,15 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _seal(folder: Path, step: int) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    digests = _digests(files, flush=True)
+    written = sorted(path for path in folder.rglob("*") if path.is_file())
+    digests = _digests(written, flush=True)
     entries = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, digest]
-        for path, digest in zip(files, digests, strict=True)
+        for path, digest in zip(written, digests, strict=True)
     }
-    with (folder / SEAL).open("w", encoding="utf-8") as file:
-        json.dump({"step": step, "files": entries}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    for path in (*{file.parent for file in files}, folder):
-        _keep_on_disk(path)
+    for path in {file.parent for file in written} - {folder}:
+        files.sync_folder(path)
+    files.write_text(folder / SEAL, json.dumps({"step": step, "files": entries}, indent=1), sync=True)
 
 
 def _digests(files: list[Path], flush: bool) -> list[str]:
@@ -159,15 +157,6 @@ def _digest(file: Path, flush: bool) -> str:
         if flush:
             os.fsync(stream.fileno())
     return digest.hexdigest()
-
-
-def _keep_on_disk(folder: Path) -> None:
-    """A rename or a new name is kept over a power failure only when the folder itself is written."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from vopd.common import files
 from vopd.errors import UserError
 
 SCHEMA = pa.schema(
@@ -49,9 +50,8 @@ def write(folder: Path, step: int, groups: list[Group], seconds: float) -> None:
     ]
     folder.mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist(rows, schema=SCHEMA.with_metadata({SECONDS: str(seconds)}))
-    partial = path(folder, step).with_suffix(".partial")
-    pq.write_table(table, partial)
-    partial.replace(path(folder, step))
+    with files.replacing(path(folder, step)) as partial:
+        pq.write_table(table, partial)
 
 
 def read(folder: Path, step: int) -> tuple[list[Group], float]:

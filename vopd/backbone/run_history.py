@@ -7,10 +7,11 @@ what is made again, so that no update stands there twice.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from vopd.common import files
 
 Line = dict[str, Any]
 
@@ -66,6 +67,4 @@ def _rewrite(file: Path, changed: Callable[[Line], Line | None]) -> None:
     """Put `changed(line)` in the place of every line, nothing in the place of those for which it is None."""
     if file.exists():
         kept = [new for line in _lines(file) if (new := changed(line)) is not None]
-        part = file.with_name(f"{file.name}.part")
-        part.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(part, file)
+        files.write_text(file, "".join(json.dumps(line) + "\n" for line in kept))

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vopd.common import files
 from vopd.common.paths import ROOT
 from vopd.errors import UserError
 
@@ -55,7 +56,7 @@ def store(kind: str, key: str, content: bytes = b"") -> bool:
     file = place() / kind / key
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, _head(content) + b"\n" + content, sync=False)  # torn, it is seen
+        files.write_bytes(file, _head(content) + b"\n" + content)  # torn by a power failure, it is seen
     except OSError as error:
         _note(f"the cache {place()} cannot be written ({error.strerror}); going on without it")
         return False
@@ -76,24 +77,6 @@ def workspace(kind: str, key: str) -> Path:
     temporary = Path(tempfile.mkdtemp(prefix="vopd-cache-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary
-
-
-def write_whole(file: Path, content: bytes, sync: bool = True) -> None:
-    """Replace a file by one with this content, or leave everything as it was. `OSError` as the system says.
-
-    sync: wait for the disk, so that it is whole after a power cut too.
-    """
-    handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", dir=file.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
-            if sync:
-                stream.flush()
-                os.fsync(stream.fileno())
-        os.replace(partial, file)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
 
 
 def results_folder(folder: Path, setting: str = "run_dir=...") -> Path:

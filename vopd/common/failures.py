@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vopd.common import processes
+from vopd.common import files, processes
 from vopd.common.paths import ROOT
 from vopd.common.redaction import redacted
 from vopd.errors import UserError
@@ -118,10 +118,8 @@ def explain(error: BaseException, engine_log: str = "", ends: Mapping[int, int] 
 
 def hand_over(folder: Path, failure: Failure) -> None:
     """Leave the failure for the terminal's process, whole or not at all, without the environment's secrets."""
-    part = folder / f"{FAILURE}.part"
     with suppress(OSError):  # a full disk: the terminal's process sees that itself
-        part.write_text(redacted(json.dumps(asdict(failure))))
-        part.replace(folder / FAILURE)
+        files.write_text(folder / FAILURE, redacted(json.dumps(asdict(failure))))
 
 
 def received(folder: Path) -> Failure | None:

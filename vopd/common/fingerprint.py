@@ -15,7 +15,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from vopd.common import caches, provenance
+from vopd.common import provenance
+from vopd.common.files import write_text
 from vopd.common.paths import ROOT
 
 FILE = "started.json"
@@ -52,7 +53,7 @@ def why(recorded: Mapping[str, Any] | None, now: Mapping[str, Any]) -> str:
 
 def write(folder: Path, parts: Parts) -> None:
     """Record in a run folder what the run is started with."""
-    caches.write_whole(folder / FILE, (json.dumps(parts, indent=1) + "\n").encode())
+    write_text(folder / FILE, json.dumps(parts, indent=1) + "\n", sync=True)
 
 
 def read(folder: Path) -> Parts | None:

@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from vopd.common import processes
+from vopd.common import files, processes
 
 FOLDER, STACKS, ENDED = "vitals", "stacks", "ended"
 BEAT_SECONDS = 2.0
@@ -108,9 +108,7 @@ class _Heart:
             "call": call,
             "at": where(sys._current_frames().get(thread)),
         }
-        part = self.file.with_suffix(".part")
-        part.write_text(json.dumps(signs))
-        part.replace(self.file)
+        files.write_text(self.file, json.dumps(signs))
         still = min(self.turned if self.loop is not None else now, call[1] if call else now)
         stuck = now - still > SILENCE_SECONDS / 2
         if stuck and not self.dumped:

@@ -16,25 +16,19 @@ import fcntl
 import hashlib
 import json
 import os
-import re
 import shutil
-import socket
-import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-import psutil
-
+from vopd.common.files import remove_left, replacing, temporary
 from vopd.errors import UserError
 
 LEDGER = ".vopd-files.jsonl"
 LOCK = ".vopd-lock"
-_PARTIAL = re.compile(r"\..+\.(?P<host>[^.]*)-(?P<pid>\d+)-[0-9a-f]{8}\.partial")
-_HOST = re.sub(r"\W", "_", socket.gethostname())[:40]
 
 Recognise = Callable[[Path], bool]
 """Whether a file that no ledger names was written by an earlier version of the command."""
@@ -50,7 +44,7 @@ class Owned:
     @contextmanager
     def writing(self, name: str) -> Iterator[Path]:
         """A temporary file to fill; at the end it becomes `name`. Nothing changes if the body raises."""
-        with _filled(self._inside(name)) as partial:
+        with atomic(self._inside(name)) as partial:
             yield partial
             _note(self.folder, {"maker": self.maker, "name": name, **_fingerprint(partial)})
 
@@ -100,7 +94,7 @@ def claim(
     new, old = _examined(folder, maker, names, working, recognise)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _sweep(folder)
+        remove_left(folder)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written to ({error.strerror}); give another folder.") from error
     if new and not names:
@@ -164,18 +158,27 @@ def is_empty(folder: Path) -> bool:
 
 @contextmanager
 def atomic(file: Path) -> Iterator[Path]:
-    """A temporary file to fill; at the end it takes the place of `file`, which no ledger is asked about.
-
-    A link by that name is replaced, not written through. `UserError` where the folder cannot be written to.
-    """
-    with _filled(file) as partial:
-        yield partial
+    """`replacing`, with the folder made, and a `UserError` where it cannot be written to; no ledger is asked."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be written ({error.strerror}); give another place.") from error
+    try:
+        with replacing(file) as partial:
+            yield partial
+    except OSError as error:
+        # A full disk has no file name; what the body reads has another one and is not ours to explain.
+        if error.filename not in (None, str(partial)) or error.errno is None:
+            raise
+        raise UserError(
+            f"{file}: cannot be written ({error.strerror}); make room or give another place."
+        ) from error
 
 
 @contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
     """An empty folder inside `folder`, for files that get their names later. It is removed at the end."""
-    place = _temporary(folder / "scratch")
+    place = temporary(folder / "scratch")
     try:
         place.mkdir(parents=True)
         yield place
@@ -329,43 +332,3 @@ def _is_one_of(file: Path, known: Sequence[dict[str, Any]]) -> bool:
     if all(found.st_size != k.get("bytes") for k in known):
         return False
     return _fingerprint(file)["sha256"] in [k.get("sha256") for k in known]
-
-
-# ---- temporary files ------------------------------------------------------------------------------------------------
-
-
-def _temporary(file: Path) -> Path:
-    return file.with_name(f".{file.name[:60]}.{_HOST}-{os.getpid()}-{uuid.uuid4().hex[:8]}.partial")
-
-
-@contextmanager
-def _filled(file: Path) -> Iterator[Path]:
-    partial = _temporary(file)
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror}); give another place.") from error
-    try:
-        yield partial
-        partial.replace(file)
-    except OSError as error:
-        # A full disk has no file name; what the body reads has another one and is not ours to explain.
-        if error.filename not in (None, str(partial)) or error.errno is None:
-            raise
-        raise UserError(
-            f"{file}: cannot be written ({error.strerror}); make room or give another place."
-        ) from error
-    finally:
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
-
-
-def _sweep(folder: Path) -> None:
-    """Removes temporary files and folders of processes of this machine that are no more."""
-    for file in list(folder.rglob(".*.partial")):
-        match = _PARTIAL.fullmatch(file.name)
-        if match and match["host"] == _HOST and not psutil.pid_exists(int(match["pid"])):
-            if file.is_dir():
-                shutil.rmtree(file, ignore_errors=True)
-            else:
-                file.unlink(missing_ok=True)

@@ -20,6 +20,7 @@ from typing import Any
 
 from vopd.common import caches
 from vopd.common import images as pictures
+from vopd.common.files import write_text
 from vopd.common.provenance import hash_contents, hash_json
 from vopd.errors import UserError
 from vopd.evaluation import description
@@ -236,7 +237,7 @@ def _download(spec: Benchmark, folder: Path) -> str:
         else:
             revision = spec.hub.revision or str(HfApi().dataset_info(spec.hub.id).sha)
             folder.mkdir(parents=True)
-            lock.write_text(json.dumps({"id": spec.hub.id, "revision": revision}) + "\n")
+            write_text(lock, json.dumps({"id": spec.hub.id, "revision": revision}) + "\n")
         patterns = [spec.files] + ([description.PLACEHOLDER.sub("*", spec.pictures)] if spec.pictures else [])
         snapshot_download(
             spec.hub.id, repo_type="dataset", revision=revision, local_dir=folder, allow_patterns=patterns

@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vopd import bounds
 from vopd.bounds import above, within
-from vopd.common import caches, environment_checks, fingerprint, model_folder, provenance
+from vopd.common import caches, environment_checks, files, fingerprint, model_folder, provenance
 from vopd.common.chat_client import one_line
 from vopd.common.overrides import Tree
 from vopd.common.paths import ROOT
@@ -340,9 +340,7 @@ def _read_settings(file: Path) -> dict[str, Any] | None:
 
 def _write(file: Path, content: dict[str, Any]) -> None:
     """A JSON file that is whole or stays as it was."""
-    partial = file.with_name(f"{file.name}.unfinished")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(file)
+    files.write_text(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def model_name(model: str) -> str:

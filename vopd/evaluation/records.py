@@ -10,14 +10,13 @@ import dataclasses
 import gzip
 import json
 import math
-import os
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from vopd.common import jsonl
+from vopd.common import files, jsonl
 from vopd.common.jsonl import drop_torn_line as drop_torn_line
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES
@@ -118,9 +117,7 @@ def write_records(path: Path, records: Iterable[Record | Mapping[str, Any]]) -> 
         record = given if isinstance(given, Record) else _record(given, f"Record {number} for {path}")
         lines.append(json.dumps(_fields(record), ensure_ascii=True) + "\n")
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
+    files.write_text(path, "".join(lines))
     return len(lines)
 
 

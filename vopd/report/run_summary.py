@@ -19,8 +19,8 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from vopd.common.caches import write_whole
 from vopd.common.collapse import FLAGS
+from vopd.common.files import write_text
 from vopd.common.terminal import Terminal
 from vopd.errors import UserError
 from vopd.evaluation import statistics
@@ -137,7 +137,7 @@ def summarise(run_dir: Path, extra: Mapping[str, Any]) -> Summary:
         run=dict(extra),
     )
     text = json.dumps(as_json(summary), indent=2, ensure_ascii=False, allow_nan=False)
-    write_whole(run_dir / "summary.json", f"{text}\n".encode())
+    write_text(run_dir / "summary.json", f"{text}\n", sync=True)
     return summary
 
 

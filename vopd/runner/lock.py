@@ -19,7 +19,7 @@ from typing import Any
 
 import psutil
 
-from vopd.common import processes
+from vopd.common import files, processes
 from vopd.errors import UserError
 
 NAME = "lock"
@@ -53,6 +53,8 @@ def held(folder: Path, say: Callable[[str], Any]) -> Iterator[int | None]:
         if not locked:
             say(f"{folder} is on a file system without locks: do not start a second run there")
         _end_leftovers(folder, say)
+        with contextlib.suppress(OSError):
+            files.remove_left(folder)
         yield descriptor if locked else None
     finally:
         with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@ decides a result must be as it was; where a run logs, how often it saves and how
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from yaml import YAMLError
 
 from vopd.backbone import checkpoints
 from vopd.backbone.run_history import History
-from vopd.common import fingerprint
+from vopd.common import files, fingerprint
 from vopd.errors import UserError
 from vopd.runner import run_fingerprint
 
@@ -48,7 +47,8 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"run_dir={folder}: this is a file; give a folder.")
     file = folder / CONFIG
     if not file.exists():
-        others = sorted({path.name for path in folder.iterdir()} - EARLY)
+        names = {path.name for path in folder.iterdir()} - EARLY
+        others = sorted(name for name in names if not files.is_temporary(name))
         if others:
             raise UserError(
                 f"run_dir={folder}: holds {others[0]} and no run; nothing is written there, give an empty folder."
@@ -67,9 +67,8 @@ def settings_of(folder: Path) -> dict[str, Any] | None:
 
 def write_settings(settings: Any, folder: Path) -> None:
     """Put the settings into the folder, whole or not at all."""
-    part = folder / f"{CONFIG}.part"
-    OmegaConf.save(settings, part)
-    os.replace(part, folder / CONFIG)
+    with files.replacing(folder / CONFIG) as partial:
+        OmegaConf.save(settings, partial)
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> set[str]:

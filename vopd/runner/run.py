@@ -26,6 +26,7 @@ from vopd.backbone import checkpoints
 from vopd.common import (
     caches,
     environment_checks,
+    files,
     fingerprint,
     library_environment,
     loopback,
@@ -325,7 +326,7 @@ class Run:
         kept = caches.read("evaluations", key)
         if kept is not None and not before.exists():
             before.parent.mkdir(parents=True, exist_ok=True)
-            caches.write_whole(before, kept)
+            files.write_bytes(before, kept, sync=True)
         self.console.print(
             f"{self.config.recipe} on {self.config.profile}, seed {self.config.seed}: {self.config.train.steps} "
             f"updates of {self.config.train.prompts} prompts x {self.config.train.rollouts}\n"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vopd.common import caches
+from vopd.common import caches, files
 from vopd.common.caches import ROOT
 from vopd.errors import UserError
 
@@ -92,7 +92,7 @@ def test_a_full_disk_leaves_the_old_entry(
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(caches.os, "replace", full)
+    monkeypatch.setattr(files.os, "replace", full)
     assert not caches.store("kind", "key", b"new")
     assert "No space left on device" in capsys.readouterr().err
     assert caches.read("kind", "key") == b"old"

@@ -190,7 +190,7 @@ if sys.argv[2] == "before":
     with owned.writing("a") as partial:
         partial.write_text("2")
         os._exit(9)
-ownership.Path.replace = lambda *_: os._exit(9)
+os.replace = lambda *_: os._exit(9)
 owned.write_text("a", "2")
 """
 

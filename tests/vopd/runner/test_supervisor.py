@@ -105,7 +105,7 @@ def test_a_driver_that_could_not_say_why_on_a_full_disk(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(supervisor.shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
-    (tmp_path / f"{failures.FAILURE}.part").mkdir()  # nothing can be written
+    (tmp_path / failures.FAILURE).mkdir()  # nothing can be written
     outcome = start("hand_over(Path(sys.argv[1]), Failure('no space')); sys.exit(1)")
     assert outcome.failure is not None and "no space is left on the disk of" in outcome.failure.sentence
 
