@@ -32,7 +32,8 @@ from tqdm import tqdm
 from data import schema
 from data.near_duplicates import perceptual_hash
 from vopd.common import ownership
-from vopd.common.terminal import say, visible
+from vopd.common.command import reports_errors
+from vopd.common.terminal import visible
 from vopd.errors import UserError
 
 # Measured on photographs and generated scenes: copies are up to 16 bits of 64 apart (a frame on a page of text),
@@ -247,15 +248,12 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
+@reports_errors("data.audit")
 def main(words: list[str]) -> int:
     """Exit code 0 whether copies were found or not, 2 for bad input."""
     args = arguments().parse_args(words)
-    try:
-        ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
-        pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
-    except UserError as error:
-        say(f"data.audit: {error}")
-        return error.exit_code
+    ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
+    pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
     excluded = sorted({pair.test for pair in pairs})
     record = {
         "benchmark": args.benchmark or args.test.stem,

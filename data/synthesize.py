@@ -10,29 +10,16 @@ from omegaconf import OmegaConf
 
 from data.synthesis import config
 from data.synthesis.pipeline import synthesize
-from vopd.common.terminal import say
-from vopd.errors import UserError
+from vopd.common.command import reports_errors
 
 
+@reports_errors("data.synthesize", "the same command goes on from here", "what is done is kept")
 def main(words: list[str]) -> int:
     """Exit code 0; 2 for bad input or a server that does not answer; 1 when single requests stayed unanswered."""
     if "--help" in words or "-h" in words:
         print(f"{__doc__}\n{OmegaConf.to_yaml(OmegaConf.structured(config.Synthesis))}")
         return 0
-    try:
-        result = synthesize(config.load(words))
-    except UserError as error:
-        say(f"data.synthesize: {error}")
-        return error.exit_code
-    except OSError as error:  # a full disk, a folder that cannot be written
-        print(
-            f"data.synthesize: {error.filename or 'out'}: {error.strerror or error}; what is done is kept.",
-            file=sys.stderr,
-        )
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        print("data.synthesize: interrupted; the same command goes on from here.", file=sys.stderr)
-        return 130
+    result = synthesize(config.load(words))
     print(json.dumps(result))
     if result["unanswered"]:
         print(

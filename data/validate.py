@@ -31,7 +31,8 @@ from tqdm import tqdm
 from data import control_tokens as markers
 from data import crop_match, near_duplicates, schema, transforms, validation_stamp
 from vopd.common import ownership
-from vopd.common.terminal import say, visible
+from vopd.common.command import reports_errors
+from vopd.common.terminal import visible
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, is_correct
 from vopd.evaluation.scoring.parsed import unparsed
@@ -497,6 +498,7 @@ def prompts_for(model: str, limit: int) -> Prompts:
         raise UserError(f"{model}: no processor could be loaded ({str(error).splitlines()[0]}).") from error
 
 
+@reports_errors("data.validate")
 def main(arguments: list[str]) -> int:
     """Exit code 0 if nothing blocks (or what does was quarantined), else 2."""
     parser = argparse.ArgumentParser(
@@ -507,14 +509,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--max-prompt-tokens", type=int, default=8192)
     parser.add_argument("--quarantine", type=Path, metavar="OUT", help="write good rows and bad ones apart")
     args = parser.parse_args(arguments)
-    try:
-        return _run(args)
-    except UserError as error:
-        say(f"data.validate: {error}")
-        return UserError.exit_code
-
-
-def _run(args: argparse.Namespace) -> int:
     prompts = prompts_for(args.model, args.max_prompt_tokens) if args.model else None
     paths = splits_of(args.path)
     if args.quarantine:

@@ -21,7 +21,7 @@ from data.miniature.batches import pictures, response_loss
 from data.miniature.measure import accuracies, load
 from data.miniature.prepare import ROWS
 from vopd.common import ownership
-from vopd.common.terminal import say
+from vopd.common.command import reports_errors
 from vopd.errors import UserError
 
 BASE = Path(__file__).parent / "base"
@@ -70,6 +70,7 @@ def check_place(out: Path) -> None:
         raise UserError(f"{out}: is not a result of data.miniature.ceiling; give another --out.")
 
 
+@reports_errors("data.miniature.ceiling")
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -82,14 +83,10 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
-    try:
-        check_place(args.out)
-        result = ceiling(args.model, args.seed, args.rate)
-        with ownership.atomic(args.out) as partial:
-            partial.write_text(json.dumps(result, indent=1) + "\n")
-    except UserError as error:
-        say(f"data.miniature.ceiling: {error}")
-        return UserError.exit_code
+    check_place(args.out)
+    result = ceiling(args.model, args.seed, args.rate)
+    with ownership.atomic(args.out) as partial:
+        partial.write_text(json.dumps(result, indent=1) + "\n")
     print(json.dumps(result, indent=1))
     return 0
 

@@ -7,6 +7,7 @@ ceiling.
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from data.miniature.model import HINTED
 from data.miniature.prepare import ROWS
 from data.miniature.responses import RESPONSE_LIMIT
 from data.miniature.world import Scene
+from vopd.common.command import reports_errors
 
 
 def load(folder: Path) -> tuple[FastMiniature, Coder]:
@@ -76,16 +78,19 @@ def measure(folder: Path, seed: int = 0) -> dict:
     return result
 
 
-def main() -> None:
+@reports_errors("data.miniature.measure")
+def main(arguments: list[str]) -> int:
+    """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, default=Path(__file__).parent / "base")
     parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     torch.set_num_threads(args.threads)
     print(json.dumps(measure(args.model), indent=1))
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

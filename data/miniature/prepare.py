@@ -18,7 +18,7 @@ from tqdm import tqdm
 from data import folders, schema, validation_stamp
 from data.miniature import world
 from vopd.common import caches, ownership
-from vopd.common.terminal import say
+from vopd.common.command import reports_errors
 from vopd.errors import UserError
 
 LICENCE = "Apache-2.0"
@@ -104,6 +104,7 @@ def _validate(out: Path) -> None:
         raise UserError(f"{out}: the generated data did not pass its own checks.\n{report.text()}")
 
 
+@reports_errors("data.miniature")
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 if what was made does not pass its checks."""
     parser = argparse.ArgumentParser(
@@ -115,11 +116,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--train-rows", type=int, default=ROWS["train"])
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
-    try:
-        print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
-    except UserError as error:
-        say(f"data.miniature: {error}")
-        return UserError.exit_code
+    print(json.dumps(prepare(args.out, args.train_rows, args.seed)))
     return 0
 
 

@@ -36,7 +36,7 @@ from data.miniature.model import HINTED, build_config, build_model, build_proces
 from data.miniature.responses import response
 from data.miniature.world import Facts, Scene
 from vopd.common import ownership
-from vopd.common.terminal import say
+from vopd.common.command import reports_errors
 from vopd.errors import UserError
 
 FAMILIES = (*world.FAMILIES, world.HOLDOUT_FAMILY)
@@ -321,6 +321,7 @@ def _pretrain(owned: ownership.Owned, seed: int, threads: int) -> None:
     checkpoint.unlink()
 
 
+@reports_errors("data.miniature.pretrain")
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -330,11 +331,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args(arguments)
-    try:
-        pretrain(args.out, args.seed, args.threads)
-    except UserError as error:
-        say(f"data.miniature.pretrain: {error}")
-        return UserError.exit_code
+    pretrain(args.out, args.seed, args.threads)
     return 0
 
 

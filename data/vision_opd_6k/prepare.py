@@ -31,7 +31,8 @@ from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
 from vopd.common import images as pictures
 from vopd.common import ownership
-from vopd.common.terminal import say, visible
+from vopd.common.command import reports_errors
+from vopd.common.terminal import visible
 from vopd.errors import UserError
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
@@ -331,6 +332,7 @@ def _whole_lines(file: Path) -> int:
     return count
 
 
+@reports_errors("data.vision_opd_6k")
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -352,11 +354,7 @@ def main(arguments: list[str]) -> int:
     args = parser.parse_args(arguments)
     local = None if args.source == "hub" else Path(args.source)
     choices = {"validation": args.validation_rows, "test": args.test_rows, "seed": args.seed}
-    try:
-        meta = prepare(args.out, local, args.revision, choices)
-    except UserError as error:
-        say(f"data.vision_opd_6k: {error}")
-        return UserError.exit_code
+    meta = prepare(args.out, local, args.revision, choices)
     rows = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
     print(f"{rows} rows; {meta['left_out']} left out; bbox is {meta['bbox']}; revision {meta['revision']}")
     return 0

@@ -27,16 +27,16 @@ from vopd import bounds
 from vopd.bounds import above, within
 from vopd.common import caches, environment_checks, files, fingerprint, model_folder, provenance
 from vopd.common.chat_client import one_line
+from vopd.common.command import reports_errors
 from vopd.common.overrides import Tree
 from vopd.common.paths import ROOT
 from vopd.common.redaction import check_address, redacted
-from vopd.common.terminal import Terminal, say
+from vopd.common.terminal import Terminal
 from vopd.errors import UserError
 from vopd.evaluation import asking, benchmark, judge, metrics, results, server
 from vopd.evaluation.endpoint import Endpoint, Resizing, Sampling, opens_reasoning, resizing_if_known
 from vopd.evaluation.records import read_answers
 
-INTERRUPTED = 130
 # Files of a benchmark's folder of records; settings.json says that they are ours.
 WRITTEN = ("records.jsonl", "judge.jsonl", "summary.json")
 ANSWERING = (
@@ -374,6 +374,7 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
+@reports_errors(interrupted="the same command asks what is missing", kept="what was answered is kept")
 def main(words: list[str]) -> int:
     """Exit code 0, 1 if questions got no answer, 2 for bad input, 130 after Ctrl-C."""
     if not words or "--help" in words or "-h" in words:
@@ -382,21 +383,7 @@ def main(words: list[str]) -> int:
     console = Terminal()
     if not console.is_terminal:
         console = Terminal(width=160)
-    try:
-        return Evaluation(settings_of(words), console).go()
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
-    except OSError as error:  # a full disk, a folder that cannot be written or read
-        where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"vopd: {where}{error.strerror or one_line(str(error))}; what was answered is kept.",
-            file=sys.stderr,
-        )
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        print("vopd: interrupted; the same command asks what is missing.", file=sys.stderr)
-        return INTERRUPTED
+    return Evaluation(settings_of(words), console).go()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from vopd.common.terminal import Terminal, say
+from vopd.common.command import reports_errors
+from vopd.common.terminal import Terminal
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, judge, metrics, statistics
 from vopd.evaluation.records import Record, answers, read_answers, select
@@ -124,27 +125,21 @@ def table(rows: Sequence[Row], names: tuple[str, str], scorer: str) -> Table:
     return shown
 
 
+@reports_errors()
 def main(words: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     if len(words) < 2 or "--help" in words:
         print(__doc__)
         return 0
-    try:
-        options = {"scorer": "strict", "judge": "false"} | dict(
-            word.split("=", 1) for word in words[2:] if "=" in word
+    options = {"scorer": "strict", "judge": "false"} | dict(
+        word.split("=", 1) for word in words[2:] if "=" in word
+    )
+    if set(options) != {"scorer", "judge"} or options["scorer"] not in metrics.SCORERS:
+        raise UserError(
+            f"'{' '.join(words[2:])}' is not understood; known are scorer=strict|official and judge=true."
         )
-        if set(options) != {"scorer", "judge"} or options["scorer"] not in metrics.SCORERS:
-            raise UserError(
-                f"'{' '.join(words[2:])}' is not understood; known are scorer=strict|official and judge=true."
-            )
-        first, second = ([Path(p) for p in side.split(",")] for side in words[:2])
-        rows = compare(first, second, options["scorer"], options["judge"] == "true")
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
-    except OSError as error:  # a folder that cannot be read
-        say(f"vopd: {error.filename}: {error.strerror}.")
-        return UserError.exit_code
+    first, second = ([Path(p) for p in side.split(",")] for side in words[:2])
+    rows = compare(first, second, options["scorer"], options["judge"] == "true")
     console = Terminal()
     console = console if console.is_terminal else Terminal(width=140)
     console.print(table(rows, (first[0].name, second[0].name), options["scorer"]))

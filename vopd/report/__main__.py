@@ -23,6 +23,7 @@ from typing import Any
 
 from vopd.common import ownership
 from vopd.common.caches import results_folder
+from vopd.common.command import reports_errors
 from vopd.common.markdown import escaped
 from vopd.common.terminal import Terminal, say, visible
 from vopd.config import ROOT
@@ -121,21 +122,18 @@ def _numbers(c: Comparison) -> dict[str, Any]:
     return found
 
 
+@reports_errors()
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, 2 for bad input."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0 if arguments else 2
     console = Terminal()
-    try:
-        given = words(arguments)
-        ownership.check(given.out, MAKER, tuple(NAMES), recognise=_made_before)
-        c = comparison.make(given.runs, given.mixed)
-        kept = keep(c.runs, given.keep) if given.keep else []
-        write(c, given.out)
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
+    given = words(arguments)
+    ownership.check(given.out, MAKER, tuple(NAMES), recognise=_made_before)
+    c = comparison.make(given.runs, given.mixed)
+    kept = keep(c.runs, given.keep) if given.keep else []
+    write(c, given.out)
     width = console.width if console.is_terminal else 180
     print(to_terminal(tables.sheets(c)[0], width), visible(tables.verdict(c)), sep="\n\n", end="\n\n")
     for folder in kept:

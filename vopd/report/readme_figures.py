@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.miniature import world
+from vopd.common.command import reports_errors
 from vopd.common.terminal import say
 from vopd.config import ROOT
 from vopd.errors import UserError
@@ -276,6 +277,7 @@ def write(out: Path) -> list[Path]:
     return list(files)
 
 
+@reports_errors()
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -284,12 +286,8 @@ def main(arguments: Sequence[str]) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "figures", help="folder of the two files")
-    try:
-        for path in write(parser.parse_args(arguments).out):
-            say(f"written: {path}", file=sys.stdout)
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
+    for path in write(parser.parse_args(arguments).out):
+        say(f"written: {path}", file=sys.stdout)
     return 0
 
 

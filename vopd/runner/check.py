@@ -6,21 +6,18 @@ the sentence that the run would end with, 2.
 
 from __future__ import annotations
 
-from vopd.common.terminal import Terminal, say
-from vopd.errors import UserError
+from vopd.common.command import reports_errors
+from vopd.common.terminal import Terminal
 from vopd.runner.run import Run
 
 
+@reports_errors()
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for what would stop a run."""
     if not arguments or {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
     console = Terminal()
-    try:
-        Run(arguments[0], arguments[1:], console).check()
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
+    Run(arguments[0], arguments[1:], console).check()
     console.print(f"{arguments[0]}: settings, data, model and machine are as a run needs them")
     return 0

@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 
 from vopd.backbone import checkpoints, shards
-from vopd.common.terminal import say
+from vopd.common.command import reports_errors
 from vopd.errors import UserError
 
 DTYPES = ("bfloat16", "float16", "float32")
@@ -46,6 +46,7 @@ def export(checkpoint: Path, out: Path, dtype: str) -> None:
     save_torch_state_dict(state, str(out))
 
 
+@reports_errors()
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -57,11 +58,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("out", type=Path)
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     given = parser.parse_args(arguments)
-    try:
-        export(given.checkpoint, given.out, given.dtype)
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
+    export(given.checkpoint, given.out, given.dtype)
     print(f"wrote {given.out}; evaluate it: vopd evaluate model={given.out} benchmarks=[miniature_test]")
     return 0
 

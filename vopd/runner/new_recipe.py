@@ -13,7 +13,7 @@ import os
 import sys
 from pathlib import Path
 
-from vopd.common.terminal import say
+from vopd.common.command import reports_errors
 from vopd.errors import UserError
 
 YAML = """# {name}: what the run sets beside the profile; the defaults of `method` stand in {name}.py.
@@ -125,17 +125,14 @@ def new(name: str, folder: Path) -> list[Path]:
     return files
 
 
+@reports_errors()
 def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
     parser = argparse.ArgumentParser(prog="vopd recipe new", description=__doc__)
     parser.add_argument("name")
     parser.add_argument("--out", type=Path, default=Path("."), help="folder (default: the current one)")
     given = parser.parse_args(arguments)
-    try:
-        recipe, module, test = new(given.name, given.out)
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
+    recipe, module, test = new(given.name, given.out)
     print(f"wrote {recipe}, {module}, {test}\nrun it: bash scripts/run_recipe.sh {recipe}")
     return 0
 

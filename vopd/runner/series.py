@@ -25,12 +25,13 @@ from yaml import YAMLError
 
 from vopd.common import fingerprint
 from vopd.common.caches import results_folder
-from vopd.common.terminal import Terminal, say
+from vopd.common.command import INTERRUPTED, reports_errors
+from vopd.common.terminal import Terminal
 from vopd.config import RECIPES
 from vopd.errors import UserError
 from vopd.report.run_folders import REPLACED
 from vopd.runner import run_fingerprint, supervisor
-from vopd.runner.run import INTERRUPTED, Run
+from vopd.runner.run import Run
 from vopd.runner.run_folder import RunFolder
 
 KEPT_BACK = ("seed", "run_dir")
@@ -254,19 +255,13 @@ def _terminate(*_: Any) -> None:
     raise Terminated
 
 
+@reports_errors(interrupted="the same command goes on where it was")
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C."""
     if {"-h", "--help"} & set(arguments):
         print(__doc__)
         return 0
-    try:
-        return run(arguments, start_run, Terminal())
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
-    except KeyboardInterrupt:
-        print("vopd: interrupted; the same command goes on where it was.", file=sys.stderr)
-        return INTERRUPTED
+    return run(arguments, start_run, Terminal())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vopd.common.terminal import say
+from vopd.common.command import reports_errors
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring.official import parse_official
@@ -51,19 +51,16 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+@reports_errors()
 def main(words: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
+    if len(words) != 1:
+        raise UserError("give one file of crafted responses (JSON lines).")
     try:
-        if len(words) != 1:
-            raise UserError("give one file of crafted responses (JSON lines).")
-        try:
-            lines = Path(words[0]).read_text(encoding="utf-8").splitlines()
-            shown = table([json.loads(line) for line in lines])
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise UserError(f"{words[0]}: not a file of crafted responses ({error}).") from error
-    except UserError as error:
-        say(f"vopd: {error}")
-        return UserError.exit_code
+        lines = Path(words[0]).read_text(encoding="utf-8").splitlines()
+        shown = table([json.loads(line) for line in lines])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{words[0]}: not a file of crafted responses ({error}).") from error
     print(shown)
     return 0
 
