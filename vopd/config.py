@@ -30,6 +30,7 @@ FIXED = {
     "method.module": "it belongs to the recipe; write a recipe of your own for another module",
 }
 METHOD = "method"
+SAME_AS = "same_as"  # a recipe file that holds this alone is the recipe it names
 DEFAULT_PROFILE = "miniature"
 MOST_ROWS = 100_000_000  # of a file or a batch; only there to catch a slip
 ATTENTION = ("sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention")
@@ -212,8 +213,7 @@ def load(recipe_name: str, given: list[str]) -> DictConfig:
     Raises:
         UserError: unknown recipe, profile or key, wrong type, a value that cannot be, unreadable YAML.
     """
-    recipe_path = find_recipe(recipe_name)
-    recipe = _read(recipe_path)
+    recipe_path, recipe = _recipe(find_recipe(recipe_name))
     profile_name, given = overrides.profile(given, DEFAULT_PROFILE)
     profile_path = find_profile(profile_name)
     profile = _read(profile_path)
@@ -314,6 +314,22 @@ def _sampling_faults(config: DictConfig) -> Iterator[str]:
     for key in ("temperature", "top_p", "top_k", "repetition_penalty"):
         if key in own:
             yield f"verl.actor_rollout_ref.rollout.{key} is not to be set: rollout.temperature and rollout.top_p {why}"
+
+
+def _recipe(path: Path) -> tuple[Path, dict[str, Any]]:
+    """A recipe's file and content; a file that holds `same_as: RECIPE` alone is that recipe under another name."""
+    content = _read(path)
+    if SAME_AS not in content:
+        return path, content
+    if len(content) > 1 or not isinstance(content[SAME_AS], str):
+        raise UserError(
+            f"{path}: {SAME_AS} names another recipe and stands alone; remove the other keys, or it."
+        )
+    other = find_recipe(content[SAME_AS])
+    found = _read(other)
+    if SAME_AS in found:
+        raise UserError(f"{path}: {other} is itself the same as another recipe; name that one.")
+    return other, found
 
 
 def _read(path: Path) -> dict[str, Any]:

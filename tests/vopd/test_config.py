@@ -52,6 +52,35 @@ def test_later_settings_win(recipe) -> None:
     assert load(recipe("method: {module: vopd.vision_opd, top_k: 5}\n"), []).method.top_k == 5
 
 
+@pytest.mark.parametrize("name", ["vision_opd_jsd", "vision_opd_teacher_ema"])
+def test_another_name_of_a_recipe_is_that_recipe_with_its_folder(name: str) -> None:
+    words = ["seed=3", "train.steps=2"]
+    assert load(f"ablations/{name}", words) == load("vision_opd", words)
+
+
+def test_no_two_recipes_repeat_each_other() -> None:
+    found: dict[str, str] = {}
+    for name in module.recipes():
+        config = load(name, [])
+        place = config.run_dir
+        config.recipe = config.recipe_folder = config.run_dir = ""
+        found[place] = OmegaConf.to_yaml(config)
+    assert len(set(found.values())) == len(found) == len(module.recipes()) - 2
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("same_as: vision_opd\ntrain: {steps: 2}\n", "same_as names another recipe and stands alone"),
+        ("same_as: [vision_opd]\n", "same_as names another recipe and stands alone"),
+        ("same_as: ablations/vision_opd_jsd\n", "is itself the same as another recipe"),
+        ("same_as: vision_opt\n", "There is no recipe 'vision_opt'"),
+    ],
+)
+def test_another_name_of_a_recipe_is_refused(recipe, text: str, sentence: str) -> None:
+    assert sentence in refusal(recipe(text), [])
+
+
 def test_the_run_folder_names_profile_recipe_and_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VOPD_RUNS", raising=False)
     assert load("vision_opd", ["seed=3"]).run_dir == "runs/miniature/vision_opd/seed3"

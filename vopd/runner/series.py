@@ -105,6 +105,8 @@ def jobs(recipes: Sequence[str], seeds: Sequence[int], settings: Sequence[str]) 
     for seed in seeds:
         for recipe in recipes:
             run = Run(recipe, [*settings, f"seed={seed}"], Terminal())
+            if run.folder in {job.folder for job in found}:
+                continue  # two names of one recipe
             if not found:  # the data is the same for all of them
                 results_folder(run.folder, "another place in VOPD_RUNS")
                 run.prepare_data()
