@@ -8,7 +8,6 @@ a process of its run lives. One whose lock is free was left by a run that was ki
 
 from __future__ import annotations
 
-import atexit
 import fcntl
 import os
 import shutil
@@ -70,16 +69,6 @@ def environment(folder: Path) -> dict[str, str]:
         VARIABLE: str(folder),
         "WANDB_CACHE_DIR": str(folder / "wandb_cache"),
     }
-
-
-def for_this_process() -> Path:
-    """Make a folder that this process uses from now on; it goes with the process."""
-    context = scratch()
-    folder = context.__enter__()
-    os.environ.update(environment(folder))
-    tempfile.tempdir = str(folder)
-    atexit.register(context.__exit__, None, None, None)
-    return folder
 
 
 def hold(folder: Path) -> int:

@@ -97,16 +97,6 @@ class Appender:
         self._lines.__exit__(*error)
 
 
-def append_records(path: Path, records: Iterable[Record]) -> int:
-    """Append records, each flushed as one whole line; returns how many. Creates the file and its folder."""
-    count = 0
-    with Appender(path) as appender:
-        for record in records:
-            appender.append(record)
-            count += 1
-    return count
-
-
 def write_records(path: Path, records: Iterable[Record | Mapping[str, Any]]) -> int:
     """Write a finished set as one file, whole or not at all; returns how many. Records may be plain mappings.
 

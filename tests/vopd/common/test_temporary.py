@@ -166,20 +166,6 @@ def test_a_path_too_long_for_sockets_or_not_writable_is_a_sentence(
         pass
 
 
-def test_a_process_of_its_own_folder_leaves_nothing(root: Path) -> None:
-    code = """
-import tempfile
-from pathlib import Path
-from vopd.common import temporary
-folder = temporary.for_this_process()
-assert Path(tempfile.mkdtemp()).parent == folder
-print(folder)
-"""
-    done = start(code)
-    assert Path(done.communicate()[0].strip()).parent == root and done.returncode == 0
-    assert list(root.iterdir()) == []
-
-
 def test_the_longest_folder_is_the_longest_that_ray_takes() -> None:
     from ray._private.utils import validate_socket_filepath
 

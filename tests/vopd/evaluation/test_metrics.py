@@ -8,7 +8,7 @@ import pytest
 
 from vopd.errors import UserError
 from vopd.evaluation import benchmark, metrics, model_comparison, statistics
-from vopd.evaluation.records import Record, append_records
+from vopd.evaluation.records import Record, write_records
 
 
 def record(
@@ -120,7 +120,7 @@ def test_weighted_accuracy_of_equal_strata_is_plain_accuracy() -> None:
 
 def run(folder: Path, right: int, name: str = "vstar", count: int = 40) -> Path:
     rows = [record(f"{i:02d}", "A" if i < right else "B", "A", category="x") for i in range(count)]
-    append_records(folder / name / "records.jsonl", rows)
+    write_records(folder / name / "records.jsonl", rows)
     return folder
 
 
@@ -158,7 +158,7 @@ def test_mmvp_is_compared_by_pairs_too(tmp_path: Path) -> None:
             )
             for i in range(20)
         ]
-        append_records(tmp_path / name / "mmvp" / "records.jsonl", rows)
+        write_records(tmp_path / name / "mmvp" / "records.jsonl", rows)
     rows = {row.name: row for row in model_comparison.compare([tmp_path / "a"], [tmp_path / "b"])}
     assert rows["mmvp full"].difference.value == 0.5
     assert (rows["mmvp full pairs"].first, rows["mmvp full pairs"].second) == (0.0, 1.0)

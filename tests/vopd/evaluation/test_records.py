@@ -8,9 +8,9 @@ import pytest
 
 from vopd.errors import UserError
 from vopd.evaluation.records import (
+    Appender,
     Record,
     answers,
-    append_records,
     rates,
     rates_by,
     read_records,
@@ -28,11 +28,17 @@ def record(**changes: object) -> Record:
     return Record(**{**fields, **changes})
 
 
+def append(path: Path, records: list[Record]) -> None:
+    with Appender(path) as appender:
+        for one in records:
+            appender.append(one)
+
+
 def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = tmp_path / "records" / "before.jsonl"
     first, second = record(), record(view="crop", parsed=None, correct=False, truncated=True)
-    assert append_records(path, [first]) == 1
-    append_records(path, [second])
+    append(path, [first])
+    append(path, [second])
     result = read_records(path)
     assert result.records == [first, second]
     assert result.torn == 0
@@ -41,13 +47,13 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [1, 5, 60])
 def test_a_torn_last_line_is_dropped_counted_and_mended(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "r.jsonl"
-    append_records(path, [record(), record(id="t-2")])
+    append(path, [record(), record(id="t-2")])
     content = path.read_bytes()
     path.write_bytes(content[:-cut])
     torn = read_records(path)
     assert [r.id for r in torn.records] == ["t-1"]
     assert torn.torn == 1
-    append_records(path, [record(id="t-2"), record(id="t-3")])
+    append(path, [record(id="t-2"), record(id="t-3")])
     mended = read_records(path)
     assert [r.id for r in mended.records] == ["t-1", "t-2", "t-3"]
     assert mended.torn == 0
@@ -63,7 +69,7 @@ def test_an_empty_file_and_one_torn_line(tmp_path: Path) -> None:
 
 def test_a_question_twice_in_a_view_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
-    append_records(path, [record(), record(view="crop"), record()])
+    append(path, [record(), record(view="crop"), record()])
     with pytest.raises(UserError, match=r"Line 3.*'t-1'.*'full'.*line 1"):
         read_records(path)
 
