@@ -7,7 +7,7 @@ that a row names by path is read when the row is taken: another machine's rollou
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import torch
@@ -38,7 +38,7 @@ class TripletDataset(Dataset):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> schema.Triplet:
         """One row, its images as encoded bytes.
 
         Raises:
@@ -50,7 +50,7 @@ class TripletDataset(Dataset):
                 row[column] = {"bytes": schema.image_bytes(row[column], self.folders[index]), "path": None}
             except UserError as error:
                 raise UserError(f"Row {row['id']}, column {column}: {error}") from error
-        return row
+        return cast(schema.Triplet, row)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {

@@ -29,6 +29,7 @@ from vopd.backbone.cpu import delta_rule
 from vopd.backbone.head import Component, GatherContext, ScoringContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
+from vopd.backbone.rows import RenderedView
 from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
 from vopd.method import Method, ScoreChunk, UpdateBatch, calling
@@ -104,7 +105,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         return outputs
 
     def _number_rows(self, data: TensorDict) -> None:
-        self._rows = list(data["rendered"])
+        self._rows: list[dict[str, RenderedView]] = list(data["rendered"])
         data["row_index"] = torch.arange(len(self._rows))
 
     def _drop_rows(self, data: TensorDict) -> int:
@@ -269,7 +270,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
     # ---- the model's forward ------------------------------------------------------------------------------------
 
     def _forward(
-        self, micro_batch: TensorDict, rendered: list[dict[str, Any]], context: ScoringContext | GatherContext
+        self, micro_batch: TensorDict, rendered: list[RenderedView], context: ScoringContext | GatherContext
     ) -> torch.Tensor:
         """Run the model on prompt + response of these rows; the head sees response positions only."""
         packed = bool(micro_batch["use_remove_padding"])
@@ -368,7 +369,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         """
         folder = Path(local_path)
         folder.mkdir(parents=True, exist_ok=True)
-        shards.save(folder, self.rank, *self._state())
+        shards.save(folder, self.rank, torch.distributed.get_world_size(), self._state())
         if self.rank == 0:
             self.module.config.save_pretrained(folder / "huggingface")
             self.model_config.processor.save_pretrained(folder / "huggingface")
@@ -378,28 +379,19 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
 
     def load_checkpoint(self, local_path: str, *args: Any, **kwargs: Any) -> None:
         """Counterpart of `save_checkpoint`; a checkpoint without its teacher is an error, not a silent reset."""
-        shards.load(Path(local_path), self.rank, *self._state())
+        shards.load(Path(local_path), self.rank, torch.distributed.get_world_size(), self._state())
         self._reshard()
         torch.distributed.barrier()
 
-    def _state(self) -> tuple[Any, ...]:
+    def _state(self) -> shards.State:
         teachers = self.teachers.shards if self.method is not None else {}
-        ranks = torch.distributed.get_world_size()
-        return ranks, self.module, self.optimizer, self.lr_scheduler, teachers
+        return shards.State(self.module, self.optimizer, self.lr_scheduler, teachers)
 
     def full_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter gathered, one after another; all ranks must iterate together."""
         self._reshard()
         parameters, _ = self.get_per_tensor_param()
         yield from parameters
-
-    @contextmanager
-    def teacher_in_place(self, store: str) -> Iterator[None]:
-        """The module holds a teacher's weights within the block (evaluation of a teacher, tests)."""
-        self._reshard()
-        with self.teachers.in_place_of(self.module, store):
-            yield
-            self._reshard()
 
 
 class SharedVision:

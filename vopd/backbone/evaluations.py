@@ -8,12 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from data.schema import Triplet
 from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.progress import Progress
+from vopd.backbone.rows import Answer
 from vopd.backbone.run_history import History
 from vopd.evaluation.records import read_records, write_records
 
-Questions = list[tuple[dict[str, Any], str]]
+Questions = list[tuple[Triplet, str]]
 """Rows, each with the view in which it is shown."""
 
 
@@ -32,7 +34,7 @@ class Evaluations:
         at_once: int,
         history: History,
         progress: Progress,
-        answer: Callable[[Questions], list[dict[str, Any]]],
+        answer: Callable[[Questions], list[Answer]],
     ) -> None:
         self.run_dir, self.at_once, self.answer = run_dir, at_once, answer
         self.history, self.progress = history, progress
@@ -52,7 +54,7 @@ class Evaluations:
         )
         return accuracy
 
-    def _answers(self, name: str, plan: Any) -> list[dict[str, Any]]:
+    def _answers(self, name: str, plan: Any) -> list[Answer]:
         questions = [
             (rows, index, view)
             for part in plan
@@ -60,7 +62,7 @@ class Evaluations:
             for index in range(len(rows))
             for view in part.views
         ]
-        records: list[dict[str, Any]] = []
+        records: list[Answer] = []
         for first in range(0, len(questions), self.at_once):
             batch = [(rows.row(index), view) for rows, index, view in questions[first : first + self.at_once]]
             records += self.answer(batch)

@@ -17,10 +17,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from vopd.backbone.rendering import with_response
+from vopd.backbone.rows import RenderedView
 from vopd.backbone.shared_prompts import Layout
-
-Prompt = dict[str, Any]
-"""One rendered view, as `Rendered.for_training` made it."""
 
 
 @dataclass(frozen=True)
@@ -35,21 +33,21 @@ class Rows:
         layout: of rows with shared prompts; None for packed rows.
     """
 
-    prompts: list[Prompt]
+    prompts: list[RenderedView]
     ids: list[Tensor]
     positions: list[Tensor]
     predicted_at_N: Tensor
     layout: Layout | None = None
 
 
-def packed(prompts: list[Prompt], responses: list[Tensor]) -> Rows:
+def packed(prompts: list[RenderedView], responses: list[Tensor]) -> Rows:
     """One row a response."""
     pairs = [with_response(p, r) for p, r in zip(prompts, responses, strict=True)]
     predicted_at_N = response_positions([len(ids) for ids, _ in pairs], [len(r) for r in responses])
     return Rows(prompts, [ids for ids, _ in pairs], [p for _, p in pairs], predicted_at_N)
 
 
-def shared(prompts: list[Prompt], responses: list[Tensor]) -> Rows:
+def shared(prompts: list[RenderedView], responses: list[Tensor]) -> Rows:
     """One row a prompt, padded; all rows equally wide."""
     first_G, row_B = unique_rows([(p["key"], tuple(p["prompt_ids"].tolist())) for p in prompts])
     lengths_G = [len(prompts[i]["prompt_ids"]) for i in first_G]

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from data.schema import Triplet
 from vopd.backbone import recorded_rollouts, verl_internals
 from vopd.backbone.dataset import TripletDataset
+from vopd.backbone.rows import Recorded
 from vopd.errors import UserError
 
 
@@ -25,13 +27,13 @@ class PromptStream:
         self._iterator: Iterator[Any] | None = None
         self._places: dict[str, int] = {}
 
-    def draw(self, loader: Any, count: int) -> list[dict[str, Any]]:
+    def draw(self, loader: Any, count: int) -> list[Triplet]:
         """The next rows of the loader, over the end of an epoch; `count` is a multiple of its batch.
 
         Raises:
             UserError: the training file has fewer rows than a batch.
         """
-        rows: list[dict[str, Any]] = []
+        rows: list[Triplet] = []
         while len(rows) < count:
             if self._iterator is None:
                 self._iterator = iter(loader)
@@ -46,7 +48,7 @@ class PromptStream:
             rows.extend(drawn["row"])
         return rows
 
-    def row(self, dataset: TripletDataset, row_id: str, recording: Path) -> dict[str, Any]:
+    def row(self, dataset: TripletDataset, row_id: str, recording: Path) -> Triplet:
         """The row that a recording names; UserError if the data does not have it."""
         self._places = self._places or {name: place for place, name in enumerate(dataset.rows["id"])}
         if row_id not in self._places:
@@ -55,7 +57,7 @@ class PromptStream:
 
     def requests(
         self,
-        rows: list[dict[str, Any]],
+        rows: list[Triplet],
         views: list[str],
         groups: list[recorded_rollouts.Group] | None = None,
     ) -> Any:
@@ -66,7 +68,7 @@ class PromptStream:
             views: per row, the views to render, joined by commas; the first one generates.
             groups: responses to take instead of generating.
         """
-        recorded = {"recorded": [{"tokens": g.tokens, "log_probs": g.log_probs} for g in groups or []]}
+        responses: list[Recorded] = [{"tokens": g.tokens, "log_probs": g.log_probs} for g in groups or []]
         uids = [f"{self.drawn + i:010d}" for i in range(len(rows))]
         self.drawn += len(rows)
         return verl_internals.get_tensordict(
@@ -76,6 +78,6 @@ class PromptStream:
                 "uid": uids,
                 "index": list(range(len(rows))),
                 "dummy_tensor": torch.zeros(len(rows), 1, dtype=torch.uint8),
-                **(recorded if groups else {}),
+                **({"recorded": responses} if groups else {}),
             }
         )

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vopd.backbone.rows import RenderedView
 from vopd.errors import UserError
 from vopd.views import Messages
 
@@ -41,7 +42,7 @@ class Rendered:
     multi_modal_inputs: dict[str, torch.Tensor]
     images: list[Image.Image]
 
-    def for_training(self) -> dict[str, Any]:
+    def for_training(self) -> RenderedView:
         """What travels to the workers (images stay behind)."""
         return {
             "key": self.key,
@@ -93,7 +94,7 @@ def _positions(
     return torch.cat([text_1P, vision_31P[:, 0]])
 
 
-def with_response(rendered: dict[str, Any], response_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def with_response(rendered: RenderedView, response_R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids (L,) and positions (4, L) of prompt + response.
 
     The response is text, so each of its positions follows the last one by one on all axes; the text row counts

@@ -11,7 +11,7 @@ import asyncio
 import os
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
 from uuid import uuid4
 
 import ray
@@ -22,6 +22,7 @@ from omegaconf import OmegaConf
 from vopd.backbone import verl_internals
 from vopd.backbone.rendering import Rendered, render
 from vopd.backbone.replay_buffer import METRIC
+from vopd.backbone.rows import Answer, Fields, Prompt, Recorded, Tag, TrainingFields, Trajectory
 from vopd.common import heartbeat, images
 from vopd.common.failures import Failure, explain
 from vopd.common.seeding import request_seed
@@ -29,20 +30,35 @@ from vopd.errors import UserError
 from vopd.evaluation.scoring import is_correct, parse_answer
 from vopd.views import VIEWS
 
+if TYPE_CHECKING:
+    from data.schema import Triplet
 
-def decode(row: dict[str, Any]) -> dict[str, Any]:
+
+class Request(TypedDict):
+    """A `Prompt` with its views rendered, and the index of the rollout: one request to vLLM."""
+
+    row: Triplet
+    views: list[str]
+    uid: str
+    global_steps: int
+    recorded: NotRequired[Recorded]
+    rendered: dict[str, Rendered]
+    session_id: int
+
+
+def decode(row: Triplet) -> Triplet:
     """The row with `image` and `crop` as RGB images, as everything else decodes them (vopd/common/images.py).
 
     Raises:
         UserError: bytes that are not a whole image, or too large a one; names row and column.
     """
-    decoded = dict(row)
+    decoded: dict[str, Any] = {**row}
     for column in ("image", "crop"):
         try:
-            decoded[column] = images.decode(row[column]["bytes"])
+            decoded[column] = images.decode(decoded[column]["bytes"])
         except images.PictureError as error:
             raise UserError(f"Row {row['id']}, column {column}: {error}") from error
-    return decoded
+    return cast("Triplet", decoded)
 
 
 def training_limit(settings: Any) -> int:
@@ -83,16 +99,16 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
 
     async def _run_prompt(
         self,
-        prompt: dict[str, Any],
+        prompt: Prompt,
         sampling_params: dict[str, Any],
-        trajectory: dict[str, Any],
+        trajectory: Trajectory,
         trace: bool = False,
     ) -> None:
         """Render every view once, then let verl run the group's n rollouts."""
-        prompt["views"] = prompt["views"].split(",")
+        views = prompt["views"].split(",")
         try:
-            prompt["rendered"] = await asyncio.get_running_loop().run_in_executor(
-                None, self._render, prompt["row"], prompt["views"]
+            rendered = await asyncio.get_running_loop().run_in_executor(
+                None, self._render, prompt["row"], views
             )
         except Exception as error:
             # The trainer waits for every group: tell it, then let the error reach the log.
@@ -100,9 +116,10 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
             partition = "val" if trajectory["validate"] else "train"
             await tq.async_kv_put(key=prompt["uid"], partition_id=partition, tag={"status": "failure"})
             raise
-        await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+        request = {**prompt, "views": views, "rendered": rendered}
+        await super()._run_prompt(request, sampling_params, trajectory, trace)
 
-    def _render(self, row: dict[str, Any], views: list[str]) -> dict[str, Rendered]:
+    def _render(self, row: Triplet, views: list[str]) -> dict[str, Rendered]:
         decoded = decode(row)
         settings = self.config.vopd.rollout
         template: Any = OmegaConf.to_container(settings.chat_template)
@@ -116,7 +133,7 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
     async def _run_agent_loop(
         self,
         sampling_params: dict[str, Any],
-        trajectory: dict[str, Any],
+        trajectory: Trajectory,
         *,
         agent_name: str,
         trace: bool = True,
@@ -124,21 +141,22 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
     ) -> None:
         """One request to vLLM, or one recorded response. The first view is the one that generates."""
         try:
-            await self._run_request(sampling_params, trajectory, kwargs)
+            await self._run_request(sampling_params, trajectory, cast(Request, kwargs))
         except Exception as error:  # verl marks the group as failed, and forgets why
             self._note(error)
             raise
 
     async def _run_request(
-        self, sampling_params: dict[str, Any], trajectory: dict[str, Any], kwargs: dict[str, Any]
+        self, sampling_params: dict[str, Any], trajectory: Trajectory, request: Request
     ) -> None:
-        row, rollout = kwargs["row"], kwargs["session_id"]
-        view = kwargs["views"][0]
-        if "recorded" in kwargs:
-            tokens, log_probs = (kwargs["recorded"][name][rollout] for name in ("tokens", "log_probs"))
+        row, rollout = request["row"], request["session_id"]
+        view = request["views"][0]
+        if "recorded" in request:
+            recorded = request["recorded"]
+            tokens, log_probs = recorded["tokens"][rollout], recorded["log_probs"][rollout]
             output: Any = SimpleNamespace(token_ids=tokens, log_probs=log_probs, extra_fields={})
         else:
-            rendered: Rendered = kwargs["rendered"][view]
+            rendered = request["rendered"][view]
             seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
             limit = {} if trajectory["validate"] else {"max_tokens": training_limit(self.config.vopd)}
             output = await self.llm_client.generate(
@@ -147,34 +165,33 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
                 sampling_params={**sampling_params, **limit, "seed": seed},
                 image_data=rendered.images,
             )
-        await self._store(output, row, view, trajectory, kwargs)
+        await self._store(output, trajectory, request)
 
-    async def _store(
-        self, output: Any, row: dict[str, Any], view: str, trajectory: dict[str, Any], kwargs: dict[str, Any]
-    ) -> None:
+    async def _store(self, output: Any, trajectory: Trajectory, request: Request) -> None:
+        view = request["views"][0]
         response_R = torch.tensor(output.token_ids, dtype=torch.int64)
-        record = self._record(output.token_ids, row, view)
-        steps = {k: output.extra_fields.get(k) for k in ("min_global_steps", "max_global_steps")}
-        field: dict[str, Any] = {"record": record}
+        record = self._record(output.token_ids, request["row"], view)
+        fields: Fields = {"record": record}
         if not trajectory["validate"]:
-            field |= self._training_fields(output, response_R, record, kwargs)
-        prompt_len = len(kwargs["rendered"][view].prompt_ids_P)
-        tag = {
+            fields = self._training_fields(output, response_R, record, request)
+        prompt_len = len(request["rendered"][view].prompt_ids_P)
+        tag: Tag = {
             "status": "success",
             "prompt_len": prompt_len,
             "response_len": len(response_R),
             "seq_len": prompt_len + len(response_R),
-            "global_steps": kwargs["global_steps"],
-            **steps,
+            "global_steps": request["global_steps"],
+            "min_global_steps": output.extra_fields.get("min_global_steps"),
+            "max_global_steps": output.extra_fields.get("max_global_steps"),
         }
         await tq.async_kv_batch_put(
-            keys=[f"{kwargs['uid']}_{kwargs['session_id']}_0"],
-            fields=verl_internals.list_of_dict_to_tensordict([field]),
+            keys=[f"{request['uid']}_{request['session_id']}_0"],
+            fields=verl_internals.list_of_dict_to_tensordict([fields]),
             tags=[tag],
             partition_id="val" if trajectory["validate"] else "train",
         )
 
-    def _record(self, token_ids: list[int], row: dict[str, Any], view: str) -> dict[str, Any]:
+    def _record(self, token_ids: list[int], row: Triplet, view: str) -> Answer:
         """The per-question record; the only place where an answer is parsed, for reward and evaluation alike."""
         text = self.tokenizer.decode(token_ids, skip_special_tokens=True)
         parsed = parse_answer(text, row["answer_type"], row["options"])
@@ -193,11 +210,12 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
         }
 
     def _training_fields(
-        self, output: Any, response_R: torch.Tensor, record: dict[str, Any], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        rendered: dict[str, Rendered] = kwargs["rendered"]
-        prompt_P = rendered[kwargs["views"][0]].prompt_ids_P
+        self, output: Any, response_R: torch.Tensor, record: Answer, request: Request
+    ) -> TrainingFields:
+        rendered = request["rendered"]
+        prompt_P = rendered[request["views"][0]].prompt_ids_P
         return {
+            "record": record,
             "prompts": prompt_P,
             "responses": response_R,
             "input_ids": torch.cat([prompt_P, response_R]),

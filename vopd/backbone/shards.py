@@ -47,54 +47,53 @@ def file_of(folder: Path, kind: str, rank: int) -> Path:
     return folder / f"{kind}_rank_{rank}.safetensors"
 
 
-def save(
-    folder: Path,
-    rank: int,
-    ranks: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    teachers: Mapping[str, Mapping[str, torch.Tensor]],
-) -> None:
+@dataclass(frozen=True)
+class State:
+    """What a rank holds of a run: `save` reads it, `load` fills it in place.
+
+    teachers: weight store -> name of a parameter -> this rank's shard.
+    """
+
+    module: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    teachers: Mapping[str, Mapping[str, torch.Tensor]]
+
+
+def save(folder: Path, rank: int, ranks: int, state: State) -> None:
     """Write this rank's files into `folder`, which exists.
 
     Raises:
         OSError: the disk is full.
     """
+    module, optimizer = state.module, state.optimizer
     cut = _cut(module)
     _write(file_of(folder, WEIGHTS, rank), {name: local(tensor) for name, tensor in _tensors(module)}, cut)
-    state = {
+    moments = {
         f"{key}/{name}": local(value)
         for name, parameter in module.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if isinstance(value, torch.Tensor)
     }
-    _write(file_of(folder, OPTIMIZER, rank), state, cut)
-    for store, shards in teachers.items():
+    _write(file_of(folder, OPTIMIZER, rank), moments, cut)
+    for store, shards in state.teachers.items():
         _write(file_of(folder, teacher_kind(store), rank), shards, cut)
     numbers = {
         "ranks": ranks,
         "groups": [{key: group[key] for key in ("lr", "initial_lr")} for group in optimizer.param_groups],
-        "schedule": {k: v for k, v in schedule.state_dict().items() if k != "lr_lambdas"},
+        "schedule": {k: v for k, v in state.schedule.state_dict().items() if k != "lr_lambdas"},
         "random": _random_states(),
     }
     (folder / f"rank_{rank}.json").write_text(json.dumps(numbers), encoding="utf-8")
 
 
-def load(
-    folder: Path,
-    rank: int,
-    ranks: int,
-    module: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    teachers: Mapping[str, dict[str, torch.Tensor]],
-) -> None:
+def load(folder: Path, rank: int, ranks: int, state: State) -> None:
     """Counterpart of `save`; the number of ranks may be another one.
 
     Raises:
         UserError: the checkpoint is of another model or method.
     """
+    module, optimizer = state.module, state.optimizer
     saved = saved_ranks(folder)
     numbers = json.loads((folder / f"rank_{min(rank, saved - 1)}.json").read_text(encoding="utf-8"))
     reader = _Reader(folder, rank, ranks, saved, _cut(module))
@@ -107,7 +106,7 @@ def load(
         for name, tensor in _tensors(module):
             _copy(weights.pop(name, None), tensor, f"{folder}: weight {name}")
         _refuse_rest(weights, folder)
-        for store, shards in teachers.items():
+        for store, shards in state.teachers.items():
             found = reader.read(teacher_kind(store))
             for name, shard in shards.items():
                 _copy(found.pop(name, None), shard, f"{folder}: teacher {store}, {name}")
@@ -115,7 +114,7 @@ def load(
         _load_optimizer(reader.read(OPTIMIZER), module, optimizer, folder)
     for group, values in zip(optimizer.param_groups, numbers["groups"], strict=True):
         group.update(values)
-    schedule.load_state_dict(numbers["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
+    state.schedule.load_state_dict(numbers["schedule"] | {"lr_lambdas": [None] * len(optimizer.param_groups)})
     if ranks == saved:
         _set_random_states(numbers["random"])
 

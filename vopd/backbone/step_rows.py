@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 import transfer_queue as tq
@@ -15,6 +15,7 @@ from transfer_queue import KVBatchMeta
 
 from vopd.backbone import recorded_rollouts, verl_internals
 from vopd.backbone.policy_gradient import advantages
+from vopd.backbone.rows import Answer
 from vopd.errors import UserError
 from vopd.method import Method, Rollouts, calling
 from vopd.method_checks import checked
@@ -38,7 +39,7 @@ def arrange(batch: KVBatchMeta, ranks: int, updates: int) -> KVBatchMeta:
     return batch
 
 
-def step_rollouts(keys: list[str], records: list[dict[str, Any]], limit: int) -> Rollouts:
+def step_rollouts(keys: list[str], records: list[Answer], limit: int) -> Rollouts:
     """A step's records as the contract's tensors; keys in canonical order."""
     correct_B = torch.tensor([bool(record["correct"]) for record in records])
     groups: dict[str, int] = {}
@@ -92,7 +93,7 @@ def store(batch: KVBatchMeta, folder: Path, step: int, seconds: float) -> None:
     recorded_rollouts.write(folder, step, groups, seconds)
 
 
-def records_of(keys: list[str], partition_id: str) -> list[dict[str, Any]]:
+def records_of(keys: list[str], partition_id: str) -> list[Answer]:
     """What the rollout workers wrote down of these responses."""
     data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["record"])
-    return [dict(verl_internals.plain(record)) for record in data["record"]]
+    return [cast(Answer, dict(verl_internals.plain(record))) for record in data["record"]]

@@ -25,12 +25,13 @@ from verl.utils.metric import reduce_metrics
 
 from vopd import method as contract
 from vopd.backbone import recorded_rollouts, stop_requests, verl_internals
-from vopd.backbone.evaluations import Evaluations
+from vopd.backbone.evaluations import Evaluations, Questions
 from vopd.backbone.progress import Progress
 from vopd.backbone.prompt_stream import PromptStream
 from vopd.backbone.replay_buffer import GroupBuffer
 from vopd.backbone.rollout import early_workers, training_limit
 from vopd.backbone.rollout_servers import ServerManager
+from vopd.backbone.rows import Answer
 from vopd.backbone.run_history import History
 from vopd.backbone.saving import Finished, Saving
 from vopd.backbone.step_rows import arrange, records_of, row_fields, sort_key, step_rollouts, store
@@ -339,7 +340,7 @@ class Trainer(verl_internals.PPOTrainerSync):
             self.resumed_line = None
         return found
 
-    def _answer(self, requests: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
+    def _answer(self, requests: Questions) -> list[Answer]:
         batch = self.prompts.requests([row for row, _ in requests], [view for _, view in requests])
         verl_internals.assign_non_tensor(batch, global_steps=self.global_steps, validate=True)
         tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in requests]

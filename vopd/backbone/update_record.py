@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from vopd.backbone.rows import Answer
+
 
 def update_line(
     step: int,
     epoch: int,
     group_size: int,
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Answer],
     tags: Sequence[Mapping[str, Any]],
     discarded: Mapping[str, int],
     metrics: Mapping[str, Any],

@@ -246,11 +246,20 @@ def update(engine: Any, data: Any) -> dict[str, Any]:
     return {"metrics": metrics, "loss": metrics["update_loss"][0], "grads": grads, "rows": rows}
 
 
+@contextmanager
+def teacher_in_place(engine: Any, store: str) -> Iterator[None]:
+    """The module holds a teacher's weights within the block."""
+    engine._reshard()
+    with engine.teachers.in_place_of(engine.module, store):
+        yield
+        engine._reshard()
+
+
 def weights(engine: Any, store: str | None = None) -> dict[str, torch.Tensor]:
     """All parameters gathered, of the student or of a teacher."""
     from contextlib import nullcontext
 
-    with engine.teacher_in_place(store) if store else nullcontext():
+    with teacher_in_place(engine, store) if store else nullcontext():
         return {name: tensor.detach().clone() for name, tensor in engine.full_state()}
 
 
@@ -412,11 +421,11 @@ def case_exchange(s: Setting) -> dict[str, Any]:
             shard.mul_(1.5)
     before = shards(engine)
     teacher = {k: v.clone() for k, v in engine.teachers.shards["initial"].items()}
-    with engine.teacher_in_place("initial"):
+    with teacher_in_place(engine, "initial"):
         within = shards(engine)
     after = shards(engine)
     try:
-        with engine.teacher_in_place("initial"):
+        with teacher_in_place(engine, "initial"):
             raise KeyError("on purpose")
     except KeyError:
         pass

@@ -4,7 +4,6 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,8 +37,8 @@ class State:
         self.schedule.step()
         self.teachers.update(self.module)
 
-    def parts(self) -> tuple[Any, ...]:
-        return self.module, self.optimizer, self.schedule, self.teachers.shards
+    def parts(self) -> shards.State:
+        return shards.State(self.module, self.optimizer, self.schedule, self.teachers.shards)
 
     def numbers(self) -> dict[str, torch.Tensor]:
         found = dict(self.module.state_dict())
@@ -58,19 +57,19 @@ def same(first: State, second: State) -> bool:
 @pytest.mark.parametrize("updates", [0, 3])
 def test_the_next_updates_are_the_same_to_the_bit(tmp_path: Path, updates: int) -> None:
     through = State(updates)
-    shards.save(tmp_path, 0, 1, *through.parts())
+    shards.save(tmp_path, 0, 1, through.parts())
     for _ in range(2):
         through.update()
     resumed = State()
     random.seed(0), np.random.seed(0)
-    shards.load(tmp_path, 0, 1, *resumed.parts())
+    shards.load(tmp_path, 0, 1, resumed.parts())
     for _ in range(2):
         resumed.update()
     assert same(through, resumed)
 
 
 def test_no_file_is_a_pickle(tmp_path: Path) -> None:
-    shards.save(tmp_path, 0, 1, *State(1).parts())
+    shards.save(tmp_path, 0, 1, State(1).parts())
     assert {file.suffix for file in tmp_path.iterdir()} == {".safetensors", ".json"}
 
 
@@ -84,21 +83,21 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_or_method_is_refused(
     tmp_path: Path, other: Callable[[], State], said: str
 ) -> None:
-    shards.save(tmp_path, 0, 1, *State(1).parts())
+    shards.save(tmp_path, 0, 1, State(1).parts())
     with pytest.raises(UserError, match=said):
-        shards.load(tmp_path, 0, 1, *other().parts())
+        shards.load(tmp_path, 0, 1, other().parts())
 
 
 def test_parameters_that_only_one_side_has_are_refused(tmp_path: Path) -> None:
     state = State(1)
-    shards.save(tmp_path, 0, 1, *state.parts())
+    shards.save(tmp_path, 0, 1, state.parts())
     less, more = State(), State()
     less.module[2] = nn.Identity()
     with pytest.raises(UserError, match="in the checkpoint but not in the model"):
-        shards.load(tmp_path, 0, 1, *less.parts())
+        shards.load(tmp_path, 0, 1, less.parts())
     more.module.append(nn.Linear(2, 2))
     with pytest.raises(UserError, match="is not in the checkpoint"):
-        shards.load(tmp_path, 0, 1, *more.parts())
+        shards.load(tmp_path, 0, 1, more.parts())
 
 
 def test_a_folder_that_is_no_checkpoint_is_refused(tmp_path: Path) -> None:
