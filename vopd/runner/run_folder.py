@@ -1,4 +1,4 @@
-"""A run's folder: its files, whose it is, and what may differ between the command that began it and one that resumes it.
+"""A run's folder: its files, whose it is, and what may differ between the command that began it and one that resumes.
 
 A folder belongs to runs if it is new, empty, or has the config.yaml of a run; nothing is written anywhere else. What
 decides a result must be as it was; where a run logs, how often it saves and how much memory it may take is free.
@@ -119,21 +119,22 @@ class RunFolder:
             file.unlink(missing_ok=True)
 
     def settings(self) -> dict[str, Any] | None:
-        """The settings of the run that lives here; None for a self.path without one.
+        """The settings of the run that lives here; None for a folder without one.
 
         Raises:
-            UserError: the self.path is somebody else's: it holds files, and no run's config.yaml.
+            UserError: the folder is somebody else's: it holds files, and no run's config.yaml.
         """
         if not self.path.exists():
             return None
         if not self.path.is_dir():
-            raise UserError(f"run_dir={self.path}: this is a file; give a self.path.")
+            raise UserError(f"run_dir={self.path}: this is a file; give a folder.")
         file = self.path / CONFIG
         if not file.exists():
             others = sorted({path.name for path in self.path.iterdir()} - EARLY)
             if others:
                 raise UserError(
-                    f"run_dir={self.path}: holds {others[0]} and no run; nothing is written there, give an empty self.path."
+                    f"run_dir={self.path}: holds {others[0]} and no run; nothing is written there, give an "
+                    "empty folder."
                 )
             return None
         try:
@@ -162,7 +163,7 @@ class RunFolder:
         )
 
     def check_steps(self, steps: int, ahead: bool) -> None:
-        """Refuse a number of updates that the run in `self.path` has passed, or for which its rollouts are too few.
+        """Refuse a number of updates that the run in the folder has passed, or for which its rollouts are too few.
 
         ahead: whether all rollouts are generated before the first update.
 
@@ -174,13 +175,15 @@ class RunFolder:
         )
         if steps < made:
             raise UserError(
-                f"train.steps={steps}: the run in {self.path} has made {made} updates; give at least as many, or another "
+                f"train.steps={steps}: the run in {self.path} has made {made} updates; give at least as many, or "
+                "another "
                 "run_dir."
             )
         recorded = len(list((self.path / "rollouts").glob("step*.parquet"))) if made and ahead else steps
         if recorded < steps:
             raise UserError(
-                f"train.steps={steps}: the run in {self.path} generated the rollouts of {recorded} updates with its initial "
+                f"train.steps={steps}: the run in {self.path} generated the rollouts of {recorded} updates with its "
+                "initial "
                 "weights before it began to train, and cannot have more; give another run_dir."
             )
 
@@ -192,7 +195,8 @@ class RunFolder:
         """
         if not any(checkpoint.step == steps for checkpoint in checkpoints.found(self.path / "checkpoints")):
             raise UserError(
-                f"{self.path}: holds a finished run of {steps} updates without its last checkpoint, so it cannot be trained "
+                f"{self.path}: holds a finished run of {steps} updates without its last checkpoint, so it cannot be "
+                "trained "
                 "further; give another run_dir."
             )
         for name in ("summary.json", "summary.txt", "records/after.jsonl", "model"):
