@@ -9,8 +9,9 @@ points. Bootstraps are percentile bootstraps over clusters (single questions whe
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
@@ -25,7 +26,8 @@ Clusters = Mapping[str, Hashable]  # question id -> cluster
 SeedValues = Mapping[int, Mapping[str, float]]  # training seed -> question id -> value
 
 RESAMPLES = 9999
-_BATCH_CELLS = 2_000_000  # resampled cells held at once: bounds the memory of a bootstrap
+_BATCH_CELLS = 2_000_000  # resampled cells drawn at once: bounds the memory of a bootstrap
+_CACHED_CELLS = 16_000_000  # resamples up to this size (32 MB) are kept for the next set of as many clusters
 
 
 @dataclass(frozen=True)
@@ -83,11 +85,27 @@ def _resampled(sums_CK: np.ndarray, seed: int) -> np.ndarray:
     """Column sums of RESAMPLES bootstrap samples of the clusters: (RESAMPLES, K)."""
     if len(sums_CK) < 2:
         raise UserError("A bootstrap needs at least two independent questions (or clusters).")
+    n = len(sums_CK)
+    batches = (
+        _cached_counts(n, seed, RESAMPLES) if n * RESAMPLES <= _CACHED_CELLS else _counts(n, seed, RESAMPLES)
+    )
+    return np.concatenate([counts_BC @ sums_CK for counts_BC in batches])
+
+
+def _counts(n_clusters: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each bootstrap sample drew each cluster, batch by batch: (batch, clusters)."""
     rng = np.random.default_rng(seed)
-    batch = max(1, _BATCH_CELLS // sums_CK.size)
-    sizes = [min(batch, RESAMPLES - start) for start in range(0, RESAMPLES, batch)]
-    draws = (rng.integers(len(sums_CK), size=(size, len(sums_CK))) for size in sizes)
-    return np.concatenate([sums_CK[draw_BC].sum(axis=1) for draw_BC in draws])
+    batch = max(1, _BATCH_CELLS // n_clusters)
+    for start in range(0, resamples, batch):
+        size = min(batch, resamples - start)
+        cells_BC = rng.integers(n_clusters, size=(size, n_clusters)) + n_clusters * np.arange(size)[:, None]
+        counts = np.bincount(cells_BC.ravel(), minlength=size * n_clusters).reshape(size, n_clusters)
+        yield counts.astype(np.min_scalar_type(n_clusters))
+
+
+@lru_cache(maxsize=4)
+def _cached_counts(n_clusters: int, seed: int, resamples: int) -> Iterable[np.ndarray]:
+    return tuple(_counts(n_clusters, seed, resamples))
 
 
 def _limits(distribution: np.ndarray, level: float) -> tuple[float, float]:

@@ -70,6 +70,23 @@ def test_a_bootstrap_depends_on_its_seed_only() -> None:
     assert len(set(results)) > 1
 
 
+@settings(max_examples=20, deadline=None)
+@given(n_clusters=st.integers(2, 300), batch=st.integers(1, 5000), seed=st.integers(0, 9))
+def test_samples_are_the_plain_draws_however_they_are_batched_or_kept(
+    n_clusters: int, batch: int, seed: int
+) -> None:
+    """Sums of whole numbers by how often a cluster was drawn are those of the drawn clusters, to the bit."""
+    sums_CK = np.random.default_rng(seed).integers(-3, 4, size=(n_clusters, 3)).astype(float)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, "RESAMPLES", 99)
+        cached = S._resampled(sums_CK, seed)
+        patch.setattr(S, "_CACHED_CELLS", 0)
+        patch.setattr(S, "_BATCH_CELLS", batch)
+        streamed = S._resampled(sums_CK, seed)
+    drawn_RC = np.random.default_rng(seed).integers(n_clusters, size=(99, n_clusters))
+    assert (cached == sums_CK[drawn_RC].sum(axis=1)).all() and (streamed == cached).all()
+
+
 def test_mcnemar_is_the_exact_binomial_test_on_discordant_pairs() -> None:
     first = from_list([1] * 50 + [1] * 4 + [0] * 15 + [0] * 31)
     second = from_list([1] * 50 + [0] * 4 + [1] * 15 + [0] * 31)
