@@ -16,7 +16,6 @@ from functools import lru_cache
 import numpy as np
 from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
-from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.proportion import proportion_confint
 
 from vopd.errors import UserError
@@ -214,11 +213,16 @@ def gap_closed(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values of one table corrected by Holm's step-down procedure (1979), under the same keys."""
-    if not p_values:
-        return {}
-    corrected = multipletests(list(p_values.values()), method="holm")[1]
-    return dict(zip(p_values, map(float, corrected), strict=True))
+    """p-values of one table corrected by Holm's step-down procedure (1979), under the same keys.
+
+    As statsmodels' multipletests gives them, which collects all garbage of the process at each call (0.1 to 0.4 s).
+    """
+    given = np.array(list(p_values.values()))
+    order = given.argsort()
+    corrected = np.empty(len(given))
+    steps = given[order] * np.arange(len(given), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return dict(zip(p_values, corrected.tolist(), strict=True))
 
 
 def two_level(
