@@ -263,6 +263,18 @@ def test_every_benchmark_is_documented_with_its_number_of_questions() -> None:
         assert f"{find(file.stem)[1].rows:,}" in row
 
 
+# ---- docs/testing.md ------------------------------------------------------------------------------------------------
+
+
+def test_the_testing_page_counts_the_rows_and_names_every_marker(pytestconfig: pytest.Config) -> None:
+    page = (ROOT / "docs" / "testing.md").read_text()
+    rows = (ROOT / "tests/vopd/evaluation/crafted_responses.jsonl").read_text().count("\n")
+    assert f"holds {rows:,} model responses" in page
+    for marker in ("distributed", "e2e"):
+        assert any(line.startswith(f"{marker}:") for line in pytestconfig.getini("markers"))
+        assert f"| `{marker}` |" in page
+
+
 # ---- docs/comparing.md ----------------------------------------------------------------------------------------------
 
 COMPARING = ROOT / "docs" / "comparing.md"
