@@ -39,7 +39,8 @@ CASES = (
         environment={"CUDA_VISIBLE_DEVICES": ""},
     ),
     Case(
-        "fewer GPUs shown than asked for", "vopd.runner.run", on_gpus, "needs 2 GPUs, and CUDA_VISIBLE_DEVICES='0' shows",
+        "fewer GPUs shown than asked for", "vopd.runner.run", on_gpus,
+        "needs 2 GPUs, and CUDA_VISIBLE_DEVICES='0' shows",
         environment={"CUDA_VISIBLE_DEVICES": "0"},
     ),
     Case(

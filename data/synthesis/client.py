@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server (`vopd.common.chat_client`): bounded concurrency, and a reason for every unusable reply.
+"""Requests to an OpenAI-compatible server: bounded concurrency, and a reason for every unusable reply.
 
 Three ends of a request are told apart. A *reply* is text. A *rejection* is the server's or the model's last word on
 this item (refused, cut off, not JSON, a request it cannot take): it is recorded and not asked again. *No answer* (an

@@ -1,4 +1,4 @@
-"""A run's folder: its files, whose it is, and what may differ between the command that began it and one that resumes it.
+"""A run's folder: its files, whose it is, and what may differ between the command that began it and one that resumes.
 
 A folder belongs to runs if it is new, empty, or has the config.yaml of a run; nothing is written anywhere else. What
 decides a result must be as it was; where a run logs, how often it saves and how much memory it may take is free.
@@ -133,7 +133,8 @@ class RunFolder:
             others = sorted(name for name in names if not files.is_temporary(name))
             if others:
                 raise UserError(
-                    f"run_dir={self.path}: holds {others[0]} and no run; nothing is written there, give an empty folder."
+                    f"run_dir={self.path}: holds {others[0]} and no run; nothing is written there, give an "
+                    "empty folder."
                 )
             return None
         try:
@@ -161,7 +162,7 @@ class RunFolder:
         )
 
     def check_steps(self, steps: int, ahead: bool) -> None:
-        """Refuse a number of updates that the run in `self.path` has passed, or for which its rollouts are too few.
+        """Refuse a number of updates that the run in the folder has passed, or for which its rollouts are too few.
 
         ahead: whether all rollouts are generated before the first update.
 
@@ -173,13 +174,15 @@ class RunFolder:
         )
         if steps < made:
             raise UserError(
-                f"train.steps={steps}: the run in {self.path} has made {made} updates; give at least as many, or another "
+                f"train.steps={steps}: the run in {self.path} has made {made} updates; give at least as many, or "
+                "another "
                 "run_dir."
             )
         recorded = len(list((self.path / "rollouts").glob("step*.parquet"))) if made and ahead else steps
         if recorded < steps:
             raise UserError(
-                f"train.steps={steps}: the run in {self.path} generated the rollouts of {recorded} updates with its initial "
+                f"train.steps={steps}: the run in {self.path} generated the rollouts of {recorded} updates with its "
+                "initial "
                 "weights before it began to train, and cannot have more; give another run_dir."
             )
 
@@ -191,7 +194,8 @@ class RunFolder:
         """
         if not any(checkpoint.step == steps for checkpoint in checkpoints.found(self.path / "checkpoints")):
             raise UserError(
-                f"{self.path}: holds a finished run of {steps} updates without its last checkpoint, so it cannot be trained "
+                f"{self.path}: holds a finished run of {steps} updates without its last checkpoint, so it cannot be "
+                "trained "
                 "further; give another run_dir."
             )
         for name in ("summary.json", "summary.txt", "records/after.jsonl", "model"):

@@ -102,6 +102,11 @@ def test_every_recipe_and_seed_is_run_and_compared(
     assert (tmp_path / "miniature" / "report" / "report.html").is_file()
 
 
+def test_two_names_of_one_recipe_are_one_run(series: Series) -> None:
+    assert series("vision_opd", "ablations/vision_opd_jsd", "ablations/vision_opd_teacher_ema", "seeds=0") == 0
+    assert series.started == [("vision_opd", 0)]
+
+
 def test_finished_runs_are_reused_and_the_rest_estimated_from_them(series: Series) -> None:
     series("grpo", "seeds=0")
     assert series() == 0
