@@ -103,7 +103,9 @@ def test_every_recipe_and_seed_is_run_and_compared(
 
 
 def test_two_names_of_one_recipe_are_one_run(series: Series) -> None:
-    assert series("vision_opd", "ablations/vision_opd_jsd", "ablations/vision_opd_teacher_ema", "seeds=0") == 0
+    assert (
+        series("vision_opd", "ablations/vision_opd_jsd", "ablations/vision_opd_teacher_ema", "seeds=0") == 0
+    )
     assert series.started == [("vision_opd", 0)]
 
 
