@@ -26,6 +26,7 @@ from vopd.backbone import checkpoints
 from vopd.common import (
     caches,
     environment_checks,
+    files,
     fingerprint,
     library_environment,
     loopback,
@@ -179,7 +180,7 @@ class Run:
         if not self.files.summary_text.exists():  # killed between the two
             from vopd.report.run_summary import render, summarise
 
-            self.files.summary_text.write_text(render(summarise(self.folder, facts)))
+            files.write_text(self.files.summary_text, render(summarise(self.folder, facts)))
 
     def _begin(self) -> None:
         """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
@@ -380,7 +381,7 @@ class Run:
             f"\nwhole run {outcome.seconds:.0f} s, first step after {outcome.start_up_seconds:.0f} s, "
             f"peak memory {outcome.peak_memory_gib:.1f} GiB\n"
         )
-        self.files.summary_text.write_text(text)
+        files.write_text(self.files.summary_text, text)
 
 
 def _absolute(config: DictConfig) -> DictConfig:
