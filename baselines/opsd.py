@@ -1,4 +1,4 @@
-"""OPSD (arXiv 2601.18734): the teacher sees the same image and is told the right answer.
+"""OPSD (arXiv 2601.18734): the teacher sees the same image and is told the correct answer.
 
     L = E_{y ~ p_S(. | I, q)}  1/|y|  sum_n  D( p_T(. | I, q + answer, y_<n)  ||  p_S(. | I, q, y_<n) )
 

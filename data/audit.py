@@ -247,9 +247,9 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Exit code 0 whether copies were found or not, 2 for bad input."""
-    args = arguments().parse_args(words)
+    args = arguments().parse_args(arguments)
     try:
         ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
         pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)

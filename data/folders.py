@@ -29,8 +29,8 @@ def needs_preparing(folder: Path, preparer: str) -> bool:
         return True
     if not (folder / validation_stamp.NAME).is_file():
         raise UserError(
-            f"{folder}: {preparer} did not make what is there and leaves it alone; if it is a data set, run "
-            f"`vopd data validate {folder}` first (data.prepare=null says that nothing shall be made)."
+            f"{folder}: {preparer} did not create its content and leaves it unchanged; if it is a data set, run "
+            f"`vopd data validate {folder}` first (with data.prepare=null nothing is prepared)."
         )
     return False
 

@@ -1,6 +1,6 @@
 """Makes triplets from a folder of images: `vopd data synthesize [SETTINGS.yaml] key=value ...`.
 
-Run the same words again to go on after an interruption. `--help` prints every key with its default.
+After an interruption, the same command resumes. `--help` prints every key with its default.
 """
 
 import json
@@ -14,13 +14,13 @@ from vopd.common.terminal import say
 from vopd.errors import UserError
 
 
-def main(words: list[str]) -> int:
+def main(overrides: list[str]) -> int:
     """Exit code 0; 2 for bad input or a server that does not answer; 1 when single requests stayed unanswered."""
-    if "--help" in words or "-h" in words:
+    if "--help" in overrides or "-h" in overrides:
         print(f"{__doc__}\n{OmegaConf.to_yaml(OmegaConf.structured(config.Synthesis))}")
         return 0
     try:
-        result = synthesize(config.load(words))
+        result = synthesize(config.load(overrides))
     except UserError as error:
         say(f"data.synthesize: {error}")
         return error.exit_code
@@ -31,7 +31,7 @@ def main(words: list[str]) -> int:
         )
         return UserError.exit_code
     except KeyboardInterrupt:
-        print("data.synthesize: interrupted; the same command goes on from here.", file=sys.stderr)
+        print("data.synthesize: interrupted; the same command resumes from here.", file=sys.stderr)
         return 130
     print(json.dumps(result))
     if result["unanswered"]:

@@ -43,7 +43,7 @@ def current(folder: Path) -> bool:
 
 
 def _check_ours(folder: Path) -> None:
-    """`UserError` if something by the stamp's name is none: it is someone's, and stays."""
+    """`UserError` if something with the stamp's name is not a stamp: it is the user's, and stays."""
     if os.path.lexists(folder / NAME) and _read(folder) is None:
         raise UserError(f"{folder / NAME}: not a stamp of data.validate; move it away, its name is needed.")
 
@@ -74,7 +74,7 @@ def check(folder: Path, splits: Iterable[str]) -> dict[str, str]:
             f"{folder / NAME}: not a stamp of data.validate; move it away and {again}."
         ) from error
     if content.get("checks") != CHECKS:
-        raise UserError(f"{folder}: validated with other checks than today's; {again} again.")
+        raise UserError(f"{folder}: validated with another version of the checks; {again} again.")
     hashes = {}
     for name in sorted({*splits, *stamped, *(path.stem for path in schema.splits(folder))}):
         hashes[name] = schema.split_hash(folder / f"{name}.parquet")

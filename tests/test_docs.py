@@ -25,7 +25,7 @@ from vopd.evaluation.evaluate import settings_of
 from vopd.evaluation.scoring import table as scoring_table
 from vopd.method import Method, ScoreChunk, UpdateBatch, build
 from vopd.report import __main__ as report
-from vopd.report.__main__ import words as report_words
+from vopd.report.__main__ import parse_arguments as report_arguments
 from vopd.runner import series
 
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -52,7 +52,7 @@ def inline(document: Path) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Words of every `bash ...` and `python ...` command, in blocks and in prose."""
+    """The arguments of every `bash ...` and `python ...` command, in blocks and in prose."""
     lines = [
         line
         for language in ("bash", "")
@@ -76,7 +76,7 @@ def refusals(document: Path) -> list[str]:
             recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
             load(recipe, [word for word in words[3:] if word != "--help"])
         elif words[1] == "scripts/compare.sh":
-            recipes, seeds, settings = series.words(words[2:])
+            recipes, seeds, settings = series.parse_arguments(words[2:])
             for recipe in recipes:
                 load(recipe, [*settings, f"seed={seeds[0]}"])
     return wrong
@@ -91,7 +91,7 @@ def refused_module(words: list[str]) -> list[str]:
     elif name == "data.audit" and rest:
         audit.arguments().parse_args(rest)
     elif name == "vopd.report":
-        report_words(rest)
+        report_arguments(rest)
     elif name == "vopd.evaluation.evaluate" and rest not in ([], ["--help"]):
         for benchmark in settings_of(rest).benchmarks:
             find(benchmark)
@@ -190,7 +190,7 @@ def test_the_card_states_the_settings_of_a_run() -> None:
 
 
 def helper(path: str) -> ModuleType:
-    """A module below tests/ that is no test; pytest's importlib mode puts no folder on the path."""
+    """A module below tests/ that is not a test; pytest's importlib mode puts no folder on the path."""
     spec = spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
     assert spec and spec.loader
     module = module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Promises the tracked files make as a whole: what a person reads first exists, and nothing is tied to one machine."""
+"""Promises the tracked files make as a whole: what a user reads first exists, and nothing is tied to one machine."""
 
 import ast
 import re

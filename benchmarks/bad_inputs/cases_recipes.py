@@ -11,32 +11,32 @@ SETTINGS = "from dataclasses import dataclass\n\n\n@dataclass\nclass Settings:\n
 def recipe(kind: str, content: str | bytes, says: str, name: str = "mine.yaml") -> Case:
     """A run of a recipe file with this content."""
 
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
         return [str(folder / name), f"run_dir={folder / 'run'}"]
 
-    return Case(kind, "vopd.runner.run", words, says)
+    return Case(kind, "vopd.runner.run", arguments, says)
 
 
 def module(kind: str, code: str, says: str) -> Case:
     """A run of a recipe whose method module, own.py, holds this code."""
 
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         (folder / "own.py").write_text(code)
         (folder / "mine.yaml").write_text("method: {module: own.py}\n")
         return [str(folder / "mine.yaml"), f"run_dir={folder / 'run'}"]
 
-    return Case(kind, "vopd.runner.run", words, says)
+    return Case(kind, "vopd.runner.run", arguments, says)
 
 
 def profile(kind: str, content: str, says: str) -> Case:
     """A run with a profile file of this content."""
 
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         (folder / "own.yaml").write_text(content)
         return ["vision_opd", f"profile={folder / 'own.yaml'}", f"run_dir={folder / 'run'}"]
 
-    return Case(kind, "vopd.runner.run", words, says)
+    return Case(kind, "vopd.runner.run", arguments, says)
 
 
 def folder_in_place(folder: Path) -> list[str]:
@@ -65,10 +65,10 @@ CASES = (
     Case("a folder as a recipe", "vopd.runner.run", folder_in_place, "There is no recipe"),
     recipe("a list as a recipe", "- method\n", "a mapping of keys is expected"),
     recipe("a recipe of 100 KiB", GOOD + "#" * 100_000, "larger than 64 KiB"),
-    recipe("an alias that holds itself", "a: &a [*a]\n" + GOOD, "line 1: an alias that holds itself"),
+    recipe("an alias that contains itself", "a: &a [*a]\n" + GOOD, "line 1: an alias that contains itself"),
     recipe("an alias bomb", bomb(), "more than 10,000 values"),
     recipe("brackets a thousand deep", f"a: {'[' * 1000}{']' * 1000}\n", "nested more than 32 deep"),
-    recipe("a doubled key in a recipe", GOOD + "seed: 1\nseed: 2\n", "line 3: the key 'seed' stands there twice"),
+    recipe("a doubled key in a recipe", GOOD + "seed: 1\nseed: 2\n", "line 3: the key 'seed' is given twice"),
     recipe("a tab in a recipe", "method:\n\tmodule: x\n", "line 2"),
     recipe("a Python object in a recipe", GOOD + "seed: !!python/object/apply:os.getpid []\n", "the tag !!python"),
     recipe("a path object in a recipe",
@@ -83,17 +83,17 @@ CASES = (
     recipe("a section that is null", GOOD + "train: null\n", "mine.yaml: train is a section"),
     recipe("an unknown key in a recipe", GOOD + "train: {setps: 3}\n", "is train.steps meant?"),
     recipe("a recipe that names a profile", GOOD + "profile: x\n", "profile cannot be set in a file"),
-    recipe("a value out of bounds in a recipe", GOOD + "train: {lr: -1}\n", "train.lr=-1.0 cannot be"),
-    recipe("a module that is no name", "method: {module: '../x'}\n", "no module's name"),
+    recipe("a value out of bounds in a recipe", GOOD + "train: {lr: -1}\n", "train.lr=-1.0 is not allowed"),
+    recipe("a module that is not a module name", "method: {module: '../x'}\n", "not a module name"),
     recipe("a module that is missing", "method: {module: gone.py}\n", "no such file"),
     profile("a profile whose method is a list", "method: [1]\n", "own.yaml: method is a section"),
-    profile("a profile with a doubled key", "seed: 1\nseed: 2\n", "stands there twice"),
+    profile("a profile with a doubled key", "seed: 1\nseed: 2\n", "is given twice"),
     module("a syntax error in a method", "x = = 1\n", "own.py, line 1: SyntaxError"),
     module("an unknown name in a method", "x = 1\nfoo()\n", "own.py, line 2: NameError: name 'foo'"),
     module("a missing import in a method", "import not_there\n", "own.py, line 1: ModuleNotFoundError"),
     module("a method that ends the program", "raise SystemExit(3)\n", "own.py, line 1: SystemExit"),
     module("a method without Settings", "x = 1\n", "has no `Settings`"),
-    module("Settings that are no dataclass", "class Settings: pass\n", "Settings is no dataclass"),
+    module("Settings that are not a dataclass", "class Settings: pass\n", "Settings is not a dataclass"),
     module("a method without build", SETTINGS, "has no `build`"),
     module("a build that raises", SETTINGS + "\n\ndef build(settings):\n    return 1 / 0\n",
            "own.py, line 10: ZeroDivisionError"),

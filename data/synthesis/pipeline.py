@@ -4,7 +4,7 @@ scan -> (objects) -> propose -> filter -> crop -> ask -> validate -> answer -> c
 -> (difficulty) -> row -> train.parquet, datasheet.md
 
 Each stage keeps `stages/<name>.jsonl` in the output folder, one line an item, rejected ones with their reason; images
-are files beside. What a file holds already is not done again, so running the same command again goes on.
+are files beside. What a file already holds is not done again, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -363,7 +363,7 @@ class Pipeline:
         return {"boxed": self._relative(target), "text": text}
 
     def _difficulty(self, items: list[Record]) -> list[Record]:
-        """Items that the small model does not get right too often; all of them when there is no small model."""
+        """Items that the small model does not answer correctly too often; all of them when there is no small model."""
         filter_ = self.config.difficulty
         if not filter_.model:
             return items
@@ -561,7 +561,7 @@ def _save(file: Path, content: bytes) -> None:
 
 
 def synthesize(config: DictConfig) -> dict[str, Any]:
-    """Run or go on; rows written and requests left unanswered."""
+    """Run or resume; returns rows written and requests left unanswered."""
     with Pipeline(config) as pipeline:
         rows = pipeline.run()
         unanswered = [sentence for stage in pipeline.stages for sentence in stage.unanswered]

@@ -52,7 +52,7 @@ def parts_of(folder: Path, name: str) -> list[Path]:
         )
     found = [whole] if whole.is_file() else parts
     if not found:
-        raise UserError(f"{whole}: neither this file nor split parts of it are there.")
+        raise UserError(f"{whole}: neither this file nor its split parts exist.")
     return sorted(found, key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
 
 
@@ -151,14 +151,14 @@ def _check_new(label: str, name: str, seen: set[int]) -> None:
     key = hash(unicodedata.normalize("NFC", os.path.normpath(name)).casefold())
     if key in seen:
         raise UserError(
-            f"{label}: {name!r}: a name that is there before, perhaps in other letters of case; the archive is not "
+            f"{label}: {name!r}: a name that occurred before, perhaps in another case; the archive is not "
             "extracted further."
         )
     seen.add(key)
 
 
 def safe_name(name: str) -> PurePosixPath:
-    """The member's name as a relative path; `ValueError` if it is absolute, climbs with `..`, or is no plain name."""
+    """The member's name as a relative path; `ValueError` if it is absolute, climbs with `..`, or is not plain."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError("an absolute path, '..', or no plain name")

@@ -56,7 +56,7 @@ def render(processor: Any, messages: Messages, row_id: str, limit: int, template
 
     Args:
         processor: HF processor with verl's `get_rope_index` bound to it (`verl.utils.tokenizer.hf_processor`).
-        limit: most prompt tokens allowed. A longer prompt is an error, never cut (pitfall 8).
+        limit: most prompt tokens allowed. A longer prompt is an error, never cut.
         template: extra arguments of the chat template, e.g. `enable_thinking`.
 
     Raises:
@@ -97,7 +97,7 @@ def with_response(rendered: dict[str, Any], response_R: torch.Tensor) -> tuple[t
     """Ids (L,) and positions (4, L) of prompt + response.
 
     The response is text, so each of its positions follows the last one by one on all axes; the text row counts
-    tokens. The prompt is this view's own: positions of another view's image would be wrong (pitfall 7).
+    tokens. The prompt is this view's own: positions of another view's image would be wrong.
     """
     prompt_P, position_4P = rendered["prompt_ids"], rendered["position_ids"]
     steps_R = torch.arange(1, response_R.shape[0] + 1)

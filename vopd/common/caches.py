@@ -57,7 +57,7 @@ def store(kind: str, key: str, content: bytes = b"") -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, _head(content) + b"\n" + content, sync=False)  # torn, it is seen
     except OSError as error:
-        _note(f"the cache {place()} cannot be written ({error.strerror}); going on without it")
+        _note(f"the cache {place()} cannot be written ({error.strerror}); continuing without it")
         return False
     return True
 
@@ -72,7 +72,7 @@ def workspace(kind: str, key: str) -> Path:
         reason = os.strerror(errno.EACCES)
     except OSError as error:
         reason = str(error.strerror)
-    _note(f"the cache {place()} cannot be written ({reason}); going on without it")
+    _note(f"the cache {place()} cannot be written ({reason}); continuing without it")
     temporary = Path(tempfile.mkdtemp(prefix="vopd-cache-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary

@@ -1,7 +1,7 @@
 """Named parts with a hash each that a result was made from: files of code with all that they import, and libraries.
 
-`files` follows imports: the repository's own modules, and the user's beside a recipe or in packages of theirs. Names hold
-no path of the machine. What a run is made from is put together in `vopd/runner/run_fingerprint.py`.
+`files` follows imports: the repository's own modules, and the user's beside a recipe or in packages of theirs. Names
+hold no path of the machine. What a run is made from is put together in `vopd/runner/run_fingerprint.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Signs of life of a run's processes: each writes every two seconds what it is doing, the terminal's process reads.
+"""Heartbeats of a run's processes: each writes every two seconds what it is doing, the terminal's process reads them.
 
 `start` runs a thread that writes RUN_DIR/vitals/PID.json: when it last ran, when the process's event loop last turned
 (if it has one), where the thread stands that called `start`, which call of a recipe it is in, and since when. A process
@@ -27,7 +27,7 @@ from vopd.common import processes
 FOLDER, STACKS, ENDED = "vitals", "stacks", "ended"
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0
-"""What counts as no sign of life."""
+"""After so long without a heartbeat a process counts as silent."""
 
 _calls: dict[int, tuple[str, float]] = {}  # thread -> the call of a recipe it is in, and since when
 
@@ -44,7 +44,7 @@ def calling(what: str) -> Iterator[None]:
 
 
 def start(role: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
-    """Give signs of life as `role` from here on, where this process belongs to a run.
+    """Start this process's heartbeat as `role`, where it belongs to a run.
 
     loop: a running event loop that must keep turning.
     """

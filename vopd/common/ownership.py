@@ -152,13 +152,13 @@ def held(
 
 
 def belongs(folder: Path, maker: str, recognise: Recognise | None = None) -> bool:
-    """Whether the whole folder is `maker`'s: it claimed it before, or an earlier version of it wrote what is there."""
+    """Whether the whole folder is `maker`'s: it claimed it before, or an earlier version of it wrote the content."""
     owner = _read(folder).owner
     return owner == maker or (owner is None and bool(_old_files(folder, (), recognise)))
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is no folder, or nothing in it that a person would see."""
+    """Whether there is no folder, or nothing in it that a user would see."""
     return not folder.exists() or (folder.is_dir() and next(_names(folder), None) is None)
 
 
@@ -274,7 +274,7 @@ class _Ledger:
         }
 
     def files(self, maker: str) -> dict[str, list[dict[str, Any]]]:
-        """By name, every content that the maker gave the file: whichever is there, a person did not write it."""
+        """By name, every content that the maker gave the file: whichever is found, no user wrote it."""
         found: dict[str, list[dict[str, Any]]] = {}
         for line in self.lines:
             if line.get("maker") == maker and "name" in line:

@@ -1,7 +1,7 @@
 """A mistake in a recipe's own module, as one sentence with its file and line.
 
 The module is someone else's code: whatever it raises while it is imported, or while it makes the method, is its
-author's to mend, and a traceback through this package does not tell them where.
+author's to fix, and a traceback through this package does not tell them where.
 """
 
 from __future__ import annotations

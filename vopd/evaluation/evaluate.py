@@ -1,8 +1,9 @@
 """`vopd evaluate model=... benchmarks=[...] [key=value ...]`: ask what is missing, score, print the table.
 
-Without `endpoint` a `vllm serve` of the model is started (`server.py`) and ended. Results land in <out>/<model>/<benchmark>/: records.jsonl (one
-line per answer, appended as it arrives), settings.json and summary.json. An interrupted evaluation goes on where it
-was; a finished one is only scored again. docs/evaluation.md says what the figures mean.
+Without `endpoint` a `vllm serve` of the model is started (`server.py`) and ended. Results land in
+<out>/<model>/<benchmark>/: records.jsonl (one line per answer, appended as it arrives), settings.json and summary.json.
+An interrupted evaluation resumes where it was; a finished one is only scored again. docs/evaluation.md says what the
+figures mean.
 """
 
 from __future__ import annotations
@@ -112,15 +113,15 @@ def help_text() -> str:
     return HELP.format(known=known, settings=OmegaConf.to_yaml(OmegaConf.structured(Settings)))
 
 
-def settings_of(words: list[str]) -> Settings:
-    """Settings from `key=value` words; UserError for an unknown key, a wrong type or value, or a missing one."""
-    words = ["speed=true" if word == "--speed" else word for word in words]
-    merged = Tree(OmegaConf.structured(Settings), open=("vllm",)).override(words)
+def settings_of(overrides: list[str]) -> Settings:
+    """Settings from `key=value` overrides; UserError for an unknown key, a wrong type or value, or a missing one."""
+    overrides = ["speed=true" if override == "--speed" else override for override in overrides]
+    merged = Tree(OmegaConf.structured(Settings), open=("vllm",)).override(overrides)
     settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
     bounds.check(Settings, settings)
     for key in ("benchmarks", "views", "exclude"):
         if not all(isinstance(item, str) and item for item in getattr(settings, key)):
-            raise UserError(f"{key} holds something else than names; write '{key}=[NAME,NAME]' in quotes.")
+            raise UserError(f"{key} holds something other than names; write '{key}=[NAME,NAME]' in quotes.")
     if not settings.benchmarks:
         raise UserError("benchmarks is empty; name one (--help lists them).")
     if not model_name(settings.model).strip(". ") or not settings.model.isprintable():
@@ -152,7 +153,7 @@ class Evaluation:
             if not set(settings.views) & set(questions.views):
                 raise UserError(f"{questions.name} has no crops; ask for its view full.")
         if len({questions.name for questions in self.sets}) < len(self.sets):
-            raise UserError("benchmarks: one name stands there twice; records are kept by name.")
+            raise UserError("benchmarks: a name is given twice; records are kept by name.")
         self.exclusions = results.read_exclusions([_from_root(p) for p in settings.exclude], self.sets)
 
     def go(self) -> int:
@@ -272,7 +273,7 @@ class Evaluation:
                 )
             if why := fingerprint.why(before.get("made_from"), made_from):
                 raise UserError(
-                    f"{folder}: its records do not go with those of now: {why}; give another out=... or remove the "
+                    f"{folder}: its records do not match the current inputs: {why}; give another out=... or remove the "
                     "folder."
                 )
             return
@@ -376,16 +377,16 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def main(words: list[str]) -> int:
+def main(overrides: list[str]) -> int:
     """Exit code 0, 1 if questions got no answer, 2 for bad input, 130 after Ctrl-C."""
-    if not words or "--help" in words or "-h" in words:
+    if not overrides or "--help" in overrides or "-h" in overrides:
         print(help_text())
         return 0
     console = Terminal()
     if not console.is_terminal:
         console = Terminal(width=160)
     try:
-        return Evaluation(settings_of(words), console).go()
+        return Evaluation(settings_of(overrides), console).go()
     except UserError as error:
         say(f"vopd: {error}")
         return UserError.exit_code

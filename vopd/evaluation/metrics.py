@@ -146,7 +146,7 @@ def _mean(
 
 
 def pairs(records: Sequence[Record]) -> dict[str, bool]:
-    """Cluster -> whether all of its questions are right; clusters of one question (its mate left out) are dropped."""
+    """Cluster -> whether all of its questions are correct; clusters of one question (its mate left out) are dropped."""
     found: dict[str, list[bool]] = {}
     for record in records:
         found.setdefault(str(record.details["cluster"]), []).append(record.correct)

@@ -1,8 +1,8 @@
 """A `vllm serve` of one model for as long as an evaluation lasts: the same server that a user would start by hand.
 
 It listens at a Unix socket in a temporary folder of its own, so no port is taken or open, and ends with the evaluation,
-however that ends. On CPU it has the settings and the patches of the training's rollout (vopd/backbone/verl_cpu.yaml says
-why), loaded by vLLM itself in the process that computes.
+however that ends. On CPU it has the settings and the patches of the training's rollout (vopd/backbone/verl_cpu.yaml
+says why), loaded by vLLM itself in the process that computes.
 """
 
 from __future__ import annotations
@@ -135,7 +135,7 @@ def settings(device: str, concurrency: int, seed: int) -> dict[str, Any]:
 
 
 def check_model(model: str) -> None:
-    """Refuse a folder that is no whole model, and an id that the hub (or its cache here) does not have."""
+    """Refuse a folder that is not a whole model, and an id that the hub (or its cache here) does not have."""
     if Path(model).is_dir():
         model_folder.check(Path(model))
         return

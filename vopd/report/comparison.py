@@ -47,7 +47,7 @@ def make(paths: Sequence[Path], mixed: bool = False) -> Comparison:
     """Read and compute.
 
     Raises:
-        UserError: no run could be used, or runs do not compare and `mixed` is not set.
+        UserError: no run could be used, or runs are not comparable and `mixed` is not set.
     """
     folders = run_folders.find(paths)
     with tqdm(total=len(folders), desc="reading runs", unit="run", disable=None) as bar:

@@ -24,7 +24,7 @@ from vopd.report.token_budget import points
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999933")
 STYLES = ("-", "--", ":", "-.")
 TRAINING = (
-    ("rollout_accuracy", "right answers among rollouts", "%", 100.0),
+    ("rollout_accuracy", "correct answers among rollouts", "%", 100.0),
     ("response_length", "response length", "tokens", 1.0),
     ("entropy", "entropy", "nats a token", 1.0),
     ("divergence", "divergence (methods that have one)", "nats a token", 1.0),

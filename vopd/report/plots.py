@@ -1,6 +1,6 @@
 """Pictures of a run: the training curve, and accuracy before and after with the gap.
 
-Colours are Okabe and Ito's (2008), told apart by the colour-blind; views also differ in marker and fill.
+Colours are Okabe and Ito's (2008), distinguishable by the colour-blind; views also differ in marker and fill.
 """
 
 from __future__ import annotations

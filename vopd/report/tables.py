@@ -43,9 +43,9 @@ def verdict(c: Comparison) -> str:
     alike = [row.name for row in rivals if row.against and row.against.p_holm >= SIGNIFICANT]
     behind = [row.name for row in rivals if row.name not in alike]
     if behind:
-        sentences.append(f"Behind it by more than chance: {', '.join(behind)}.")
+        sentences.append(f"Significantly below it: {', '.join(behind)}.")
     if alike:
-        sentences.append(f"Not told apart from it: {', '.join(alike)}.")
+        sentences.append(f"Not significantly different from it: {', '.join(alike)}.")
     return " ".join(sentences)
 
 
@@ -197,7 +197,7 @@ def _tokens(c: Comparison) -> Sheet:
         ],
         notes=[
             "The largest number of tokens that lies between two validation points of every run; between points values "
-            "are interpolated. Thrown-away answers count. The validation questions are few: the intervals are wide.",
+            "are interpolated. Discarded answers count. The validation questions are few: the intervals are wide.",
             *notes,
         ],
     )
@@ -224,8 +224,8 @@ def _seconds_of(phase: str) -> Callable[[Run], Any]:
 
 
 COSTS = {
-    "updates": "updates", "prompts": "prompts", "thrown": "prompts_thrown", "rollouts": "rollouts",
-    "in a loss": "rows_trained", "generated tokens": "tokens_generated", "of them thrown": "tokens_thrown",
+    "updates": "updates", "prompts": "prompts", "discarded": "prompts_thrown", "rollouts": "rollouts",
+    "in a loss": "rows_trained", "generated tokens": "tokens_generated", "of them discarded": "tokens_thrown",
     "scored tokens": "tokens_scored",
 }  # fmt: skip
 
@@ -247,7 +247,7 @@ def _cost(c: Comparison) -> Sheet:
         columns=["method", *COSTS, "seconds, training", "seconds, whole run", "peak memory, GiB"],
         rows=[row(g) for g in c.groups],
         notes=[
-            "Prompts and rollouts are those trained on; thrown: prompts drawn in vain by a group filter. Scored "
+            "Prompts and rollouts are those trained on; discarded: prompts dropped by a group filter. Scored "
             "tokens: prompt and response tokens that teachers and references read. The whole run holds start-up and "
             "both evaluations.",
             _machines(c.runs),
@@ -259,7 +259,7 @@ def _machines(runs: Sequence[Run]) -> str:
     kinds = sorted({str(run.facts.get("machine", "a machine that was not recorded")) for run in runs})
     if len(kinds) == 1:
         return f"Seconds are of {kinds[0]}, and depend on what ran beside it."
-    return f"Seconds are of different machines and do not compare: {'; '.join(kinds)}."
+    return f"Seconds are of different machines and not comparable: {'; '.join(kinds)}."
 
 
 def _phases(c: Comparison) -> Sheet:
@@ -312,7 +312,9 @@ def _failures(c: Comparison) -> Sheet:
             "collapse flags in training",
         ],
         rows=rows,
-        notes=["Unparsed: the parser found no answer, counted as wrong. Truncated: no end within the limit."],
+        notes=[
+            "Unparsed: the parser found no answer, counted as incorrect. Truncated: no end within the limit."
+        ],
     )
 
 

@@ -1,9 +1,8 @@
 """Accuracy at equal generated tokens: what methods reach on the validation questions for the same sampling.
 
-Methods have equal updates, but some generate more: longer answers, groups that are thrown away. Runs answer the
-validation questions every so many steps; tokens_generated of metrics.jsonl says what had been sampled by then, thrown
-away ones included. Between two such points a question's value is interpolated linearly in tokens; nothing is
-extrapolated.
+Methods have equal updates, but some generate more: longer answers, discarded groups. Runs answer the validation
+questions every so many steps; tokens_generated of metrics.jsonl says what had been sampled by then, discarded ones
+included. Between two such points a question's value is interpolated linearly in tokens; nothing is extrapolated.
 """
 
 from __future__ import annotations

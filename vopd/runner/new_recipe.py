@@ -103,7 +103,7 @@ def new(name: str, folder: Path) -> list[Path]:
     """Write the skeleton's three files into `folder` and return their paths.
 
     Raises:
-        UserError: a name that is no Python identifier, a file that exists, or a folder that cannot be written to.
+        UserError: a name that is not a Python identifier, a file that exists, or a folder that cannot be written to.
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
         raise UserError(

@@ -14,7 +14,7 @@ AFTER = "after"
 
 
 def troubles(folder: Path, score: str = "") -> list[str]:
-    """What a person must know before reading the run's table, a sentence each; usually nothing.
+    """What the user must know before reading the run's table, a sentence each; usually nothing.
 
     Args:
         folder: of a run that has come to its end.

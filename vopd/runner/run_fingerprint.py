@@ -6,7 +6,7 @@ theirs; the data, the base model, a recording that is replayed, the libraries, t
 of the machine, so a run of another checkout, folder or run_dir has the same parts.
 
 What the recipe's and the profile's YAML say is compared by the resolved settings (`settings`), key by key: a comment
-is no difference, and a key that an override replaces is none either.
+is not a difference, and a key that an override replaces is none either.
 """
 
 from __future__ import annotations

@@ -87,7 +87,7 @@ def test_a_package_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         trackers.check({"wandb": False, "tensorboard": True})
 
 
-# ---- while a run goes on --------------------------------------------------------------------------------------------
+# ---- while a run is under way ---------------------------------------------------------------------------------------
 
 
 class Backend:

@@ -64,9 +64,9 @@ def script(tmp_path: Path) -> Path:
     return file
 
 
-def ask(address: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def ask(address: Path, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        f"{fork_server.executable(address)} {script} {' '.join(words)}",
+        f"{fork_server.executable(address)} {script} {' '.join(arguments)}",
         shell=True,
         input="from the terminal",
         capture_output=True,
@@ -150,7 +150,8 @@ def alive(pid: int) -> bool:
 )
 def test_refuses_a_process_that_cannot_be_forked(tmp_path: Path, before: str) -> None:
     code = (
-        f"{before}\nimport os\nfrom pathlib import Path\nfrom vopd.backbone.cpu import fork_server\nfork_server.MODULES = ()\n"
+        f"{before}\nimport os\nfrom pathlib import Path\nfrom vopd.backbone.cpu import fork_server\n"
+        "fork_server.MODULES = ()\n"
         + (
             textwrap.dedent("""
         try:
