@@ -247,9 +247,9 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Exit code 0 whether copies were found or not, 2 for bad input."""
-    args = arguments().parse_args(arguments)
+    args = arguments().parse_args(argv)
     try:
         ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
         pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)

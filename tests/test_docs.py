@@ -123,7 +123,9 @@ def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
         ("vopd data audit a.parquet", SystemExit),
     ],
 )
-def test_a_word_that_a_command_does_not_take_is_seen(tmp_path: Path, command: str, error: type) -> None:
+def test_an_argument_that_a_command_does_not_take_is_refused(
+    tmp_path: Path, command: str, error: type
+) -> None:
     document = tmp_path / "x.md"
     document.write_text(f"```bash\n{command}\n```\n")
     with pytest.raises(error):

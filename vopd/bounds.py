@@ -103,7 +103,7 @@ def check(kind: type, values: Any, prefix: str = "") -> None:
         value = getattr(values, f.name)
         bound: Bound | None = f.metadata.get(KEY)
         if bound is not None and value is not None and not bound.holds(value):
-            raise UserError(f"{prefix}{f.name}={_shown(value)} is not allowed; give  {bound}.")
+            raise UserError(f"{prefix}{f.name}={_shown(value)} is not allowed; give {bound}.")
         if f.default_factory is not MISSING and is_dataclass(f.default_factory):
             check(f.default_factory, value, f"{prefix}{f.name}.")
 

@@ -124,7 +124,7 @@ CASES = (
     _bad_row("answer beyond the options", "'E' is not the letter", answer="E"),
     _bad_row("answer not yes or no", "'maybe' is not of type 'yes/no'", answer="maybe", answer_type="yes/no"),
     _bad_row("answer no number", "'a few' is not of type 'number'", answer="a few", answer_type="number"),
-    _bad_row("unknown answer type", "answer_type 'essay' is none of", answer_type="essay"),
+    _bad_row("unknown answer type", "answer_type 'essay' is not one of", answer_type="essay"),
     _bad_row("split column of another split", "split is 'test' in a file of 'train'", split="test"),
     _bad_row("box with a null", f"train {ID}: box", box=[1, None, 3, 4]),
     _bad_row("box outside the image", f"train {ID}: box: [100, 100, 140, 110]", box=[100, 100, 140, 110]),

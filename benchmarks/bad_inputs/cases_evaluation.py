@@ -156,7 +156,7 @@ BY_NAME = {"pictures": "{name}.png", "columns": {**DESCRIPTION["columns"], "imag
 SETTINGS = (
     setting("evaluation: temperature is NaN", "temperature=nan is not allowed", temperature="nan"),
     setting("evaluation: temperature without end", "temperature=inf is not allowed", temperature="inf"),
-    setting("evaluation: top_p=0", "top_p=0.0 is not allowed; give  above 0", top_p="0"),
+    setting("evaluation: top_p=0", "top_p=0.0 is not allowed; give above 0", top_p="0"),
     setting("evaluation: no tokens", "max_tokens=0 is not allowed", max_tokens="0"),
     setting("evaluation: negative rows", "rows=-1 is not allowed", rows="-1"),
     setting("evaluation: negative seed", "seed=-1 is not allowed", seed="-1"),
@@ -168,7 +168,7 @@ SETTINGS = (
     setting("evaluation: a list without quotes", "put such a value in quotes", "pope]", benchmarks="[vstar,"),
     setting("evaluation: no benchmark in the list", "benchmarks is empty", benchmarks="[]"),
     setting(
-        "evaluation: a list in the list", "benchmarks holds something else than names", benchmarks="[[a]]"
+        "evaluation: a list in the list", "benchmarks holds something other than names", benchmarks="[[a]]"
     ),
     setting("evaluation: a model named ..", "model='..' names no model", model=".."),
     setting("evaluation: a model without a name", "model='/' names no model", model="/"),

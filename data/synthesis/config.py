@@ -208,7 +208,7 @@ def _check(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not least <= value <= most:  # NaN too
             low = "more than 0" if least == TINY else f"at least {least:g}"
-            raise UserError(f"{key}={value} is not allowed; give  a number of {low} and at most {most:.10g}.")
+            raise UserError(f"{key}={value} is not allowed; give a number of {low} and at most {most:.10g}.")
     for key in ("images", "out", "server.model"):
         if not OmegaConf.select(config, key).strip():
             raise UserError(f"{key} is empty; give {key}=...")

@@ -150,7 +150,7 @@ def series(tmp_path_factory: pytest.TempPathFactory, overrides_for: Overrides) -
     return made
 
 
-def test_sft_generates_first_and_trains_on_what_is_right(series: Path) -> None:
+def test_sft_generates_first_and_trains_on_what_is_correct(series: Path) -> None:
     folder = series / "sft_self_teacher" / "seed0"
     steps = checked(folder)
     assert len(list((folder / "rollouts").glob("*.parquet"))) == 2

@@ -260,7 +260,7 @@ def test_there_are_kinds_enough() -> None:
     assert len(NO_ANSWER) + len(SLOW) >= 60 and not set(NO_ANSWER) & set(ANSWER)
 
 
-def test_an_evaluation_goes_on(
+def test_an_evaluation_resumes(
     server: BadServer,
     picture: bytes,
     tmp_path: Path,
@@ -306,7 +306,7 @@ def record_of(kind: str) -> Record:
     return Record(kind, "f", "full", "s", "Which?", f"KIND:{kind};", 3, False, None, "red", False, details)
 
 
-def test_a_judge_goes_on(server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_resumes(server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "MOST_FAILURES", len(KINDS))
     records, file = [record_of(kind) for kind in KINDS], tmp_path / "judge.jsonl"
 
@@ -332,7 +332,7 @@ def test_a_judge_that_is_gone_is_not_asked_for_ever(server: BadServer, tmp_path:
     assert judge.MOST_FAILURES <= len(failures) <= judge.MOST_FAILURES + 4
 
 
-def test_a_synthesis_goes_on(
+def test_a_synthesis_resumes(
     server: BadServer, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesis, "UNANSWERED_IN_A_ROW", len(KINDS))
@@ -470,7 +470,7 @@ def test_any_body_is_an_answer_or_a_sentence(content: bytes) -> None:
 
 @given(st.integers(0, len(json.dumps(GOOD)) - 1))
 def test_a_body_cut_anywhere_is_a_sentence(cut: int) -> None:
-    with pytest.raises(NoAnswerError, match="no chat completion"):
+    with pytest.raises(NoAnswerError, match="not a chat completion"):
         read_completion(json.dumps(GOOD).encode()[:cut])
 
 

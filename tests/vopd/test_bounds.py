@@ -88,13 +88,13 @@ class Outer:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"count": 0}, "x.count=0 is not allowed; give  from 1 to 10."),
+        ({"count": 0}, "x.count=0 is not allowed; give from 1 to 10."),
         ({"count": 11}, "x.count=11"),
         ({"perhaps": 0}, "x.perhaps=0"),
-        ({"kind": "c"}, "x.kind=c is not allowed; give  one of a, b."),
+        ({"kind": "c"}, "x.kind=c is not allowed; give one of a, b."),
         ({"pair": [0.1]}, "give 2 numbers, each from 0 to below 1"),
         ({"pair": [0.1, 1.0]}, "x.pair="),
-        ({"inner": {"share": 0.0}}, "x.inner.share=0.0 is not allowed; give  above 0 to 1."),
+        ({"inner": {"share": 0.0}}, "x.inner.share=0.0 is not allowed; give above 0 to 1."),
         ({"inner": {"share": math.nan}}, "x.inner.share=nan"),
     ],
 )

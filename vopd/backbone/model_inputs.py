@@ -3,7 +3,7 @@
 Packed, every response follows a prompt of its own and rows lie end to end. Padded, a prompt stands once, with all the
 responses that the batch holds for it (`shared_prompts`).
 
-Legend: B responses, G rows, L tokens of a row, N response tokens.
+Shape suffixes: B responses, G rows, L tokens of a row, N response tokens.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Every view of every policy goes through `render`, so student and teacher share template, processor and image
 resizing, and the prompt ids that vLLM samples from are the ids the trainer scores.
 
-Legend: P prompt tokens, R response tokens, L = P + R.
+Shape suffixes: P prompt tokens, R response tokens, L = P + R.
 """
 
 from __future__ import annotations

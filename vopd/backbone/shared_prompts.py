@@ -5,8 +5,8 @@ one. Attention gets that by a mask, GatedDeltaNet by its two functions that look
 whose first outputs of a response reach back into the prompt, and the delta rule, which starts every response from the
 state behind the prompt. Gradients of the shared prompt add up by themselves.
 
-Legend: G rows (prompts), P longest prompt, n most responses of a prompt, R longest response, W = P + n R width of a
-row, B = G n responses, C channels, K width of the convolution.
+Shape suffixes: G rows (prompts), P longest prompt, n most responses of a prompt, R longest response, W = P + n R width
+of a row, B = G n responses, C channels, K width of the convolution.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", ["extract", "rows", "half a line", "parquet", "validate"])
-def test_a_killed_run_goes_on_and_ends_the_same(
+def test_a_killed_run_resumes_and_ends_the_same(
     at: str, prepared: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"

@@ -62,7 +62,7 @@ def test_aliases_are_bounded_by_what_they_expand_to(tmp_path: Path) -> None:
         (b"a: \xff\n", "line 1: not UTF-8"),
         ("a: 1\n".encode("utf-16"), "save it as UTF-8"),
         ("a: {b: 1, b: 2}\n", "line 1: the key 'b' is given twice"),
-        ("a:\n  true: 1\n", "line 2: 'true' is a key and no text"),
+        ("a:\n  true: 1\n", "line 2: 'true' is a key but not text"),
         ("? [a]\n: 1\n", "a list or mapping is a key"),
         ("a: 2026-02-30\n", None),
         ("a: *gone\n", "found undefined alias"),

@@ -166,7 +166,7 @@ def test_records_of_other_code_or_pictures_are_refused(
 
     def refused(by: str) -> bool:
         answer = evaluate.main(arguments)
-        return answer == 2 and f"do not go with those of now: {by}" in capsys.readouterr().err
+        return answer == 2 and f"do not match the current inputs: {by}" in capsys.readouterr().err
 
     content = json.loads(before)
     content["made_from"]["code vopd/views.py"] = "an older one"

@@ -112,7 +112,7 @@ def test_a_finished_run_without_its_text_is_written_again(fake: Fake, tmp_path: 
 
 
 @pytest.mark.parametrize("begun", ["metrics.jsonl", "rollouts"])
-def test_an_unfinished_run_goes_on_with_its_own_inputs_alone(fake: Fake, tmp_path: Path, begun: str) -> None:
+def test_an_unfinished_run_resumes_with_its_own_inputs_alone(fake: Fake, tmp_path: Path, begun: str) -> None:
     folder = tmp_path / "run"
     fake.code = 1
     assert start(folder) == 1

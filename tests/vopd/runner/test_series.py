@@ -203,7 +203,7 @@ def test_a_failing_run_stops_nothing_and_is_named(series: Series, tmp_path: Path
     assert series.started == [("dapo", 0), ("dapo", 1)]
 
 
-def test_an_interrupted_series_goes_on(series: Series, tmp_path: Path) -> None:
+def test_an_interrupted_series_resumes(series: Series, tmp_path: Path) -> None:
     series.fails["dapo"] = 130
     with pytest.raises(KeyboardInterrupt):
         series()

@@ -140,7 +140,7 @@ def test_the_drivers_own_word_on_a_lost_worker_comes_first(start: Start) -> None
     assert outcome.failure is not None and outcome.failure.sentence == "CUDA out of memory"
 
 
-def test_a_stopped_driver_is_told_of_and_goes_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_driver_is_reported_and_continues(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vopd.runner.monitor.STOPPED_SECONDS", 0.5)
     console = Console(file=StringIO(), width=500)
     script = (
