@@ -42,7 +42,7 @@ def overlong_penalty(
 
 @dataclass(frozen=True)
 class DAPO(Method):
-    """See the module's docstring."""
+    """Dynamic sampling, asymmetric clip, mean over tokens, penalty for overlong responses."""
 
     settings: Settings = field(default_factory=Settings)
 

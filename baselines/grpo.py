@@ -33,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class GRPO(Method):
-    """See the module's docstring."""
+    """Advantages normalised in the group, clipped policy gradient, mean per response."""
 
     settings: Settings = field(default_factory=Settings)
 

@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class OPSD(Method):
-    """See the module's docstring."""
+    """Divergence to a teacher whose prompt holds the answer."""
 
     settings: Settings = field(default_factory=Settings)
 

@@ -30,7 +30,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SFT(Method):
-    """See the module's docstring."""
+    """Likelihood of the kept answers; the others have no weight in the loss."""
 
     def prepare(self, rollouts: Rollouts) -> Mapping[str, torch.Tensor]:
         return {"kept": rollouts.correct_B & ~rollouts.truncated_B}

@@ -204,7 +204,7 @@ def audit(
 
 
 def write(folder: Path, record: dict[str, Any], small: dict[Key, np.ndarray], tested: int) -> None:
-    """audit.html and excluded.json; `UserError` where files by these names are someone's, or were edited."""
+    """audit.html and excluded.json; `UserError` where files of these names are the user's, or were edited."""
     owned = ownership.claim(folder, MAKER, NAMES, recognise=_made_before)
     rows = [
         {

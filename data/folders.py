@@ -1,7 +1,7 @@
 """A data set that is there already: whether a preparer has to be called for it, and whose it is.
 
 A preparer (`data.prepare`, called as `python -m PREPARER --out FOLDER`) is for an empty folder, or one that it made
-itself. Any other set belongs to someone: it is taken as it is if it was validated, and otherwise refused.
+itself. Any other set is the user's: it is used as it is if it was validated, and otherwise refused.
 """
 
 import hashlib

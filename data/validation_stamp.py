@@ -1,6 +1,6 @@
 """The stamp that a validated data folder carries: `validated.json`, with the hash of every split that was checked.
 
-`data.validate` writes it, training refuses a folder without it or with data that has changed since. It lies in the
+`data.validate` writes it, training refuses a folder without it or with data that has changed since. It is in the
 folder and holds no path, so it moves with the data.
 """
 
@@ -38,7 +38,7 @@ def remove(folder: Path) -> None:
 
 
 def current(folder: Path) -> bool:
-    """Whether there is a stamp of today's checks. Whether the data is still the same is told by `check`."""
+    """Whether there is a stamp of today's checks. `check` tells whether the data is still the same."""
     return bool((_read(folder) or {}).get("checks") == CHECKS)
 
 

@@ -94,7 +94,7 @@ def check(kind: type, values: Any, prefix: str = "") -> None:
     Args:
         kind: the dataclass that states the bounds, in its own fields and those of the dataclasses in it.
         values: an instance of it, or a DictConfig of its shape.
-        prefix: what stands before a key in the sentence, such as `method.`.
+        prefix: what precedes a key in the message, such as `method.`.
 
     Raises:
         UserError: names key, value and bound.

@@ -2,7 +2,7 @@
 
 Later ones go first: class defaults < profile < recipe < overrides. Overrides are in Hydra's grammar
 (`seed=1 method.top_k=20`); keys below `verl.` reach verl's own tree. Unknown keys, wrong types and values outside the
-bounds that stand beside the defaults are errors.
+bounds declared beside the defaults are errors.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ OPEN = ("verl", "rollout.chat_template")
 """Sections without a fixed set of keys: verl's own tree, which is checked later, and a chat template's arguments."""
 FIXED = {
     "recipe": "it is the first argument of the command",
-    "recipe_folder": "it is where the recipe's file lies",
+    "recipe_folder": "it is the folder of the recipe's file",
     "method.module": "it belongs to the recipe; write a recipe of your own for another module",
 }
 METHOD = "method"

@@ -249,7 +249,7 @@ def check(method: Method) -> Method:
 
 
 def place(method: Method, call: str) -> str:
-    """Where a method's function stands, `FILE, line N, in NAME`; empty if that is nowhere to be read."""
+    """Place of a method's function, `FILE, line N, in NAME`; empty if it is unknown."""
     function = getattr(type(method), call)
     try:
         return f"{inspect.getsourcefile(function)}, line {inspect.getsourcelines(function)[1]}, in {call}"

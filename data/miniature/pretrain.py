@@ -158,7 +158,7 @@ class Learner:
 
     # ---- 2. eyes
     def eyes_loss(self, step: int) -> Tensor:
-        """What stands in each cell of packed scenes, which cell is boxed, and all facts of crops."""
+        """What is in each cell of packed scenes, which cell is boxed, and all facts of crops."""
         scenes = self._scenes(1, step, 16, PACKED)
         loss = self._cells_loss(self.fast.see(pictures(scenes, "full")), scenes)
         scenes = [*scenes, *self._scenes(1, step + 5_000, 32)]

@@ -449,7 +449,7 @@ class Pipeline:
 
 
 def _made_before(file: Path) -> bool:
-    """Whether an earlier version wrote this file: it lies in the folder of a synthesis, by one of its names."""
+    """Whether an earlier version wrote this file: it is in a synthesis folder, under one of its names."""
     if not ((file.parent / "config.yaml").is_file() and (file.parent / "stages").is_dir()):
         return False
     return file.name in ("config.yaml", "lock", "train.parquet", "datasheet.md", validation_stamp.NAME)
@@ -475,7 +475,7 @@ def _bind(file: Path, config: DictConfig) -> None:
 
 
 def _image_files(folder: Path, out: Path) -> list[Record]:
-    """One item an image file; `out` may lie inside the folder."""
+    """One item an image file; `out` may be inside the folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give images=FOLDER.")
     files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]

@@ -1,4 +1,4 @@
-"""Extracts a gzipped tar archive, whole or in split parts, from someone we need not trust.
+"""Extracts a gzipped tar archive, whole or in split parts, from an untrusted source.
 
 The parts are read one after the other into decompression and tar parsing; nothing is joined on disk or in memory.
 `tarfile`'s own extraction is not used: its filters have had holes. Only regular files are written, by us, under names
@@ -181,7 +181,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, label: s
     except ValueError as error:
         raise refused(str(error)) from error
     file = target / name
-    # No link comes from the archive, but one may lie in the folder already.
+    # No link comes from the archive, but one may be in the folder already.
     if not file.parent.resolve().is_relative_to(target.resolve()) or file.is_symlink():
         raise refused("leads through a link out of the folder")
     if file.exists():

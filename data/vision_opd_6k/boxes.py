@@ -86,9 +86,9 @@ def problem(image: Image.Image, crop: Image.Image, box: Box | None) -> tuple[str
 
 
 def has_red_frame(image: Image.Image, box: Box) -> bool:
-    """Whether a red line runs along at least three sides of the box (or all those that lie in the image).
+    """Whether a red line runs along at least three sides of the box (or all those inside the image).
 
-    The line may lie inside the box by a twentieth of its longer side, or outside it by `_REACH`.
+    The line may be inside the box by a twentieth of its longer side, or outside it by `_REACH`.
     """
     x0, y0, x1, y1 = box
     inside, outside = (

@@ -117,7 +117,7 @@ def _code() -> str:
 
 
 class _Work:
-    """The stages after the files are there. What is done stands in work/state.json and work/rows.jsonl."""
+    """The stages after the files are there. Progress is kept in work/state.json and work/rows.jsonl."""
 
     def __init__(self, owned: ownership.Owned, revision: str) -> None:
         self.owned, self.out, self.revision = owned, owned.folder, revision

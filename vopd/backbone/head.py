@@ -50,7 +50,7 @@ class ScoringContext:
         chunk: rows projected at a time.
         scorers: by name, what is projected beside the student, without gradient.
         extras: per-token tensors (N, ...) that `score` wants, cut along with the chunk.
-        positions_N: where the scored hidden states lie in the flattened (batch * length) row; None if the
+        positions_N: where the scored hidden states are in the flattened (batch * length) row; None if the
             model was called with them as `logits_to_keep` (batch size 1) and the head gets no others.
 
     Raises:

@@ -22,9 +22,9 @@ THROWN = tuple(
 
 
 class GroupBuffer(verl_internals.ReplayBuffer):
-    """See the module's docstring.
+    """Counts what it discards, and decides only when all requested groups are finished.
 
-    on_poll: called at every look, with whether a group has failed; may raise what the trainer shall not wait for.
+    on_poll: called at every look, with whether a group has failed; may raise to end the wait.
     """
 
     on_poll: Callable[[bool], None] | None = None

@@ -38,7 +38,7 @@ CUT = "cut over ranks"
 
 
 def teacher_kind(store: str) -> str:
-    """The kind of file that holds a teacher's shards; `ema:0.05` cannot stand in a file name everywhere."""
+    """The kind of file that holds a teacher's shards; `ema:0.05` is not a valid file name everywhere."""
     return f"teacher_{store.replace(':', '_')}"
 
 

@@ -1,6 +1,6 @@
 """The trackers of a run, none of which can end it: one that fails is dropped, with a note on the terminal.
 
-metrics.jsonl, which is always written, holds everything they are told.
+metrics.jsonl, which is always written, holds everything they are sent.
 """
 
 from __future__ import annotations

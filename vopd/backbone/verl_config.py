@@ -27,7 +27,7 @@ def _resolvers() -> None:
 
 
 def verl_config(run: DictConfig) -> DictConfig:
-    """The resolved tree that verl's trainer is given; the run's settings stand in it under `vopd`.
+    """The resolved tree that verl's trainer is given; the run's settings are in it under `vopd`.
 
     Raises:
         UserError: a `verl.` override that verl's tree does not have.
@@ -72,7 +72,8 @@ def _merged(base: DictConfig, more: Any) -> DictConfig:
 def _plans(vopd: DictConfig, method: Method) -> dict[str, Any]:
     """Which file is answered in which views, before / after and during training. Test is never used in between.
 
-    What a scorer or the generating policy sees is answered too: a teacher's own accuracy stands beside its student's.
+    What a scorer or the generating policy sees is answered too: a teacher's own accuracy is reported beside its
+    student's.
     """
     folder, e = vopd.data.folder, vopd.evaluate
     final = [

@@ -36,7 +36,7 @@ def place() -> Path:
 
 
 def inside(path: str | Path) -> Path:
-    """A path of a setting: `.cache/...` lies in the cache's place, other relative paths in the checkout."""
+    """A path of a setting: `.cache/...` is in the cache's folder, other relative paths in the checkout."""
     parts = Path(path).parts
     return place().joinpath(*parts[1:]) if parts[:1] == (NAME,) else ROOT / path
 

@@ -68,7 +68,7 @@ class Failure:
     process: str = ""
 
     def line(self) -> str:
-        """The cause and where it lies, as one line."""
+        """The cause and its place, as one line."""
         return f"{self.sentence} [{self.where}]" if self.where else self.sentence
 
 
@@ -172,7 +172,7 @@ def last_line(text: str) -> str:
 
 
 def recipe_frame(texts: Iterable[str]) -> str:
-    """The innermost frame of printed tracebacks that lies in a recipe's module, with its source line."""
+    """The innermost frame of printed tracebacks that is in a recipe's module, with its source line."""
     for text in texts:
         for frame in reversed(list(_FRAME.finditer(_COLOUR.sub("", text)))):
             if is_recipe(Path(frame["file"])):
@@ -186,7 +186,7 @@ def is_recipe(file: Path) -> bool:
         return False
     if file.is_relative_to(ROOT):
         name = file.relative_to(ROOT)
-        # A method that ships with the package lies beside the modules that all methods share.
+        # A method that ships with the package is beside the modules that all methods share.
         beside = len(name.parts) == 2 and file.is_file() and METHOD in file.read_text(errors="replace")
         return name.parts[0] not in OURS or beside
     return not file.is_relative_to(sysconfig.get_path("stdlib"))

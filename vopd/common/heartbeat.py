@@ -1,7 +1,7 @@
 """Heartbeats of a run's processes: each writes every two seconds what it is doing, the terminal's process reads them.
 
 `start` runs a thread that writes RUN_DIR/vitals/PID.json: when it last ran, when the process's event loop last turned
-(if it has one), where the thread stands that called `start`, which call of a recipe it is in, and since when. A process
+(if it has one), where the thread that called `start` is, which call of a recipe it is in, and since when. A process
 that stops writing is stopped, or holds Python's lock in a call that does not come back; faulthandler, which needs no
 lock, then writes the stacks of all its threads to RUN_DIR/stacks/. Times are of CLOCK_MONOTONIC, which is one for all
 processes of a machine. Nothing here imports torch.
@@ -34,7 +34,7 @@ _calls: dict[int, tuple[str, float]] = {}  # thread -> the call of a recipe it i
 
 @contextlib.contextmanager
 def calling(what: str) -> Iterator[None]:
-    """Within the block this thread is in a call of somebody else's code, such as `score (FILE, line 3)`."""
+    """Within the block this thread is in a call of third-party code, such as `score (FILE, line 3)`."""
     thread = threading.get_ident()
     _calls[thread] = (what, time.monotonic())
     try:
@@ -96,7 +96,7 @@ class _Heart:
                 time.sleep(BEAT_SECONDS)
 
     def beat(self, stacks: Any) -> None:
-        """Write the file once; the stacks too where a call or the event loop stands still."""
+        """Write the file once; the stacks too where a call or the event loop is stuck."""
         now = time.monotonic()
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._turn)

@@ -217,7 +217,7 @@ def _file(file: Path) -> BinaryIO:
 def _has_metadata(stream: BinaryIO) -> bool:
     """Whether a PNG has a chunk in which Pillow looks for an orientation.
 
-    It may stand behind the pixels, where Pillow comes across it by decoding them only; a size should not cost that.
+    It may follow the pixels, where Pillow comes across it by decoding them only; a size should not cost that.
     """
     before = stream.tell()
     stream.seek(8)

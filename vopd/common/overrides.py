@@ -214,7 +214,7 @@ class Tree:
             raise UserError(fault)
 
     def _fault(self, key: str, value: Any) -> str | None:
-        """What is wrong with a key, given the value (a mapping, or not) that it shall have; None if nothing is."""
+        """What is wrong with a key, given the value (a mapping, or not) that it is to have; None if nothing is."""
         node: Any = self.settings
         *path, last = key.split(".")
         for name in path:
@@ -258,7 +258,7 @@ def said(error: BaseException) -> str:
 def check_interpolations(where: str, value: Any) -> None:
     """Refuse every `${...}` in user text but a reference to another key.
 
-    `${oc.env:...}` would write a variable of the environment, a secret perhaps, into the run's files.
+    `${oc.env:...}` would write a variable of the environment, possibly a secret, into the run's files.
 
     Args:
         where: the file or override, for the message.

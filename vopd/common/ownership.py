@@ -1,8 +1,8 @@
 """Whose a folder is: a command writes over what it made itself, and over nothing else.
 
 A command claims its folder before it writes. An empty or new one becomes its own. In one that holds something, every
-file must be one that the command wrote there itself and nobody changed since; anything else ends in a sentence, with
-nothing written or removed. What a command wrote stands in a ledger in the folder (`.vopd-files.jsonl`: name, size,
+file must be one that the command wrote there itself and that is unchanged since; anything else is an error, with
+nothing written or removed. What a command wrote is listed in a ledger in the folder (`.vopd-files.jsonl`: name, size,
 sha256 of every file, noted before the file gets its name, so that a kill at any point leaves no file unaccounted for).
 
 Files appear under their names when they are complete. Temporary names are unique, so two writers cannot mix; those of a
@@ -60,7 +60,7 @@ class Owned:
             partial.write_text(text, encoding="utf-8")
 
     def clear(self) -> None:
-        """Removes every file that the maker wrote here and nobody changed since."""
+        """Removes every file that the maker wrote here and that is unchanged since."""
         for name, known in _read(self.folder).files(self.maker).items():
             file = self._inside(name)
             if file.is_file() and _is_one_of(file, known):
@@ -133,7 +133,7 @@ def held(
     """`claim` of a whole folder which one process at a time may hold. A folder that is refused is not touched.
 
     Raises:
-        UserError: as `claim`; or another process holds the folder, unless this one shall wait for it.
+        UserError: as `claim`; or another process holds the folder, unless `wait` is set.
     """
     if not is_empty(folder) and not belongs(folder, maker, recognise):
         check(folder, maker, (), working, recognise)

@@ -322,14 +322,14 @@ def _check_parquet(file: Path) -> None:
 
 
 def _bottom(error: BaseException) -> BaseException:
-    """What lies at the bottom of an error."""
+    """The root cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
+    """The first line of an error's root cause."""
     cause = _bottom(error)
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 

@@ -95,7 +95,7 @@ class Benchmark:
         return list(self.cluster) if isinstance(self.cluster, list) else []
 
     def picture_columns(self) -> list[str]:
-        """The columns that stand in the name of a picture's file."""
+        """The columns that the name of a picture's file contains."""
         return PLACEHOLDER.findall(self.pictures or "")
 
 

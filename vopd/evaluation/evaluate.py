@@ -285,7 +285,7 @@ class Evaluation:
     def _made_from(self, questions: benchmark.Questions) -> dict[str, str]:
         """What decides an answer beside the settings: the code that asks, the files, this machine's libraries.
 
-        Scoring is not among them: figures are computed anew from the responses each time.
+        Scoring is not among them: figures are recomputed from the responses each time.
         """
         # vLLM loads the patches for CPUs by name.
         started = ("evaluation/server.py", "backbone/cpu/patches.py")

@@ -1,6 +1,6 @@
 """From scored records to a benchmark's figures: plain accuracy with its interval, and its official metrics beside it.
 
-All figures are fractions. What a benchmark wants stands in its YAML file (`metrics`).
+All figures are fractions. What a benchmark reports is in its YAML file (`metrics`).
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def compare(
 
 
 def _scored(folder: Path, scorer: str, judged: bool) -> dict[tuple[str, str], list[Record]]:
-    """(benchmark, view) -> records, read anew by the present parser."""
+    """(benchmark, view) -> records, parsed again by the current parser."""
     found: dict[tuple[str, str], list[Record]] = {}
     for file in sorted(folder.glob("*/records.jsonl")):
         name, spec = benchmark.find(file.parent.name)

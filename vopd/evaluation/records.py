@@ -136,7 +136,7 @@ def _record(fields: Any, where: str) -> Record:
         if key not in fields:
             raise UserError(f"{where} has no key '{key}'.")
         value = fields[key]
-        # bool is an int in Python; a token count of `true` is a mistake all the same.
+        # bool is an int in Python; a token count of `true` is a mistake nevertheless.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise UserError(f"{where}: key '{key}' holds {value!r}, which is of the wrong type.")
     details = {key: value for key, value in fields.items() if key not in _TYPES}

@@ -39,7 +39,7 @@ NAMES = {
     "report.html": b"<title>Comparison of ",
     "report.json": b'"verdict": ',
 }
-"""Files that are written, each with what stands at its beginning."""
+"""Files that are written, each with its first bytes."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def parse_arguments(arguments: Sequence[str]) -> Arguments:
 
 
 def write(c: Comparison, out: Path) -> None:
-    """table.md, report.html and report.json; `UserError` where files by these names are someone's, or were edited."""
+    """table.md, report.html and report.json; `UserError` where files of these names are the user's, or were edited."""
     results_folder(out, "out=...")
     owned = ownership.claim(out, MAKER, tuple(NAMES), recognise=_made_before)
     sheets = tables.sheets(c)

@@ -2,7 +2,7 @@
 
 summary.json, evaluations.jsonl, and the metrics and records packed with gzip; no weights, checkpoints or logs. The
 report reads it like the run folder itself. Packing is deterministic, so keeping a run again changes nothing; paths of
-the machine are cut to what lies in the repository.
+the machine are cut to the part inside the repository.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
 
     Raises:
         UserError: a run's recipe or profile is not a name of a folder; two runs would land in one place (one recipe and
-            seed with different settings), or a run lies there itself, or something else than this run's record, which
+            seed with different settings), or a run is there itself, or something other than this run's record, which
             is not written over.
     """
     targets: dict[Path, Run] = {}

@@ -20,7 +20,7 @@ from vopd.report.token_budget import EqualTokens
 class Comparison:
     """All that the pages are written from; groups in the order of the tables' rows, `tokens` of the first table's.
 
-    mixed: sentences on what differs between runs that were to be compared all the same; empty where all compare.
+    mixed: sentences on what differs between runs that were to be compared nevertheless; empty where all are comparable.
     """
 
     groups: list[Group]

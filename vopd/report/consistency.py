@@ -1,4 +1,4 @@
-"""Whether runs may stand in one table: the same data, base model, budget, judge, parser and questions.
+"""Whether runs may share a table: the same data, base model, budget, judge, parser and questions.
 
 A method may differ in its own settings and, as an ablation, in whatever its recipe says; what is listed here may not
 differ between any two rows. Runs of one recipe must also agree in every setting but the seed and in the code that made
@@ -49,7 +49,7 @@ def check(runs: Sequence[Run], mixed: bool = False) -> list[str]:
 
     Args:
         runs: at least one.
-        mixed: whether runs that differ are wanted in one table all the same.
+        mixed: whether runs that differ are wanted in one table nevertheless.
 
     Raises:
         UserError: the first difference, unless `mixed`. In any case when one run was given twice.

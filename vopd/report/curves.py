@@ -118,7 +118,7 @@ def _curve(axis: Axes, name: str, lines: Sequence[Line], colour: str, style: str
                 label=label,
             )
         return
-    # Places differ between seeds where they are tokens; then the points stand at their means.
+    # Places differ between seeds where they are tokens; then the points are at their means.
     places = [
         sum(column) / len(column) for column in zip(*([x for x, _ in line] for line in lines), strict=True)
     ]

@@ -26,7 +26,7 @@ REPLACED = "replaced"
 class Run:
     """One finished run.
 
-    kind: METHODS, or the folder below recipes/ that its recipe lies in, a name in KINDS. facts: "run" of its
+    kind: METHODS, or the folder below recipes/ that holds its recipe, a name in KINDS. facts: "run" of its
     summary.json (code, hashes, method, settings, times); cost: "cost" of it; collapse: flag -> steps.
     validation: step -> answers to the validation questions. metrics: lines of metrics.jsonl by step.
     """

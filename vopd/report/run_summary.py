@@ -186,7 +186,7 @@ def _cost(metrics: Sequence[Mapping[str, Any]]) -> Cost:
             if key.startswith("seconds/"):
                 phase = key.removeprefix("seconds/")
                 phases[phase] = phases.get(phase, 0.0) + float(value)
-    # Where the trainer times the whole step, the other phases lie inside it.
+    # Where the trainer times the whole step, the other phases are inside it.
     seconds = phases["step"] if "step" in phases else sum(phases.values())
 
     def total(*names: str) -> int:

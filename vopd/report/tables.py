@@ -31,7 +31,7 @@ def sheets(c: Comparison) -> list[Sheet]:
 
 
 def verdict(c: Comparison) -> str:
-    """What a reader would conclude, in at most three sentences; every figure stands in the tables."""
+    """What a reader would conclude, in at most three sentences; every figure is in the tables."""
     best = c.main.rows[0]
     full = best.measures["full"]
     sentences = [
@@ -134,7 +134,7 @@ def _accuracy_notes(c: Comparison, table: Table) -> list[str]:
 
 
 def mixed_notes(c: Comparison) -> list[str]:
-    """That and how the runs differ, where the caller wanted them in one table all the same."""
+    """That and how the runs differ, where the caller wanted them in one table nevertheless."""
     return [f"NOT COMPARABLE, put together on request: {sentence}" for sentence in c.mixed]
 
 
@@ -196,7 +196,7 @@ def _tokens(c: Comparison) -> Sheet:
             for name in ranked
         ],
         notes=[
-            "The largest number of tokens that lies between two validation points of every run; between points values "
+            "The largest number of tokens between two validation points of every run; between points values "
             "are interpolated. Discarded answers count. The validation questions are few: the intervals are wide.",
             *notes,
         ],
@@ -280,7 +280,7 @@ def _phases(c: Comparison) -> Sheet:
         title="Seconds by phase, mean over seeds (range)",
         columns=["method", *phases],
         rows=[row(g) for g in c.groups],
-        notes=["Phases as the trainer names them, the largest ones; they may lie inside one another."],
+        notes=["Phases as the trainer names them, the largest ones; they may be nested."],
     )
 
 

@@ -51,7 +51,7 @@ def points(run: Run) -> list[Point]:
 
 
 def equal_tokens(groups: Sequence[Group]) -> EqualTokens:
-    """Every method at the largest number of tokens that lies between two validation points of every run."""
+    """Every method at the largest number of tokens between two validation points of every run."""
     runs = [run for g in groups for run in g.runs]
     without = [str(run.folder) for run in runs if not points(run)]
     spans = [(found[0].tokens, found[-1].tokens) for run in runs if (found := points(run))]

@@ -5,8 +5,8 @@ ends the run: the message says what it was, and how it ended where that is known
 for, because a stopped process may be continued and a slow call may come back: stopped (SIGSTOP), no heartbeat for 20 s,
 an event loop or a call of the recipe that stands still for 20 s, no process that computes for 20 s (they wait for each
 other). Where all of that is in order but nothing has been finished for two minutes and for five times the run's longest
-step, and every process has stood in one place for a minute, that is said with these places: nobody outside can tell
-busy waiting from slow work.
+step, and every process has stood in one place for a minute, that is said with these places: from outside
+busy waiting cannot be distinguished from slow work.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ saving what it has. Finished steps don't count: a run continues for a minute wit
 
 @dataclass
 class Trouble:
-    """Something that is said, again after ever longer times, and taken back."""
+    """Something that is reported, again after ever longer times, and withdrawn."""
 
     began: float
     who: str
@@ -46,7 +46,7 @@ class Trouble:
 
 
 class Monitor:
-    """See the module's docstring.
+    """Reports processes of a run that are gone, stopped or stuck.
 
     Args:
         folder: of the run.

@@ -16,7 +16,7 @@ from pathlib import Path
 from vopd.common.terminal import say
 from vopd.errors import UserError
 
-YAML = """# {name}: what the run sets beside the profile; the defaults of `method` stand in {name}.py.
+YAML = """# {name}: what the run sets beside the profile; the defaults of `method` are in {name}.py.
 method:
   module: {name}.py
 """
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class {klass}(Method):
-    """See the module's docstring."""
+    """The teacher sees another view than the student; the loss is the mean over each response."""
 
     def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         """Shapes: C tokens of the chunk, V vocabulary. Logits are float32, temperature 1, not normalised."""

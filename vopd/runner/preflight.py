@@ -33,7 +33,7 @@ def check_parquet(
     """Refuse a split that is unreadable, empty, lacks a column, or holds something that is not an image.
 
     `path` names a parquet file, or shards of it (`data/schema.py`). Images are decoded in `sample` rows spread evenly
-    over the split, none above `pictures.MAX_PIXELS`. That every row is as it should be is told by the stamp of
+    over the split, none above `pictures.MAX_PIXELS`. That every row is valid is recorded by the stamp of
     `data.validate`.
     """
     columns = list(dict.fromkeys(("id", *columns, *image_columns)))

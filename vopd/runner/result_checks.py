@@ -18,7 +18,7 @@ def troubles(folder: Path, score: str = "") -> list[str]:
 
     Args:
         folder: of a run that has come to its end.
-        score: where the method's `score` stands.
+        score: the place of the method's `score`.
     """
     from vopd.report.run_summary import read_metrics  # pulls in scipy
 

@@ -33,14 +33,14 @@ FREE = (
     "hardware.devices_per_node",
     "hardware.nodes",
 )
-"""Keys, or sections, that a resumed run may be given anew. What model and data are is told by their hashes."""
+"""Keys, or sections, that may differ in a resumed run. Model and data are identified by their hashes."""
 
 
 def settings_of(folder: Path) -> dict[str, Any] | None:
     """The settings of the run that lives in a folder; None for a folder without one.
 
     Raises:
-        UserError: the folder is somebody else's: it holds files, and no run's config.yaml.
+        UserError: the folder is not a run's: it holds files, and no config.yaml of a run.
     """
     if not folder.exists():
         return None

@@ -1,4 +1,4 @@
-"""What a run's result is made from, as named parts with a hash each, so that no old result stands for new inputs.
+"""What a run's result is made from, as named parts with a hash each, so that no old result is shown for new inputs.
 
 The parts: every file of this repository that the training process imports (views, rollout, trainer, scoring, the
 method's module); every file of the user's own that the recipe's module imports or names, beside it or in packages of
@@ -46,10 +46,10 @@ class Run(Protocol):
     config: Any
 
     def data_hash(self) -> str:
-        """Hash of the splits."""
+        """Hash over the splits in the data folder."""
 
     def model_hash(self) -> str:
-        """Hash of the base model."""
+        """Hash over the base model's files."""
 
 
 def of(run: Run) -> Parts:

@@ -2,7 +2,7 @@
 
 Without recipes: all methods. Each run is what `bash scripts/run_recipe.sh RECIPE seed=K key=value ...` does, in a
 process and a run folder of its own, one after the other. A finished run is reused if its settings and all that it was
-made from (`vopd/common/fingerprint.py`) are those of now; otherwise it is said what differs, the old folder is moved to
+made from (`vopd/common/fingerprint.py`) are those of now; otherwise the difference is named, the old folder is moved to
 `replaced/` beside it, and the run is made again. A run that fails does not stop the others. After Ctrl-C the same
 command resumes.
 """

@@ -68,7 +68,7 @@ def run(
 ) -> Outcome:
     """Run `command` to its end. Ctrl-C asks it to keep what it has and end; a second one stops the whole process tree.
 
-    Processes that are gone, stopped or stuck are told of as `monitor` finds them. lock: the descriptor of the run
+    Processes that are gone, stopped or stuck are reported as `monitor` finds them. lock: the descriptor of the run
     folder's lock, which the run's processes hold too. tell: is called once with the failure of a run that fails, as
     soon as it is known; what was started is still ended then.
 
@@ -181,7 +181,7 @@ def _kept(run_dir: Path, lock: int | None) -> Iterator[None]:
         yield
     finally:
         reaper.communicate()
-        processes.end(processes.Marked(run_dir).look())  # should somebody have killed the reaper
+        processes.end(processes.Marked(run_dir).look())  # in case the reaper was killed
         shutil.rmtree(run_dir / heartbeat.FOLDER, ignore_errors=True)
         for file in (run_dir / heartbeat.STACKS).glob("*"):
             if not file.stat().st_size:
@@ -223,7 +223,7 @@ def python(*arguments: str) -> list[str]:
 class _Events:
     """Events as they are written; None where there is nothing new. Ends after the process has ended.
 
-    Iterating anew, after an interruption, continues after the last event.
+    Iterating again, after an interruption, continues after the last event.
     """
 
     def __init__(self, file: Path, child: subprocess.Popen[bytes]) -> None:
