@@ -3,8 +3,8 @@
     python benchmarks/evaluation.py [--model data/miniature/base] [--rows 512] [--rounds 3]
 
 Bare sends bodies that were written before. The harness reads each picture from its file, decodes and encodes it, parses
-the answer and appends a record. Both sides take turns after a warm-up, so that other load on the machine meets both;
-the ratio of the medians is printed.
+the answer and appends a record. Both sides take turns after a warm-up, so that other load on the machine
+meets both; the ratio of the medians is printed.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 PATH is a folder of splits (or one parquet file). Every row is read once, its images decoded, and compared with what a
 triplet promises; then the set as a whole. Findings are listed by kind with row ids. Kinds that block keep the folder
-from its stamp (`data/validation_stamp.py`), without which training refuses it. `--quarantine OUT` writes the rows
-without a blocking finding to OUT (a new folder, or one of an earlier quarantine), the others' ids and reasons to
+from its stamp (`data/validation_stamp.py`), without which training refuses it. `quarantine=OUT` writes the rows without
+a blocking finding to OUT (a new folder, or one of an earlier quarantine), the others' ids and reasons to
 OUT/quarantined.jsonl, and validates OUT.
 
 Memory does not grow with rows, but for an id (some tens of bytes) and a 64-bit image hash a row.

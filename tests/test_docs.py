@@ -7,6 +7,7 @@ from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
+import click
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -14,10 +15,11 @@ import skimage
 import torch
 from PIL import Image
 
-from data import audit, schema, synthesize, validate
+from data import audit, schema, validate
 from data.miniature import prepare as miniature
 from data.synthesis.config import load as synthesis_settings
 from data.vision_opd_6k import prepare as vision_opd_6k
+from vopd import cli
 from vopd.config import ROOT, load
 from vopd.errors import UserError
 from vopd.evaluation.benchmark import FOLDER, find
@@ -59,7 +61,7 @@ def commands(document: Path) -> list[list[str]]:
         for block in blocks(document, language)
         for line in block.split("\n")
     ]
-    found = [line for line in lines + inline(document) if re.match(r"(bash|python) ", line)]
+    found = [line for line in lines + inline(document) if re.match(r"(bash|python|vopd) ", line)]
     return [shlex.split(line, comments=True) for line in found]
 
 
@@ -70,6 +72,8 @@ def refusals(document: Path) -> list[str]:
         line = " ".join(words)
         if words[0] == "python":
             wrong += refused_module(words) if "-m" in words else refused_script(words)
+        elif words[0] == "vopd":
+            wrong += refused_command(words)
         elif not (ROOT / words[1]).is_file():
             wrong.append(f"{line}: no such script")
         elif words[1] == "scripts/run_recipe.sh" and words[2] != "--help":
@@ -83,19 +87,41 @@ def refusals(document: Path) -> list[str]:
 
 
 def refused_module(words: list[str]) -> list[str]:
-    line, name, rest = " ".join(words), words[words.index("-m") + 1], words[words.index("-m") + 2 :]
-    if find_spec(name) is None:
-        return [f"{line}: no such module"]
-    if name == "data.synthesize" and rest not in ([], ["--help"]):
-        synthesis_settings(rest)
-    elif name == "data.audit" and rest:
-        audit.arguments().parse_args(rest)
-    elif name == "vopd.report":
-        report_arguments(rest)
-    elif name == "vopd.evaluation.evaluate" and rest not in ([], ["--help"]):
-        for benchmark in settings_of(rest).benchmarks:
-            find(benchmark)
+    name = words[words.index("-m") + 1]
+    return [] if find_spec(name) is not None else [f"{' '.join(words)}: no such module"]
+
+
+def refused_command(words: list[str]) -> list[str]:
+    """A command of `vopd` that is not there, or whose settings it does not take."""
+    command, rest = words[1:2], words[2:]
+    if rest and isinstance(cli.cli.commands.get(command[0]), click.Group):
+        command, rest = words[1:3], words[3:]
+    found: click.Command | None = cli.cli
+    for name in command:
+        found = found.commands.get(name) if isinstance(found, click.Group) else None
+    if found is None:
+        return [f"{' '.join(words)}: no such command"]
+    if not rest or rest == ["--help"] or any(word.isupper() for word in rest):  # FOLDER stands for one
+        return []
+    checks = {
+        "data synthesize": synthesis_settings,
+        "data audit": lambda rest: audit.arguments().parse_args(cli._as_options(tuple(rest))),
+        "report": report_arguments,
+        "evaluate": lambda rest: [find(benchmark) for benchmark in settings_of(rest).benchmarks],
+        "run": lambda rest: load(rest[0], rest[1:]),
+        "check": lambda rest: load(rest[0], rest[1:]),
+        "compare": series.parse_arguments,
+    }
+    if check := checks.get(" ".join(command)):
+        check(rest)
     return []
+
+
+def ended(words: list[str]) -> int:
+    """The exit code of `vopd` with these arguments, in this process."""
+    with pytest.raises(SystemExit) as end:
+        cli.cli(words[1:], prog_name="vopd")
+    return int(end.value.code or 0)
 
 
 def refused_script(words: list[str]) -> list[str]:
@@ -109,10 +135,13 @@ def test_commands_name_what_exists_and_settings_that_a_run_takes(document: Path)
 
 def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
     document = tmp_path / "x.md"
-    document.write_text("Try `python -m vopd.nothing`:\n```bash\nbash scripts/nothing.sh   # now\n```\n")
+    document.write_text(
+        "Try `python -m vopd.nothing` or `vopd data nothing`:\n```bash\nbash scripts/nothing.sh   # now\n```\n"
+    )
     assert [line.split(":")[0] for line in refusals(document)] == [
         "bash scripts/nothing.sh",
         "python -m vopd.nothing",
+        "vopd data nothing",
     ]
 
 
@@ -211,21 +240,14 @@ def test_the_commands_of_the_data_page_run_one_after_the_other(
     layout.build(tmp_path / "published", 32)
     monkeypatch.setattr(miniature, "ROWS", {"train": 24, "validation": 4, "test": 4, "holdout": 4})
     monkeypatch.setattr(vision_opd_6k, "DEFAULTS", {"validation": 4, "test": 4, "seed": 0})
-    mains = {
-        "data.miniature.prepare": miniature.main,
-        "data.validate": validate.main,
-        "data.vision_opd_6k": lambda words: vision_opd_6k.main(words[1:]),
-    }
-    run = [words for words in commands(ROOT / "docs" / "data.md") if words[0] == "python"]
-    assert {words[2] for words in run} == set(mains)
+    run = [words for words in commands(ROOT / "docs" / "data.md") if words[0] == "vopd"]
+    assert {" ".join(words[1:3]) for words in run} == {"data prepare", "data validate"} and len(run) > 3
     monkeypatch.chdir(ROOT)
     for words in run:
         places = {"/data/published": tmp_path / "published", ".cache": tmp_path / "cache"}
         for stated, place in places.items():
-            words = [
-                word.replace(stated, str(place), 1) if word.startswith(stated) else word for word in words
-            ]
-        assert mains[words[2]](words[3:]) == 0, (words, capsys.readouterr())
+            words = [re.sub(rf"^(\w+=)?{re.escape(stated)}", rf"\g<1>{place}", word) for word in words]
+        assert ended(words) == 0, (words, capsys.readouterr())
     assert (tmp_path / "cache" / "vision_opd_6k" / "validated.json").is_file()
 
 
@@ -254,16 +276,12 @@ def test_the_commands_of_the_synthesis_page_run_one_after_the_other(
     blocks_run = [words for words in commands(ROOT / "docs" / "synthesis.md") if "--help" not in words]
     with helper("data/synthesis/stub_server.py").StubServer() as stub:
         more = [f"server.base_url={stub.url}", "filter.min_width=300", "filter.min_height=300"]
-        mains = {
-            "data.synthesize": lambda words: synthesize.main([*words, *more, "propose.per_image=1"]),
-            "data.validate": validate.main,
-            "data.audit": audit.main,
-        }
-        modules = [words[2] for words in blocks_run if words[1] == "-m"]
-        assert modules == list(mains)
+        called = [" ".join(words[1:3]) for words in blocks_run if words[0] == "vopd"]
+        assert called == ["data synthesize", "data validate", "data audit"]
         for words in blocks_run:
-            if words[1] == "-m":
-                assert mains[words[2]](words[3:]) == 0, words
+            if words[0] == "vopd":
+                given = [*more, "propose.per_image=1"] if words[2] == "synthesize" else []
+                assert ended([*words, *given]) == 0, words
     record = json.loads((tmp_path / "audits" / "vstar" / "excluded.json").read_text())
     assert (record["benchmark"], record["excluded"]) == ("V*", ["copy"])
     [example] = blocks(ROOT / "docs" / "synthesis.md", "json")
@@ -276,7 +294,7 @@ EVALUATION = ROOT / "docs" / "evaluation.md"
 
 
 def test_the_table_of_scoring_rules_is_what_its_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    (command,) = [words for words in commands(EVALUATION) if words[2] == "vopd.evaluation.scoring.table"]
+    (command,) = [words for words in commands(EVALUATION) if "vopd.evaluation.scoring.table" in words]
     assert scoring_table.main([str(ROOT / command[3])]) == 0
     printed = capsys.readouterr().out
     assert printed.count("\n") > 10 and printed in EVALUATION.read_text()
@@ -287,6 +305,18 @@ def test_every_benchmark_is_documented_with_its_number_of_questions() -> None:
     for file in FOLDER.glob("*.yaml"):
         (row,) = [line for line in text.split("\n") if line.startswith("|") and f"`{file.stem}`" in line]
         assert f"{find(file.stem)[1].rows:,}" in row
+
+
+# ---- docs/testing.md ------------------------------------------------------------------------------------------------
+
+
+def test_the_testing_page_counts_the_rows_and_names_every_marker(pytestconfig: pytest.Config) -> None:
+    page = (ROOT / "docs" / "testing.md").read_text()
+    rows = (ROOT / "tests/vopd/evaluation/crafted_responses.jsonl").read_text().count("\n")
+    assert f"holds {rows:,} model responses" in page
+    for marker in ("distributed", "e2e"):
+        assert any(line.startswith(f"{marker}:") for line in pytestconfig.getini("markers"))
+        assert f"| `{marker}` |" in page
 
 
 # ---- docs/comparing.md ----------------------------------------------------------------------------------------------
@@ -304,10 +334,10 @@ def test_the_commands_of_the_comparing_page_run_on_made_up_runs(
     monkeypatch.setattr("vopd.evaluation.statistics.RESAMPLES", 199)
     for recipe in ("vision_opd", "grpo"):
         synthetic.make_run(tmp_path / "runs" / "miniature", recipe, fixed=0.3)
-    run = [words for words in commands(COMPARING) if words[0] == "python"]
+    run = [words for words in commands(COMPARING) if words[:2] == ["vopd", "report"]]
     assert len(run) == 3
     for words in run:
-        assert report.main(words[3:]) == 0, words
+        assert ended(words) == 0, words
     named = re.findall(r"^\| `(\w+\.\w+)` \|", COMPARING.read_text(), re.MULTILINE)
     made = {file.name for file in (tmp_path / "runs" / "two").iterdir() if not file.name.startswith(".")}
     assert made == set(named)

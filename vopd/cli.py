@@ -93,7 +93,7 @@ def _command(
 
 @click.group(
     context_settings=HELP,
-    epilog="Examples: vopd run vision_opd seed=1 | vopd compare vision_opd grpo seeds=0,1,2 | "
+    epilog="Examples: vopd run RECIPE seed=1 | vopd compare RECIPE RECIPE seeds=0,1,2 | "
     "vopd report runs/miniature | vopd evaluate model=FOLDER 'benchmarks=[vstar]'. "
     "`vopd COMMAND --help` lists a command's settings.",
 )

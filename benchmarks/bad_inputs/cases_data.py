@@ -107,7 +107,7 @@ def _run_on(folder: Path) -> list[str]:
 
 def _dangling(folder: Path) -> list[str]:
     (folder / "eyes.py").symlink_to(folder / "elsewhere.py")
-    return ["new", "eyes", "--out", str(folder)]
+    return ["eyes", "--out", str(folder)]
 
 
 ID = "train-0-000001"

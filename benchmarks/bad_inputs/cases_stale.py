@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.bad_inputs import Case
 from vopd.config import load
-from vopd.runner import resuming
+from vopd.runner.run_folder import RunFolder
 
 RUN = ["vision_opd", "data.prepare=null"]
 
@@ -16,9 +16,7 @@ def finished(summary: str) -> Callable[[Path], list[str]]:
 
     def arguments(folder: Path) -> list[str]:
         (folder / "run").mkdir()
-        resuming.write_settings(
-            load("vision_opd", [argument for argument in RUN if "=" in argument]), folder / "run"
-        )
+        RunFolder(folder / "run").write_settings(load("vision_opd", [item for item in RUN if "=" in item]))
         (folder / "run" / "summary.json").write_text(summary)
         (folder / "run" / "summary.txt").write_text("the old result\n")
         return [*RUN, f"run_dir={folder / 'run'}"]

@@ -1,4 +1,4 @@
-"""Requests to an OpenAI-compatible server with bounded concurrency; every unusable reply gets a reason.
+"""Requests to an OpenAI-compatible server: bounded concurrency, and a reason for every unusable reply.
 
 A request ends in one of three ways. A *reply* is text. A *rejection* is the server's or the model's final answer to
 this item (refused, cut off, not JSON, a request it cannot take): it is recorded and not asked again. *No answer* (an

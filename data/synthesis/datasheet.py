@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from data.synthesis.journal import Journal
 from vopd.common.markdown import escaped, fenced
 from vopd.common.ownership import Owned
 
-if TYPE_CHECKING:
-    from data.synthesis.pipeline import Stage
-
 MILLION = 1e6
+
+
+@dataclass
+class Stage:
+    """What the datasheet says of a stage."""
+
+    name: str
+    taken: int
+    journal: Journal
+    unanswered: list[str] = field(default_factory=list)
 
 
 def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict[str, Any]]) -> None:

@@ -16,7 +16,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +26,9 @@ from tqdm import tqdm
 
 from data import schema, transforms, validation_stamp
 from data.synthesis import config as settings
-from data.synthesis import prompts, proposers
+from data.synthesis import datasheet, prompts, proposers
 from data.synthesis.client import Client, RejectedError, Request, ask_all, read_json
+from data.synthesis.datasheet import Stage
 from data.synthesis.journal import Journal, Record
 from vopd.common import fingerprint, ownership
 from vopd.common import images as pictures
@@ -75,16 +75,6 @@ UNMOVING = (
     "vopd/views.py",
 )
 """Code that the pipeline imports and that no row depends on."""
-
-
-@dataclass
-class Stage:
-    """What the datasheet says of a stage."""
-
-    name: str
-    taken: int
-    journal: Journal
-    unanswered: list[str] = field(default_factory=list)
 
 
 class Pipeline:
@@ -427,8 +417,6 @@ class Pipeline:
         return changed
 
     def _write(self, items: list[Record]) -> int:
-        from data.synthesis.datasheet import write as write_datasheet
-
         common = {
             "answer_type": "letter",
             "source": self.config.source,
@@ -441,7 +429,7 @@ class Pipeline:
             rows.append({**item["row"], **cells, **common, "id": item["id"]})
         if rows:
             schema.write(rows, self.out / "train.parquet", owned=self.owned)
-        write_datasheet(self.owned, self.config, self.stages, rows)
+        datasheet.write(self.owned, self.config, self.stages, rows)
         return len(rows)
 
     def _relative(self, file: Path) -> str:

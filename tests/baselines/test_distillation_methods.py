@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vopd.backbone.trainer import row_fields, step_rollouts
+from vopd.backbone.step_rows import row_fields, step_rollouts
 from vopd.config import load
 from vopd.errors import UserError
 from vopd.method import Method, ScoreChunk, UpdateBatch, build, final_views

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from baselines.dapo import overlong_penalty
 from vopd.backbone import policy_gradient
-from vopd.backbone.trainer import row_fields, step_rollouts
+from vopd.backbone.step_rows import row_fields, step_rollouts
 from vopd.method import ADVANTAGES, Rollouts, ScoreChunk, UpdateBatch, build, final_views
 
 LENGTHS = [3, 5, 2, 4]

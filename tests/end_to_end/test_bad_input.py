@@ -10,7 +10,8 @@ import pytest
 
 from data import validation_stamp
 from vopd.common.terminal import Terminal
-from vopd.runner import resuming, run, supervisor
+from vopd.runner import run, supervisor
+from vopd.runner.run_folder import RunFolder
 
 Overrides = Callable[..., list[str]]
 
@@ -114,7 +115,7 @@ def test_a_folder_with_a_run_of_other_settings(
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    resuming.write_settings(run.Run("vision_opd", overrides_for(folder), Terminal()).config, folder)
+    RunFolder(folder).write_settings(run.Run("vision_opd", overrides_for(folder), Terminal()).config)
     (folder / "metrics.jsonl").touch()
     assert "another seed: 0 then, 5 now" in refusal("seed=5")
     assert "another train.lr" in refusal("train.lr=1e-5")

@@ -12,7 +12,8 @@ from omegaconf import OmegaConf
 
 from data import schema
 from data.miniature import prepare
-from vopd.evaluation.benchmark import FOLDER, ROOT
+from vopd.common.paths import ROOT
+from vopd.evaluation.benchmark import FOLDER
 from vopd.evaluation.records import Record, read_records
 from vopd.report.run_folders import find, read
 

@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import field, fields, is_dataclass, make_dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,7 @@ def assignments(tree: ast.AST) -> dict[str, str]:
     return known
 
 
+@cache
 def keys_read() -> set[str]:
     """Dotted tails of everything that code or verl's mapping reads: `train.steps`, `seed`, ..."""
     found = set()
@@ -176,13 +178,15 @@ def keys_read() -> set[str]:
             continue
         tree = ast.parse(path.read_text())
         alias = assignments(tree)
+        strings = {
+            n.value for n in ast.walk(tree) if isinstance(n, ast.Constant) and isinstance(n.value, str)
+        }
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute) and (dotted := chain(node)):
                 head, _, tail = dotted.partition(".")
                 found.add(f"{alias.get(head, head)}.{tail}")
             elif isinstance(node, ast.Subscript) and (dotted := chain(node.value)):
-                strings = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
-                found |= {f"{dotted}.{s}" for s in strings if isinstance(s, str)}
+                found |= {f"{dotted}.{s}" for s in strings}
     for path in MAPPINGS:
         found |= set(re.findall(r"\$\{(?:\w+:)?(vopd[\w.]+)", path.read_text()))
         found |= set(re.findall(r"\$\{(vopd[\w.]+)\}", path.read_text()))

@@ -22,6 +22,7 @@ ALLOWED = {
     ("vopd/runner/run.py", "vision_opd"),
     ("data/vision_opd_6k", "vision_opd"),
     ("data/folders.py", "vision_opd"),
+    ("vopd/cli.py", "vision_opd"),  # the data set
 }
 VALUES = {
     "weights": {*contract.WEIGHTS, *contract.ROLLOUT_WEIGHTS},

@@ -1,6 +1,6 @@
 """The training process: starts Ray, runs verl's task runner with our trainer, leaves a sentence if it fails.
 
-Run by `vopd.runner.run` as `python -m vopd.backbone.launch RUN_DIR`; reads RUN_DIR/config.yaml. verl would start its
+`vopd run` starts it as `python -m vopd.backbone.launch RUN_DIR`; it reads RUN_DIR/config.yaml. verl would start its
 task runner as one more Ray actor; it runs here instead, which saves a process and its imports.
 """
 

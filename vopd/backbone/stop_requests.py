@@ -1,8 +1,8 @@
 """A request to stop, as a signal: at once where nothing would be lost, else at the next point where a run can be kept.
 
-`vopd.runner.run` sends SIGTERM to the training process for the first Ctrl-C or SIGTERM that it gets. While the trainer
-is loading, `Stopped` is raised on the spot. Inside `patiently` it is raised by the next `check`: where the trainer
-waits for rollouts, before an update begins, and after it has ended; the trainer then saves the last finished update.
+`vopd run` sends SIGTERM to the training process for the first Ctrl-C or SIGTERM that it gets. While the trainer is
+loading, `Stopped` is raised on the spot. Inside `patiently` it is raised by the next `check`: where the trainer waits
+for rollouts, before an update begins, and after it has ended; the trainer then saves the last finished update.
 """
 
 from __future__ import annotations

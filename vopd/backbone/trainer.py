@@ -9,54 +9,44 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import json
-import math
-import shutil
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-import torch
 import transfer_queue as tq
-from safetensors import SafetensorError
 from tensordict import TensorDict
 from transfer_queue import KVBatchMeta
 from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from vopd import method as contract
-from vopd.backbone import checkpoints, recorded_rollouts, stop_requests, verl_internals
-from vopd.backbone.dataset import TripletDataset
-from vopd.backbone.policy_gradient import advantages
+from vopd.backbone import recorded_rollouts, stop_requests, verl_internals
+from vopd.backbone.evaluations import Evaluations
 from vopd.backbone.progress import Progress
+from vopd.backbone.prompt_stream import PromptStream
 from vopd.backbone.replay_buffer import GroupBuffer
 from vopd.backbone.rollout import early_workers, training_limit
 from vopd.backbone.rollout_servers import ServerManager
 from vopd.backbone.run_history import History
+from vopd.backbone.saving import Finished, Saving
+from vopd.backbone.step_rows import arrange, records_of, row_fields, sort_key, step_rollouts, store
 from vopd.backbone.tracking import Trackers
+from vopd.backbone.update_record import update_line
 from vopd.backbone.worker import MethodWorker
 from vopd.common.collapse import collapse_flags
-from vopd.common.failures import ExplainedError, Failure, explain
-from vopd.errors import UserError
-from vopd.evaluation.records import read_records, write_records
-from vopd.method import Method, Rollouts, calling
-from vopd.method_checks import checked, checked_rewards
+from vopd.common.failures import ExplainedError, Failure
+from vopd.errors import TrainingError
+from vopd.method import calling
+from vopd.method_checks import checked_rewards
 
 NAME = "vopd"
-STATE, DATA, ACTOR = "trainer.json", "data.pt", "actor"  # in a checkpoint, beside the run's config.yaml
-SAVING_SHARE = 0.1  # of the time at most goes to checkpoints that are made because of the time
 LOOK_SECONDS = 5.0
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
 UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "rendered")
-
-
-class TrainingError(RuntimeError):
-    """Training cannot go on; the message says why and what is kept."""
 
 
 @verl_internals.register_trainer(NAME)
@@ -68,18 +58,19 @@ class Trainer(verl_internals.PPOTrainerSync):
         self.run_dir = Path(self.vopd.run_dir)
         self.method = contract.of(self.vopd)
         self.progress = Progress(self.run_dir)
-        self.prompts_drawn = 0
+        self.prompts = PromptStream()
         self.refilled = 0
         self.skipped_in_a_row = 0
         self.first_line: dict[str, Any] | None = None
         self.thrown: dict[str, int] = {}
         self.unwritten: Callable[[], dict[str, Any]] | None = None
         self.history = History(self.run_dir)
-        self.checkpoints = self.run_dir / "checkpoints"
-        self.saved_at, self.save_seconds = time.monotonic(), 0.0
+        self.saving = Saving(self.run_dir, self.vopd.train)
+        self.evaluations = Evaluations(
+            self.run_dir, int(self.vopd.evaluate.batch), self.history, self.progress, self._answer
+        )
         self.finished: Finished | None = None
         self.resumed_line: dict[str, Any] | None = None
-        self.train_dataloader_it: Any = None
         self.until_death: list[Any] = []
         self.looked_at_workers = 0.0
         self.recorded = self._recorded()
@@ -135,38 +126,14 @@ class Trainer(verl_internals.PPOTrainerSync):
     def _next_train_batch(self, num_prompts: int | None = None) -> Any:
         views = ",".join(self.method.views)
         if self.recorded is None:
-            rows = self._draw(num_prompts or self.vopd.train.prompts)
-            batch = self._requests(rows, [views] * len(rows))
+            rows = self.prompts.draw(self.train_dataloader, num_prompts or self.vopd.train.prompts)
+            batch = self.prompts.requests(rows, [views] * len(rows))
         else:
             groups, self.recorded_seconds = recorded_rollouts.read(self.recorded, self.global_steps)
-            rows = [self._row(group.row_id) for group in groups]
-            batch = self._requests(rows, [views] * len(rows), groups)
+            rows = [self.prompts.row(self.train_dataset, group.row_id, self.recorded) for group in groups]
+            batch = self.prompts.requests(rows, [views] * len(rows), groups)
         verl_internals.assign_non_tensor(batch, global_steps=self.global_steps)
         return batch
-
-    def _draw(self, count: int) -> list[dict[str, Any]]:
-        """The next rows of the prompt stream; `count` is a multiple of the loader's batch."""
-        rows: list[dict[str, Any]] = []
-        while len(rows) < count:
-            if self.train_dataloader_it is None:
-                self.train_dataloader_it = iter(self.train_dataloader)
-            drawn = next(self.train_dataloader_it, None)
-            if drawn is None:
-                self.train_dataloader_it = iter(self.train_dataloader)
-                drawn = next(self.train_dataloader_it, None)
-            if drawn is None:
-                raise UserError(
-                    f"train.prompts={count}: the training file has fewer rows; take fewer prompts."
-                )
-            rows.extend(drawn["row"])
-        return rows
-
-    def _row(self, row_id: str) -> dict[str, Any]:
-        if not hasattr(self, "_places"):
-            self._places = {name: place for place, name in enumerate(self.train_dataset.rows["id"])}
-        if row_id not in self._places:
-            raise UserError(f"{self.recorded}: row {row_id} is not in the training data; take the same data.")
-        return self.train_dataset.row(self._places[row_id])
 
     def _add_prompts_to_generate(self, num_prompts: int) -> int:
         """verl asks for prompts in place of filtered groups; it would do so for ever."""
@@ -180,31 +147,6 @@ class Trainer(verl_internals.PPOTrainerSync):
             )
         return super()._add_prompts_to_generate(num_prompts)
 
-    def _requests(
-        self,
-        rows: list[dict[str, Any]],
-        views: list[str],
-        groups: list[recorded_rollouts.Group] | None = None,
-    ) -> Any:
-        """Rows as verl's prompt batch. Keys count upwards, so that sorting them is sorting the prompt stream.
-
-        views: per row, the views to render, joined by commas; the first one generates.
-        groups: responses to take instead of generating.
-        """
-        recorded = {"recorded": [{"tokens": g.tokens, "log_probs": g.log_probs} for g in groups or []]}
-        uids = [f"{self.prompts_drawn + i:010d}" for i in range(len(rows))]
-        self.prompts_drawn += len(rows)
-        return verl_internals.get_tensordict(
-            {
-                "row": rows,
-                "views": views,
-                "uid": uids,
-                "index": list(range(len(rows))),
-                "dummy_tensor": torch.zeros(len(rows), 1, dtype=torch.uint8),
-                **(recorded if groups else {}),
-            }
-        )
-
     def _generate_ahead(self) -> None:
         """All rollouts of the run from the weights as they are, one file a step; whole files are kept."""
         folder, steps = self.run_dir / "rollouts", self.total_training_steps
@@ -213,32 +155,18 @@ class Trainer(verl_internals.PPOTrainerSync):
         if self.global_steps:
             raise TrainingError(f"{folder} lacks rollouts of the initial weights; remove {self.run_dir}.")
         for step in range(1, steps + 1):
-            rows = self._draw(self.vopd.train.prompts)
+            rows = self.prompts.draw(self.train_dataloader, self.vopd.train.prompts)
             if not recorded_rollouts.path(folder, step).exists():
                 start = time.perf_counter()
-                batch = self._requests(rows, [self.method.rollout.view] * len(rows))
+                batch = self.prompts.requests(rows, [self.method.rollout.view] * len(rows))
                 verl_internals.assign_non_tensor(batch, global_steps=step)
                 self._submit_batch_to_rollout(batch)
                 done, _ = self.replay_buffer.sample(
                     global_steps=step, partition_id="train", batch_size=len(rows)
                 )
-                self._store(self._complete(done, len(rows)), folder, step, time.perf_counter() - start)
+                store(self._complete(done, len(rows)), folder, step, time.perf_counter() - start)
                 tq.kv_clear(keys=done.keys, partition_id="train")
             self.progress.generation(step, steps)
-
-    def _store(self, batch: KVBatchMeta, folder: Path, step: int, seconds: float) -> None:
-        """Write a step's rollouts in canonical order."""
-        keys = sorted(batch.keys, key=_sort_key)
-        fields = ["record", "responses", "rollout_log_probs"]
-        data = tq.kv_batch_get(keys=keys, partition_id=batch.partition_id, select_fields=fields)
-        groups: list[recorded_rollouts.Group] = []
-        columns = (data["record"], data["responses"].unbind(), data["rollout_log_probs"].unbind())
-        for key, record, tokens_R, log_probs_R in zip(keys, *columns, strict=True):
-            if _sort_key(key)[1] == 0:
-                groups.append(recorded_rollouts.Group(verl_internals.plain(record)["id"], [], []))
-            groups[-1].tokens.append(tokens_R.tolist())
-            groups[-1].log_probs.append(log_probs_R.tolist())
-        recorded_rollouts.write(folder, step, groups, seconds)
 
     # ---- one step -----------------------------------------------------------------------------------------------
 
@@ -251,10 +179,14 @@ class Trainer(verl_internals.PPOTrainerSync):
                 global_steps=self.global_steps, partition_id="train", batch_size=sample_batch_size
             )
             self.on_sample_end()
-        batch = self._arrange(self._complete(batch, sample_batch_size))
+        batch = arrange(
+            self._complete(batch, sample_batch_size),
+            self.resource_pool_manager.get_n_gpus(),
+            self.vopd.train.updates_per_batch,
+        )
         batch.extra_info["temperature"] = 1.0
         if self.vopd.rollout.record:
-            self._store(batch, self.run_dir / "rollouts", self.global_steps, timing_raw["gen"])
+            store(batch, self.run_dir / "rollouts", self.global_steps, timing_raw["gen"])
         with marked_timer("prepare", timing_raw):
             prepared = self._prepare(batch, metrics)
         stop_requests.check()  # from here on the weights are under way to those of the next update
@@ -264,8 +196,8 @@ class Trainer(verl_internals.PPOTrainerSync):
 
     def _prepare(self, batch: KVBatchMeta, metrics: dict[str, Any]) -> list[str]:
         """Rewards, and what the method makes of the whole step; names of the fields that the rows were given."""
-        keys = sorted(batch.keys, key=_sort_key)
-        records = self._records(keys, batch.partition_id)
+        keys = sorted(batch.keys, key=sort_key)
+        records = records_of(keys, batch.partition_id)
         rollouts = step_rollouts(keys, records, training_limit(self.vopd))
         with calling(self.method, "rewards"):
             rewards_B = checked_rewards(self.method.rewards(rollouts), len(keys))
@@ -281,10 +213,6 @@ class Trainer(verl_internals.PPOTrainerSync):
             )
         return list(fields)
 
-    def _records(self, keys: list[str], partition_id: str) -> list[dict[str, Any]]:
-        data = tq.kv_batch_get(keys=keys, partition_id=partition_id, select_fields=["record"])
-        return [dict(verl_internals.plain(record)) for record in data["record"]]
-
     def _complete(self, batch: KVBatchMeta, prompts: int) -> KVBatchMeta:
         """All rollouts of all prompts, or a sentence: verl would fill the place of a failed group with padding."""
         expected = prompts * self.config.actor_rollout_ref.rollout.n
@@ -293,26 +221,6 @@ class Trainer(verl_internals.PPOTrainerSync):
                 f"Step {self.global_steps}: {expected - len(batch)} of {expected} rollouts failed; the cause is in "
                 f"{self.run_dir / 'log.txt'}."
             )
-        return batch
-
-    def _arrange(self, batch: KVBatchMeta) -> KVBatchMeta:
-        """Canonical order (prompt stream, rollout index), then equal shares per rank inside each mini-batch.
-
-        A mini-batch holds the same rows for every number of ranks; within it, ranks get balanced token counts.
-        """
-        ranks = self.resource_pool_manager.get_n_gpus()
-        order = sorted(range(len(batch)), key=lambda i: _sort_key(batch.keys[i]))
-        size = len(batch) // self.vopd.train.updates_per_batch
-        shares: dict[int, list[int]] = defaultdict(list)
-        for start in range(0, len(batch), size):
-            mini = order[start : start + size]
-            lengths = [batch.tags[i]["seq_len"] for i in mini]
-            parts = verl_internals.get_seqlen_balanced_partitions(
-                lengths, k_partitions=ranks, equal_size=True
-            )
-            for rank, part in enumerate(parts):
-                shares[rank].extend(mini[j] for j in sorted(part))
-        batch.reorder([i for rank in range(ranks) for i in shares[rank]])
         return batch
 
     def _update_actor(
@@ -342,7 +250,7 @@ class Trainer(verl_internals.PPOTrainerSync):
         if self.skipped_in_a_row >= self.vopd.train.max_skipped_updates:
             raise TrainingError(
                 f"{self.skipped_in_a_row} updates in a row had a non-finite gradient and were skipped; stopped at "
-                f"step {self.global_steps}. The last checkpoint is in {self.checkpoints}."
+                f"step {self.global_steps}. The last checkpoint is in {self.saving.folder}."
             )
 
     # ---- the record ---------------------------------------------------------------------------------------------
@@ -363,7 +271,7 @@ class Trainer(verl_internals.PPOTrainerSync):
     def _finish_update(self, line: dict[str, Any]) -> None:
         """What a checkpoint of the update just made holds beside weights; kept, for it may be written later."""
         state = {
-            "prompts_drawn": self.prompts_drawn,
+            "prompts_drawn": self.prompts.drawn,
             "skipped_in_a_row": self.skipped_in_a_row,
             "line": line,
         }
@@ -375,27 +283,20 @@ class Trainer(verl_internals.PPOTrainerSync):
         self, batch: KVBatchMeta, metrics: dict[str, Any], timing_raw: dict[str, float]
     ) -> dict[str, Any]:
         """What metrics.jsonl says about the update that was just made."""
-        records = self._records(batch.keys, batch.partition_id)
-        lengths = [r["response_tokens"] for r in records]
         seconds = dict(timing_raw)
         if self.recorded is not None:  # what it cost to generate them belongs to the step that trains on them
             for phase in ("gen", "step"):
                 seconds[phase] += self.recorded_seconds
-        line = {
-            "step": self.global_steps,
-            "epoch": (self.global_steps - 1) // self.steps_per_epoch,
-            "prompts": len(batch) // self.config.actor_rollout_ref.rollout.n,
-            "rollouts": len(batch),
-            "tokens_generated": sum(lengths) + self.thrown["tokens_evicted"] + self.thrown["tokens_surplus"],
-            **self.thrown,
-            "tokens_prompt": sum(t["prompt_len"] for t in batch.tags if "prompt_len" in t),
-            "response_length": sum(lengths) / len(lengths),
-            "response_length_max": max(lengths),
-            "truncated": sum(r["truncated"] for r in records) / len(records),
-            "rollout_accuracy": sum(r["correct"] for r in records) / len(records),
-            **_renamed(metrics),
-            **{f"seconds/{k}": v for k, v in seconds.items()},
-        }
+        line = update_line(
+            self.global_steps,
+            (self.global_steps - 1) // self.steps_per_epoch,
+            self.config.actor_rollout_ref.rollout.n,
+            records_of(batch.keys, batch.partition_id),
+            batch.tags,
+            self.thrown,
+            metrics,
+            seconds,
+        )
         self.first_line = self.first_line or self.history.first_update() or line
         return line | {f"collapse/{k}": int(v) for k, v in collapse_flags(line, self.first_line).items()}
 
@@ -415,7 +316,7 @@ class Trainer(verl_internals.PPOTrainerSync):
         self.unwritten = None
         self.progress.step(global_steps, self.total_training_steps, line)
         self._finish_update(line)
-        if self._save_is_due():
+        if self.saving.due(self.global_steps, self.total_training_steps):
             self._save_checkpoint()
 
     # ---- evaluation ---------------------------------------------------------------------------------------------
@@ -426,50 +327,20 @@ class Trainer(verl_internals.PPOTrainerSync):
         A run that resumes makes up for the evaluation that its checkpoint was written before.
         """
         if self.global_steps == 0:
-            return self._evaluate("before", self.vopd.evaluate.final)
+            return self.evaluations.make("before", 0, self.vopd.evaluate.final)
         last = self.global_steps >= self.total_training_steps
         found = {"evaluation/none": 0.0}  # verl wants some figure
         if last or self.global_steps % self.config.trainer.test_freq == 0:
             plan = self.vopd.evaluate.final if last else self.vopd.evaluate.during
-            found = self._evaluate("after" if last else f"step{self.global_steps}", plan)
+            name = "after" if last else f"step{self.global_steps}"
+            found = self.evaluations.make(name, self.global_steps, plan)
         if self.resumed_line:
             self.history.add_update(self.resumed_line | found)
             self.resumed_line = None
         return found
 
-    def _evaluate(self, name: str, plan: Any) -> dict[str, float]:
-        """Greedy answers of the current weights to every (file, view) of the plan; one record per question."""
-        path = self.run_dir / "records" / f"{name}.jsonl"
-        start = time.perf_counter()
-        if not path.exists():
-            write_records(path, self._answers(name, plan))
-        groups: dict[str, list[bool]] = defaultdict(list)
-        for record in read_records(path).records:
-            groups[f"{record.split}/{record.view}"].append(record.correct)
-        accuracy = {f"evaluation/{k}": sum(v) / len(v) for k, v in groups.items()}
-        self.history.add_evaluation(
-            {"name": name, "step": self.global_steps, "seconds": time.perf_counter() - start, **accuracy}
-        )
-        return accuracy
-
-    def _answers(self, name: str, plan: Any) -> list[dict[str, Any]]:
-        requests = [
-            (rows, index, view)
-            for part in plan
-            for rows in [TripletDataset(str(part.file), None, None, max_samples=int(part.rows))]
-            for index in range(len(rows))
-            for view in part.views
-        ]
-        records: list[dict[str, Any]] = []
-        size = int(self.vopd.evaluate.batch)
-        for first in range(0, len(requests), size):
-            batch = [(rows.row(index), view) for rows, index, view in requests[first : first + size]]
-            records += self._answer(batch)
-            self.progress.evaluation(name, len(records), len(requests))
-        return records
-
     def _answer(self, requests: list[tuple[dict[str, Any], str]]) -> list[dict[str, Any]]:
-        batch = self._requests([row for row, _ in requests], [view for _, view in requests])
+        batch = self.prompts.requests([row for row, _ in requests], [view for _, view in requests])
         verl_internals.assign_non_tensor(batch, global_steps=self.global_steps, validate=True)
         tags = [{"is_prompt": True, "status": "pending", "global_steps": self.global_steps} for _ in requests]
         tq.kv_batch_put(keys=list(batch["uid"]), partition_id="val", tags=tags)
@@ -482,59 +353,28 @@ class Trainer(verl_internals.PPOTrainerSync):
                 f"Evaluation: {len(requests) - len(done)} of {len(requests)} questions failed; the cause is in "
                 f"{self.run_dir / 'log.txt'}."
             )
-        keys = sorted(done.keys, key=_sort_key)
-        records = self._records(keys, "val")
+        keys = sorted(done.keys, key=sort_key)
+        records = records_of(keys, "val")
         tq.kv_clear(keys=keys, partition_id="val")
         return records
 
     # ---- checkpoints and the end --------------------------------------------------------------------------------
 
-    def _save_is_due(self) -> bool:
-        """By count, by time, and after the last update; not twice for one update."""
-        if self._newest() == self.global_steps:
-            return False
-        passed = time.monotonic() - self.saved_at
-        by_time = passed > max(60 * self.vopd.train.save_minutes, self.save_seconds / SAVING_SHARE)
-        by_count = self.vopd.train.save_every > 0 and self.global_steps % self.vopd.train.save_every == 0
-        return by_time or by_count or self.global_steps >= self.total_training_steps
-
-    def _newest(self) -> int:
-        return max((checkpoint.step for checkpoint in checkpoints.found(self.checkpoints)), default=0)
-
     def _save_checkpoint(self) -> None:
         """Everything that the run resumes from, as it was after the last finished update; replaces verl's."""
         assert self.finished is not None
-        start, step = time.monotonic(), self.finished.step
-        try:
-            with checkpoints.writing(self.checkpoints, step) as folder:
-                self.actor_rollout_wg.save_checkpoint(str(folder / ACTOR), None, step)
-                torch.save(self.finished.data_state, folder / DATA)
-                (folder / STATE).write_text(json.dumps(self.finished.state), encoding="utf-8")
-                shutil.copyfile(self.run_dir / "config.yaml", folder / "config.yaml")
-        except (OSError, SafetensorError) as error:
-            newest = self._newest()
-            kept = f"the last one is of update {newest}" if newest else "there is none yet"
-            raise TrainingError(
-                f"The checkpoint of update {step} could not be written to {self.checkpoints} "
-                f"({explain(error).sentence}); {kept}. Make room there and run the same command again."
-            ) from error
-        checkpoints.prune(self.checkpoints, self.vopd.train.keep)
-        self.saved_at = time.monotonic()
-        self.save_seconds = self.saved_at - start
+        self.saving.save(self.finished, self.actor_rollout_wg)
 
     def _load_checkpoint(self) -> None:
-        """Resume from the newest checkpoint, which `vopd.runner.run` has looked at; replaces verl's, which unpickles."""
-        found = checkpoints.found(self.checkpoints)
-        self.global_steps = found[0].step if found else 0
+        """Resume from the newest checkpoint; replaces verl's, which unpickles."""
+        found = self.saving.load(self.actor_rollout_wg)
+        self.global_steps = found.step if found else 0
         if found:
-            folder = found[0].folder
-            self.actor_rollout_wg.load_checkpoint(str(folder / ACTOR))
-            if (place := torch.load(folder / DATA, weights_only=True)) is not None:
-                self.train_dataloader.load_state_dict(place)
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            self.prompts_drawn = state["prompts_drawn"]
-            self.skipped_in_a_row = state["skipped_in_a_row"]
-            self.resumed_line = state["line"]
+            if found.data_state is not None:
+                self.train_dataloader.load_state_dict(found.data_state)
+            self.prompts.drawn = found.state["prompts_drawn"]
+            self.skipped_in_a_row = found.state["skipped_in_a_row"]
+            self.resumed_line = found.state["line"]
         if self.history.cut_back(self.global_steps) == self.global_steps:
             self.resumed_line = None  # the line was written before the interruption
 
@@ -546,7 +386,7 @@ class Trainer(verl_internals.PPOTrainerSync):
                     self._generate_ahead()
                 super().fit(agent_loop_manager)
             except stop_requests.Stopped:
-                if self.finished and self.finished.step > self._newest():
+                if self.finished and self.finished.step > self.saving.newest():
                     self.progress.note(f"saving the checkpoint of update {self.finished.step}")
                     self._save_checkpoint()
                 raise
@@ -556,63 +396,3 @@ class Trainer(verl_internals.PPOTrainerSync):
         if self.vopd.export:
             self.progress.note("writing the trained weights")
             self.actor_rollout_wg.export(str(self.run_dir / "model"), self.vopd.export)
-
-
-@dataclasses.dataclass(frozen=True)
-class Finished:
-    """An update that was made: its number, the place in the prompt stream behind it, counters and its line."""
-
-    step: int
-    data_state: Any
-    state: dict[str, Any]
-
-
-def step_rollouts(keys: list[str], records: list[dict[str, Any]], limit: int) -> Rollouts:
-    """A step's records as the contract's tensors; keys in canonical order."""
-    correct_B = torch.tensor([bool(record["correct"]) for record in records])
-    groups: dict[str, int] = {}
-    return Rollouts(
-        correct_B=correct_B,
-        rewards_B=correct_B.to(torch.float32),
-        truncated_B=torch.tensor([bool(record["truncated"]) for record in records]),
-        lengths_B=torch.tensor([int(record["response_tokens"]) for record in records]),
-        group_B=torch.tensor([groups.setdefault(_sort_key(key)[0], len(groups)) for key in keys]),
-        limit=limit,
-    )
-
-
-def row_fields(method: Method, rollouts: Rollouts) -> dict[str, torch.Tensor]:
-    """What travels with the rows beside tokens: weights, kept, and advantages per token (jagged)."""
-    lengths = rollouts.lengths_B.tolist()
-    with calling(method, "prepare"):
-        fields = checked(method.prepare(rollouts), len(lengths))
-    if method.advantage is not None:
-        if "advantages" in fields:
-            raise UserError(
-                f"The method names the advantage '{method.advantage}' and prepares others; drop one."
-            )
-        mask_BT = (torch.arange(max(lengths)) < rollouts.lengths_B[:, None]).to(torch.float32)
-        fields["advantages"] = advantages(method.advantage, rollouts.rewards_B, rollouts.group_B, mask_BT)
-    elif "advantages" in fields:
-        fields["advantages"] = fields["advantages"][:, None].expand(-1, max(lengths))
-    if "advantages" in fields:
-        rows = [row_T[:length] for row_T, length in zip(fields["advantages"], lengths, strict=True)]
-        fields["advantages"] = torch.nested.as_nested_tensor(rows, layout=torch.jagged)
-    return fields
-
-
-def _sort_key(key: str) -> tuple[str, int]:
-    uid, session, _ = key.rsplit("_", 2)
-    return uid, int(session)
-
-
-def _renamed(metrics: dict[str, Any]) -> dict[str, Any]:
-    """`update/token/divergence` -> `divergence`, `update/seconds/student` -> `seconds/student`, and so on."""
-    line = {}
-    for key, value in metrics.items():
-        name = key.removeprefix("update/").removeprefix("token/")
-        if isinstance(value, int | float) and not (
-            isinstance(value, float) and math.isnan(value) and "mfu" in name
-        ):
-            line[{"update_loss": "loss"}.get(name, name)] = value
-    return line

@@ -1,7 +1,7 @@
 """Every name of verl 0.9.1 that is not a documented plug-in point, in one place.
 
-The rest of the backbone takes these from here; `tests/vopd/backbone/test_verl_internals.py` checks each against the
-installed version, so that an upgrade fails there, by name, and not in the middle of a run.
+The rest of the backbone takes these from here; `test_verl_internals.py` checks each against the installed version, so
+that an upgrade fails there with the name and not in the middle of a run.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """`vopd evaluate model=... benchmarks=[...] [key=value ...]`: ask what is missing, score, print the table.
 
 Without `endpoint` a `vllm serve` of the model is started (`server.py`) and ended. Results land in
-<out>/<model>/<benchmark>/: records.jsonl (one line per answer, appended as it arrives), settings.json and summary.json.
-An interrupted evaluation resumes where it was; a finished one is only scored again. docs/evaluation.md says what the
-figures mean.
+<out>/<model>/<benchmark>/: records.jsonl (one line per answer, appended as it arrives), settings.json
+and summary.json. An interrupted evaluation resumes; a finished one is only scored again. docs/evaluation.md
+says what the figures mean.
 """
 
 from __future__ import annotations

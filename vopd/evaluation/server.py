@@ -1,8 +1,8 @@
 """A `vllm serve` of one model for as long as an evaluation lasts: the same server that a user would start by hand.
 
 It listens at a Unix socket in a temporary folder of its own, so no port is taken or open, and ends with the evaluation,
-however that ends. On CPU it has the settings and the patches of the training's rollout (vopd/backbone/verl_cpu.yaml
-says why), loaded by vLLM itself in the process that computes.
+however that ends. On CPU it has the settings and the patches of the training's rollout (`verl_cpu.yaml` says why),
+loaded by vLLM itself in the process that computes.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ points. Bootstraps are percentile bootstraps over clusters (single questions whe
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -22,7 +23,8 @@ Clusters = Mapping[str, Hashable]  # question id -> cluster
 SeedValues = Mapping[int, Mapping[str, float]]  # training seed -> question id -> value
 
 RESAMPLES = 9999
-_BATCH_CELLS = 2_000_000  # resampled cells held at once: bounds the memory of a bootstrap
+_BATCH_CELLS = 2_000_000  # resampled cells drawn at once: bounds the memory of a bootstrap
+_CACHED_CELLS = 16_000_000  # resamples up to this size (32 MB) are kept for the next set of as many clusters
 
 
 @dataclass(frozen=True)
@@ -80,11 +82,27 @@ def _resampled(sums_CK: np.ndarray, seed: int) -> np.ndarray:
     """Column sums of RESAMPLES bootstrap samples of the clusters: (RESAMPLES, K)."""
     if len(sums_CK) < 2:
         raise UserError("A bootstrap needs at least two independent questions (or clusters).")
+    n = len(sums_CK)
+    batches = (
+        _cached_counts(n, seed, RESAMPLES) if n * RESAMPLES <= _CACHED_CELLS else _counts(n, seed, RESAMPLES)
+    )
+    return np.concatenate([counts_BC @ sums_CK for counts_BC in batches])
+
+
+def _counts(n_clusters: int, seed: int, resamples: int) -> Iterator[np.ndarray]:
+    """How often each bootstrap sample drew each cluster, batch by batch: (batch, clusters)."""
     rng = np.random.default_rng(seed)
-    batch = max(1, _BATCH_CELLS // sums_CK.size)
-    sizes = [min(batch, RESAMPLES - start) for start in range(0, RESAMPLES, batch)]
-    draws = (rng.integers(len(sums_CK), size=(size, len(sums_CK))) for size in sizes)
-    return np.concatenate([sums_CK[draw_BC].sum(axis=1) for draw_BC in draws])
+    batch = max(1, _BATCH_CELLS // n_clusters)
+    for start in range(0, resamples, batch):
+        size = min(batch, resamples - start)
+        cells_BC = rng.integers(n_clusters, size=(size, n_clusters)) + n_clusters * np.arange(size)[:, None]
+        counts = np.bincount(cells_BC.ravel(), minlength=size * n_clusters).reshape(size, n_clusters)
+        yield counts.astype(np.min_scalar_type(n_clusters))
+
+
+@lru_cache(maxsize=4)
+def _cached_counts(n_clusters: int, seed: int, resamples: int) -> Iterable[np.ndarray]:
+    return tuple(_counts(n_clusters, seed, resamples))
 
 
 def _limits(distribution: np.ndarray, level: float) -> tuple[float, float]:
@@ -197,13 +215,16 @@ def gap_closed(
 
 
 def holm(p_values: Mapping[str, float]) -> dict[str, float]:
-    """p-values of one table corrected by Holm's step-down procedure (1979), under the same keys."""
-    if not p_values:
-        return {}
-    from statsmodels.stats.multitest import multipletests
+    """p-values of one table corrected by Holm's step-down procedure (1979), under the same keys.
 
-    corrected = multipletests(list(p_values.values()), method="holm")[1]
-    return dict(zip(p_values, map(float, corrected), strict=True))
+    As statsmodels' multipletests gives them, which collects all garbage of the process at each call (0.1 to 0.4 s).
+    """
+    given = np.array(list(p_values.values()))
+    order = given.argsort()
+    corrected = np.empty(len(given))
+    steps = given[order] * np.arange(len(given), 0, -1)
+    corrected[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return dict(zip(p_values, corrected.tolist(), strict=True))
 
 
 def two_level(

@@ -19,7 +19,7 @@ from vopd.report.run_summary import read_metrics
 
 METHODS, KINDS = "methods", ("ablations", "controls")
 REPLACED = "replaced"
-"""Folder into which `vopd.runner.series` moves runs that it had to repeat; skipped unless it is named itself."""
+"""Folder into which `vopd compare` moves runs that it had to repeat; skipped unless it is named itself."""
 
 
 @dataclass(frozen=True)

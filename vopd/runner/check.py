@@ -1,7 +1,7 @@
 """`vopd check RECIPE|FILE.yaml [key=value ...]`: all that a run checks before it starts, and nothing started.
 
-Settings, recipe, machine, model, data (prepared if they are generated) and the length of every prompt. Exit code 0 or,
-with the sentence that the run would end with, 2.
+Settings, recipe, machine, model, data (prepared if they are generated) and the length of every prompt. Exit code 0,
+or 2 with the sentence that the run would end with. Example: vopd check RECIPE hardware.device=cuda
 """
 
 from __future__ import annotations

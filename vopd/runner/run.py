@@ -32,13 +32,13 @@ from vopd.common import (
     provenance,
     temporary,
 )
-from vopd.common.failures import FAILURE, Failure
+from vopd.common.failures import Failure
 from vopd.common.terminal import Terminal, say
 from vopd.config import ROOT, defaults, load, recipes
 from vopd.errors import UserError
-from vopd.evaluation.records import read_records
 from vopd.method import final_views, place
-from vopd.runner import lock, result_checks, resuming, run_fingerprint, supervisor, trackers
+from vopd.runner import lock, result_checks, run_fingerprint, supervisor, trackers
+from vopd.runner.run_folder import RunFolder, differences, that_matter
 
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
@@ -91,13 +91,14 @@ class Run:
     def __init__(self, recipe: str, words: list[str], console: Console) -> None:
         self.config = _absolute(load(recipe, words))
         self.folder = Path(self.config.run_dir)
+        self.files = RunFolder(self.folder)
         self.console = console
         self.method = contract.of(self.config)
         self.other_settings = False  # than those of what the folder holds
 
     def go(self) -> int:
         """Train and evaluate unless that is done already; print the result. The folder is this run's meanwhile."""
-        resuming.settings_of(self.folder)  # nothing is written into what is somebody else's, not even a lock
+        self.files.settings()  # nothing is written into what is somebody else's, not even a lock
         with lock.held(caches.results_folder(self.folder), self._say) as self.lock:
             return self._go()
 
@@ -106,12 +107,12 @@ class Run:
 
     def _go(self) -> int:
         longer_than = self._claim_folder()
-        if longer_than or not (self.folder / "summary.json").exists():
+        if longer_than or not self.files.finished:
             self.check()
             self._begin()
             if longer_than:
-                resuming.reopen(self.folder, longer_than)
-            resuming.write_settings(self.config, self.folder)
+                self.files.reopen(longer_than)
+            self.files.write_settings(self.config)
             outcome = self._train()
             if outcome.code:
                 return outcome.code  # its cause is told
@@ -122,7 +123,7 @@ class Run:
         troubles = result_checks.troubles(self.folder, place(self.method, "score"))
         for trouble in troubles:
             say(f"vopd: {trouble}")
-        self.console.print((self.folder / "summary.txt").read_text(), markup=False, soft_wrap=True)
+        self.console.print(self.files.summary_text.read_text(), markup=False, soft_wrap=True)
         self.console.print(f"records, plots and the trained model: {self.folder}", soft_wrap=True)
         return 1 if troubles else 0
 
@@ -133,34 +134,34 @@ class Run:
 
         Returns the updates of a finished run that is to be trained further, 0 otherwise.
         """
-        before = resuming.settings_of(self.folder)
+        before = self.files.settings()
         caches.results_folder(self.folder)
         return self._check_same(before) if before is not None else 0
 
     def _check_same(self, before: dict[str, Any]) -> int:
         now = _plain(self.config)
-        changed = resuming.that_matter(resuming.differences(now, before))
-        if changed and resuming.has_results(self.folder):
+        changed = that_matter(differences(now, before))
+        if changed and self.files.has_results():
             then, value = (OmegaConf.select(OmegaConf.create(tree), changed[0]) for tree in (before, now))
             raise UserError(
                 f"{self.folder} holds a run with another {changed[0]}: {then!r} then, {value!r} now; remove it or give "
                 "another run_dir."
             )
         self.other_settings = bool(changed)
-        steps, finished = before["train"]["steps"], (self.folder / "summary.json").exists()
-        resuming.check_steps(self.folder, now["train"]["steps"], self.method.rollout.weights == "initial")
+        steps, finished = before["train"]["steps"], self.files.finished
+        self.files.check_steps(now["train"]["steps"], self.method.rollout.weights == "initial")
         return int(steps) if finished and now["train"]["steps"] != steps else 0
 
     def left(self) -> str:
         """What an interrupted run can do next, in words."""
-        found = checkpoints.found(self.folder / "checkpoints")
+        found = checkpoints.found(self.files.checkpoints)
         if not found:
             return "there is no checkpoint yet: the same command starts it again"
         return f"the same command resumes it from update {found[0].step}"
 
     def _check_finished(self) -> None:
         """Refuse to show the result of other code, data or weights as the result of those of now."""
-        file = self.folder / "summary.json"
+        file = self.files.summary
         try:
             facts = json.loads(file.read_text(encoding="utf-8"))["run"]
             recorded = facts.get("fingerprint")
@@ -175,24 +176,23 @@ class Run:
                 f"{self.folder} holds the result of a run with other inputs than now: {why}; give another "
                 "run_dir=... to keep it, or remove the folder to run it again."
             )
-        if not (self.folder / "summary.txt").exists():  # killed between the two
+        if not self.files.summary_text.exists():  # killed between the two
             from vopd.report.run_summary import render, summarise
 
-            (self.folder / "summary.txt").write_text(render(summarise(self.folder, facts)))
+            self.files.summary_text.write_text(render(summarise(self.folder, facts)))
 
     def _begin(self) -> None:
         """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
         now = run_fingerprint.of(self)
-        why = fingerprint.why(fingerprint.read(self.folder), now)
+        why = fingerprint.why(self.files.inputs(), now)
         if why or self.other_settings:
-            if resuming.has_results(self.folder):
+            if self.files.has_results():
                 raise UserError(
                     f"{self.folder} holds an unfinished run with other inputs than now: {why}; give another "
                     "run_dir=... to keep it, or remove the folder to begin anew."
                 )
             # No update was made yet: the base model's answers are asked anew, or taken from where they are kept.
-            for name in ("records/before.jsonl", "evaluations.jsonl"):
-                (self.folder / name).unlink(missing_ok=True)
+            self.files.forget_evaluations()
             fingerprint.write(self.folder, now)
         self.origin = {  # as it is now: what is edited while the run goes on has no part in it
             "code": provenance.code_version(ROOT),
@@ -319,18 +319,14 @@ class Run:
     # ---- the run ------------------------------------------------------------------------------------------------
 
     def _train(self) -> supervisor.Outcome:
-        (self.folder / FAILURE).unlink(missing_ok=True)
-        before = self.folder / "records" / "before.jsonl"
+        self.files.failure.unlink(missing_ok=True)
         key = provenance.hash_json(run_fingerprint.answers(self, final_views(self.method)))
-        kept = caches.read("evaluations", key)
-        if kept is not None and not before.exists():
-            before.parent.mkdir(parents=True, exist_ok=True)
-            caches.write_whole(before, kept)
+        kept = self.files.take_base_answers(key)
         self.console.print(
             f"{self.config.recipe} on {self.config.profile}, seed {self.config.seed}: {self.config.train.steps} "
             f"updates of {self.config.train.prompts} prompts x {self.config.train.rollouts}\n"
             f"{self._from_where()}"
-            f"starting Ray, the trainer and vLLM (log: {self.folder / 'log.txt'})"
+            f"starting Ray, the trainer and vLLM (log: {self.files.log})"
         )
         with temporary.scratch() as place:
             env = {
@@ -342,20 +338,20 @@ class Run:
                 env |= loopback.start(place)
             command = supervisor.python("-m", "vopd.backbone.launch", str(self.folder))
             outcome = supervisor.run(command, self.folder, env, ROOT, self.console, self.lock, self._tell)
-        if kept is None and before.exists() and not read_records(before).torn:
-            caches.store("evaluations", key, before.read_bytes())
+        if not kept:
+            self.files.keep_base_answers(key)
         return outcome
 
     def _from_where(self) -> str:
         """Look at the checkpoints, so that the trainer finds the newest whole one, and say which that is."""
-        newest, damaged = checkpoints.newest_whole(self.folder / "checkpoints")
+        newest, damaged = checkpoints.newest_whole(self.files.checkpoints)
         lines = [f"{sentence}; an older one is taken" for sentence in damaged]
         lines += [f"resuming from the checkpoint of update {newest.step}"] if newest else []
         return "".join(f"{line}\n" for line in lines)
 
     def _tell(self, failure: Failure) -> None:
         raised = f"raised in the {failure.process}; " if failure.process else ""
-        say(f"vopd: {failure.line()}", f"vopd: {raised}the whole story is in {self.folder / 'log.txt'}")
+        say(f"vopd: {failure.line()}", f"vopd: {raised}the whole story is in {self.files.log}")
 
     def _summarise(self, outcome: supervisor.Outcome) -> None:
         from vopd.report.plots import plot_run  # pulls in matplotlib and scipy
@@ -384,7 +380,7 @@ class Run:
             f"\nwhole run {outcome.seconds:.0f} s, first step after {outcome.start_up_seconds:.0f} s, "
             f"peak memory {outcome.peak_memory_gib:.1f} GiB\n"
         )
-        (self.folder / "summary.txt").write_text(text)
+        self.files.summary_text.write_text(text)
 
 
 def _absolute(config: DictConfig) -> DictConfig:

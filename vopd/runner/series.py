@@ -30,8 +30,8 @@ from vopd.config import RECIPES
 from vopd.errors import UserError
 from vopd.report.run_folders import REPLACED
 from vopd.runner import run_fingerprint, supervisor
-from vopd.runner.resuming import has_results
 from vopd.runner.run import INTERRUPTED, Run
+from vopd.runner.run_folder import RunFolder
 
 KEPT_BACK = ("seed", "run_dir")
 MOST_SEEDS = 100
@@ -123,7 +123,7 @@ def plan(job: Job) -> Plan:
         except (ValueError, KeyError, TypeError, AttributeError):
             return Plan(job, "run again", "its summary.json cannot be read")
         return Plan(job, "run again", why) if why else Plan(job, "reuse")
-    if not has_results(job.folder):
+    if not RunFolder(job.folder).has_results():
         return Plan(job, "run")
     try:
         why = _differs(job, OmegaConf.load(config), fingerprint.read(job.folder))

@@ -45,6 +45,11 @@ def answer(image: Image.Image, text: str, seed: int) -> str:
     return names[means.index(min(means) if "darkest" in text else max(means))] + "."
 
 
+class _Server(ThreadingHTTPServer):
+    # With a queue of 5 a busy client loses connections, and tries those again after a second.
+    request_queue_size = 128
+
+
 class StubServer:
     """Use as a context manager; `url` is the base URL, `bodies` the requests received in order.
 
@@ -64,7 +69,7 @@ class StubServer:
         self.moments: list[float] = []
         self.busy = self.most_busy = 0
         self.lock, self.closing = threading.Lock(), threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
+        self.server = _Server(("127.0.0.1", port), type("Handler", (_Handler,), {"stub": self}))
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
 

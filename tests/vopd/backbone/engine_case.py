@@ -613,7 +613,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
     from verl.workers.utils.losses import ppo_loss
 
     from vopd.backbone import verl_internals
-    from vopd.backbone.trainer import row_fields, step_rollouts
+    from vopd.backbone.step_rows import row_fields, step_rollouts
     from vopd.method import build
 
     keys = ["0_0_0", "0_1_0", "1_0_0", "1_1_0"]

@@ -25,13 +25,18 @@ from verl.trainer.ppo.utils import create_rl_sampler
 from verl.trainer.ppo.v1 import replay_buffer
 
 from vopd.backbone import checkpoints, stop_requests, verl_internals
+from vopd.backbone.evaluations import Evaluations
+from vopd.backbone.prompt_stream import PromptStream
 from vopd.backbone.replay_buffer import METRIC, GroupBuffer
 from vopd.backbone.run_history import History
-from vopd.backbone.trainer import Trainer, TrainingError, _renamed, _sort_key, row_fields, step_rollouts
+from vopd.backbone.saving import Saving
+from vopd.backbone.step_rows import arrange, row_fields, sort_key, step_rollouts
+from vopd.backbone.trainer import Trainer
+from vopd.backbone.update_record import renamed
 from vopd.backbone.verl_config import verl_config
 from vopd.common.failures import ExplainedError, Failure
 from vopd.config import load
-from vopd.errors import UserError
+from vopd.errors import TrainingError, UserError
 from vopd.method import Method
 
 # ---- prompts
@@ -87,7 +92,8 @@ def trainer(ranks: int = 1, updates: int = 1, **vopd: Any) -> Trainer:
         {"actor_rollout_ref": {"rollout": {"n": 2}}, "trainer": {"default_local_dir": "runs/x/checkpoints"}}
     )
     made.global_steps, made.skipped_in_a_row, made.run_dir = 4, 0, Path("runs/x")
-    made.checkpoints, made.thrown, made.unwritten = Path("runs/x/checkpoints"), {}, None
+    made.saving, made.thrown, made.unwritten = Saving(made.run_dir, made.vopd.train), {}, None
+    made.prompts = PromptStream()
     return made
 
 
@@ -99,14 +105,14 @@ def batch(order: list[int], n: int = 2) -> KVBatchMeta:
 
 @given(st.permutations(range(8)), st.sampled_from([1, 2]), st.sampled_from([1, 2, 4]))
 def test_rows_do_not_depend_on_who_finished_first(order: list[int], ranks: int, updates: int) -> None:
-    arranged = trainer(ranks, updates)._arrange(batch(order))
-    assert arranged.keys == trainer(ranks, updates)._arrange(batch(list(range(8)))).keys
+    arranged = arrange(batch(order), ranks, updates)
+    assert arranged.keys == arrange(batch(list(range(8))), ranks, updates).keys
 
 
 @given(st.permutations(range(8)), st.sampled_from([1, 2, 4]))
 def test_a_mini_batch_holds_the_same_rows_for_one_and_two_ranks(order: list[int], updates: int) -> None:
-    one = trainer(1, updates)._arrange(batch(order)).keys
-    two = trainer(2, updates)._arrange(batch(order)).keys
+    one = arrange(batch(order), 1, updates).keys
+    two = arrange(batch(order), 2, updates).keys
     size, share = 8 // updates, 4 // updates
     for u in range(updates):
         mine = two[u * share : (u + 1) * share] + two[4 + u * share : 4 + (u + 1) * share]
@@ -115,7 +121,7 @@ def test_a_mini_batch_holds_the_same_rows_for_one_and_two_ranks(order: list[int]
 
 def test_rollouts_are_sorted_by_prompt_then_by_number() -> None:
     keys = ["0000000010_2_0", "0000000010_10_0", "0000000009_11_0"]
-    assert sorted(keys, key=_sort_key) == ["0000000009_11_0", "0000000010_2_0", "0000000010_10_0"]
+    assert sorted(keys, key=sort_key) == ["0000000009_11_0", "0000000010_2_0", "0000000010_10_0"]
 
 
 def test_a_failed_rollout_stops_the_run_with_a_sentence() -> None:
@@ -144,7 +150,7 @@ def test_names_of_the_record() -> None:
         "update/grad_norm": math.nan,
         "text": "x",
     }
-    line = _renamed(given)
+    line = renamed(given)
     assert sorted(line) == ["divergence", "grad_norm", "loss", "seconds/student"]
     assert (line["loss"], line["divergence"]) == (1.0, 2.0)
 
@@ -192,12 +198,13 @@ def at_step(step: int, folder: Path, **train: Any) -> Trainer:
     made = trainer(train=settings | train, evaluate={"final": [], "during": []})
     made.config = OmegaConf.create({"actor_rollout_ref": {"rollout": {"n": 2}}, "trainer": {"test_freq": 2}})
     made.run_dir, made.global_steps, made.recorded, made.first_line = folder, step, None, None
-    made.steps_per_epoch, made.total_training_steps, made.prompts_drawn = 8, 8, 2 * step
-    made.history, made.checkpoints = History(folder), folder / "checkpoints"
-    made.saved_at, made.save_seconds, made.finished, made.resumed_line = time.monotonic(), 0.0, None, None
+    made.steps_per_epoch, made.total_training_steps, made.prompts.drawn = 8, 8, 2 * step
+    made.history, made.saving = History(folder), Saving(folder, made.vopd.train)
+    made.finished, made.resumed_line = None, None
     made.actor_rollout_wg, made.train_dataloader = Workers(), Loader()
     made.replay_buffer = SimpleNamespace(take_thrown=lambda: {"tokens_evicted": 5, "tokens_surplus": 0})
     made.progress = SimpleNamespace(step=lambda *_: None, note=lambda *_: None, evaluation=lambda *_: None)
+    made.evaluations = Evaluations(folder, 64, made.history, made.progress, lambda _: [])
     (folder / "config.yaml").write_text("seed: 0")
     return made
 
@@ -205,7 +212,7 @@ def at_step(step: int, folder: Path, **train: Any) -> Trainer:
 @pytest.fixture
 def rows(monkeypatch: pytest.MonkeyPatch) -> None:
     found = [{"response_tokens": 3, "truncated": False, "correct": i == 0} for i in range(4)]
-    monkeypatch.setattr(Trainer, "_records", lambda *_: found)
+    monkeypatch.setattr("vopd.backbone.trainer.records_of", lambda *_: found)
     monkeypatch.setattr(verl_internals.PPOTrainerSync, "step", lambda *_: batch([0, 1, 2, 3]))
     answered = {
         "id": "r",
@@ -216,7 +223,7 @@ def rows(monkeypatch: pytest.MonkeyPatch) -> None:
         "response": "A",
     }
     answered |= {"response_tokens": 1, "truncated": False, "parsed": "A", "gold": "A", "correct": True}
-    monkeypatch.setattr(Trainer, "_answers", lambda *_: [answered])
+    monkeypatch.setattr(Evaluations, "_answers", lambda *_: [answered])
 
 
 class Killed(Exception):  # noqa: N818
@@ -227,7 +234,7 @@ def update(made: Trainer, killed: str = "") -> None:
     """What verl's loop calls in an update; `killed` names where it ends early."""
     metrics: dict[str, Any] = {"update/update_loss": 0.5, "update/token/entropy": 0.4}
     made.train_dataloader.place = made.global_steps
-    made.prompts_drawn += 2
+    made.prompts.drawn += 2
     rows = made.step(metrics, {"step": 2.0})
     if killed == "after the update":
         raise Killed
@@ -288,7 +295,7 @@ def test_a_run_that_is_killed_anywhere_has_the_history_of_one_that_is_not(
         for line in (*first, *second):
             line.pop("seconds", None)
         assert without_seconds(first) == without_seconds(second)
-    assert again.prompts_drawn == whole.prompts_drawn
+    assert again.prompts.drawn == whole.prompts.drawn
 
 
 @pytest.mark.usefixtures("rows")
@@ -299,14 +306,14 @@ def test_a_stop_in_the_middle_of_an_update_keeps_the_one_before(
 
     def stopped(self: Trainer, _: Any) -> None:
         update(made)
-        made.train_dataloader.place, made.prompts_drawn = 99, 99  # the next prompts are drawn already
+        made.train_dataloader.place, made.prompts.drawn = 99, 99  # the next prompts are drawn already
         raise stop_requests.Stopped
 
     monkeypatch.setattr(verl_internals.PPOTrainerSync, "fit", stopped)
     with pytest.raises(stop_requests.Stopped):
         made.fit(None)
     again = resumed(tmp_path)
-    assert (again.global_steps, again.train_dataloader.place, again.prompts_drawn) == (2, 1, 4)
+    assert (again.global_steps, again.train_dataloader.place, again.prompts.drawn) == (2, 1, 4)
     assert again.actor_rollout_wg.loaded == "weights of update 1"
 
 
@@ -324,16 +331,16 @@ def test_checkpoints_are_made_by_count_by_time_and_after_the_last_update(
         step = made.global_steps
         metrics: dict[str, Any] = {"update/update_loss": 0.5, "update/token/entropy": 0.4}
         made._compute_metrics(made.step(metrics, {"step": 2.0}), metrics, {"step": 2.0}, step, 0)
-        written[step] = [c.step for c in checkpoints.found(made.checkpoints)][::-1]
+        written[step] = [c.step for c in checkpoints.found(made.saving.folder)][::-1]
         made.global_steps += 1
     assert written[2] == [] and written[3] == [3] and written[4] == [3]
     assert written[5] == [3, 5] and written[8] == [3, 5, 6, 8]
-    made.save_seconds = 30.0  # slow saves: at most a tenth of the time
+    made.saving.save_seconds = 30.0  # slow saves: at most a tenth of the time
     now += 61
     made.global_steps, made.total_training_steps = 10, 100
-    assert not made._save_is_due()
+    assert not made.saving.due(made.global_steps, made.total_training_steps)
     now += 300
-    assert made._save_is_due()
+    assert made.saving.due(made.global_steps, made.total_training_steps)
 
 
 @pytest.mark.usefixtures("rows")
@@ -349,7 +356,7 @@ def test_a_full_disk_ends_in_a_sentence_and_keeps_the_last_checkpoint(
     monkeypatch.setattr(Workers, "save_checkpoint", full)
     with pytest.raises(TrainingError, match=r"update 2 could not be written.*No space left.*update 1\. Make"):
         update(made)
-    assert [path.name for path in made.checkpoints.iterdir()] == ["global_step_1"]
+    assert [path.name for path in made.saving.folder.iterdir()] == ["global_step_1"]
     monkeypatch.undo()
 
 
@@ -365,11 +372,10 @@ def test_the_prompt_stream_continues_after_a_resume_also_over_epochs(drawn: int)
             data, batch_size=4, num_workers=0, drop_last=True, sampler=RandomSampler(data, generator=generator),
             collate_fn=lambda rows: {"row": [row["row"] for row in rows]},
         )  # fmt: skip
-        made.train_dataloader_it = None
         return made
 
     def draws(made: Trainer, count: int) -> list[list[int]]:
-        return [[row["id"] for row in made._draw(4)] for _ in range(count)]
+        return [[row["id"] for row in made.prompts.draw(made.train_dataloader, 4)] for _ in range(count)]
 
     through = loader()
     draws(through, drawn)

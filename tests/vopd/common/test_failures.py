@@ -245,10 +245,8 @@ def test_a_failure_is_handed_over(tmp_path: Path) -> None:
 
 
 def test_importing_it_imports_neither_torch_nor_ray() -> None:
-    code = (
-        "import sys, vopd.common.failures, vopd.runner.monitor, vopd.runner.lock; "
-        "assert not {'torch', 'ray'} & set(sys.modules)"
-    )
+    modules = "vopd.common.failures, vopd.runner.monitor, vopd.runner.lock"
+    code = f"import sys, {modules}; assert not {{'torch', 'ray'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-P", "-c", code], check=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
 
 

@@ -32,8 +32,7 @@ with temporary.scratch() as folder:
 LAUNCHER = """
 import subprocess, sys, time
 from vopd.common import temporary
-hold = "import sys, time; from pathlib import Path; from vopd.common import temporary; "
-hold += "temporary.hold(Path(sys.argv[1]))"
+hold = "import sys, time, pathlib; from vopd.common import temporary; temporary.hold(pathlib.Path(sys.argv[1]))"
 with temporary.scratch() as folder:
     wait = "; print(1, flush=True); time.sleep(60)"
     trainer = subprocess.Popen([sys.executable, "-c", hold + wait, str(folder)], stdout=subprocess.PIPE)

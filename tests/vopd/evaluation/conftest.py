@@ -175,6 +175,9 @@ def miniature_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Stub(ThreadingHTTPServer):
     """An OpenAI-compatible server that answers by a function of the request and remembers what it was asked."""
 
+    # With a queue of 5 a busy client loses connections, and tries those again after a second.
+    request_queue_size = 128
+
     def __init__(self, answer: Callable[[dict[str, Any]], dict[str, Any] | int], delay: float) -> None:
         self.answer, self.delay, self.asked = answer, delay, []
         super().__init__(("127.0.0.1", 0), Handler)

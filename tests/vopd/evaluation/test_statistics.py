@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
+from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import NormalIndPower
 
 from vopd.errors import UserError
@@ -68,6 +69,23 @@ def test_a_bootstrap_depends_on_its_seed_only() -> None:
     results = [S.accuracy(sample, clusters, seed=seed) for seed in (4, 4, 5, 6)]
     assert results[0] == results[1]
     assert len(set(results)) > 1
+
+
+@settings(max_examples=20, deadline=None)
+@given(n_clusters=st.integers(2, 300), batch=st.integers(1, 5000), seed=st.integers(0, 9))
+def test_samples_are_the_plain_draws_however_they_are_batched_or_kept(
+    n_clusters: int, batch: int, seed: int
+) -> None:
+    """Sums of whole numbers by how often a cluster was drawn are those of the drawn clusters, to the bit."""
+    sums_CK = np.random.default_rng(seed).integers(-3, 4, size=(n_clusters, 3)).astype(float)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(S, "RESAMPLES", 99)
+        cached = S._resampled(sums_CK, seed)
+        patch.setattr(S, "_CACHED_CELLS", 0)
+        patch.setattr(S, "_BATCH_CELLS", batch)
+        streamed = S._resampled(sums_CK, seed)
+    drawn_RC = np.random.default_rng(seed).integers(n_clusters, size=(99, n_clusters))
+    assert (cached == sums_CK[drawn_RC].sum(axis=1)).all() and (streamed == cached).all()
 
 
 def test_mcnemar_is_the_exact_binomial_test_on_discordant_pairs() -> None:
@@ -151,7 +169,13 @@ def test_holm_by_hand() -> None:
     assert S.holm({}) == {}
 
 
-@settings(max_examples=10, deadline=None)  # statsmodels collects garbage at each call
+@pytest.mark.parametrize("n", [1, 2, 60])
+def test_holm_is_that_of_statsmodels(n: int) -> None:
+    p_values = np.random.default_rng(n).uniform(size=n).round(2) ** 4  # with ties, small and large
+    corrected = S.holm({str(i): p for i, p in enumerate(p_values)})
+    assert list(corrected.values()) == multipletests(p_values, method="holm")[1].tolist()
+
+
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=12))
 def test_holm_never_lowers_a_p_value(p_values: list[float]) -> None:
     named = {str(i): p for i, p in enumerate(p_values)}

@@ -24,7 +24,7 @@ from vopd.runner import lock
 HOLD = """
 import sys
 from pathlib import Path
-from vopd import lock
+from vopd.runner import lock
 with lock.held(Path(sys.argv[1]), print):
     print("held", flush=True)
     sys.stdin.read()
@@ -108,7 +108,7 @@ def test_a_killed_holder_whose_trainer_still_holds_the_lock_is_waited_for_then_i
 ) -> None:
     monkeypatch.setattr(lock, "PATIENCE_SECONDS", 0.6)
     script = HOLD.replace("print(\"held\", flush=True)", (
-        "import subprocess, os; from vopd import processes\n"
+        "import subprocess, os; from vopd.common import processes\n"
         "    d = next(int(f) for f in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{f}')"
         " and os.readlink(f'/proc/self/fd/{f}').endswith('/lock'))\n"
         "    p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'], pass_fds=(d,),"

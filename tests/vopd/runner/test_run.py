@@ -12,8 +12,9 @@ from rich.console import Console
 from vopd.common import caches, fingerprint, provenance
 from vopd.errors import UserError
 from vopd.evaluation.records import Record, write_records
-from vopd.runner import resuming, run_fingerprint, supervisor
+from vopd.runner import run_fingerprint, supervisor
 from vopd.runner.run import Run, main
+from vopd.runner.run_folder import RunFolder
 
 ANSWER = Record("a", "digit", "full", "test", "?", "B", 1, False, "B", "B", True)
 
@@ -47,7 +48,7 @@ def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fake:
     monkeypatch.setattr(run_fingerprint, "of", lambda run: dict(stand_in.parts))
     monkeypatch.setattr(run_fingerprint, "answers", lambda run, views: dict(stand_in.answers))
     monkeypatch.setattr(supervisor, "run", stand_in.train)
-    monkeypatch.setattr(Run, "_check", lambda self: None)
+    monkeypatch.setattr(Run, "check", lambda self: None)
     monkeypatch.setattr(Run, "prepare_data", lambda self: None)
     monkeypatch.setattr(Run, "_summarise", summarise)
     return stand_in
@@ -105,7 +106,7 @@ def test_a_finished_run_without_its_text_is_written_again(fake: Fake, tmp_path: 
     synthetic = module_from_spec(spec)
     spec.loader.exec_module(synthetic)
     folder = synthetic.make_run(tmp_path, fixed=0.3, fingerprint=fake.parts)
-    resuming.write_settings(Run("vision_opd", [f"run_dir={folder}"], Console(quiet=True)).config, folder)
+    RunFolder(folder).write_settings(Run("vision_opd", [f"run_dir={folder}"], Console(quiet=True)).config)
     assert not (folder / "summary.txt").exists()
     assert start(folder) == 0 and fake.asked == 0
     assert "hold-out" in (folder / "summary.txt").read_text()

@@ -150,8 +150,8 @@ def alive(pid: int) -> bool:
 )
 def test_refuses_a_process_that_cannot_be_forked(tmp_path: Path, before: str) -> None:
     code = (
-        f"{before}\nimport os\nfrom pathlib import Path\nfrom vopd.backbone.cpu import fork_server\n"
-        "fork_server.MODULES = ()\n"
+        f"{before}\nimport os\nfrom pathlib import Path\n"
+        "from vopd.backbone.cpu import fork_server\nfork_server.MODULES = ()\n"
         + (
             textwrap.dedent("""
         try:

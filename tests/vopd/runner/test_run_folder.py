@@ -10,7 +10,7 @@ from vopd.backbone import checkpoints
 from vopd.backbone.run_history import History
 from vopd.config import load
 from vopd.errors import UserError
-from vopd.runner import resuming
+from vopd.runner.run_folder import RunFolder, differences, that_matter
 
 SETTINGS: Any = OmegaConf.to_container(load("vision_opd", []))
 
@@ -19,7 +19,7 @@ def run_folder(folder: Path, steps: int = 40, made: int = 0) -> Path:
     """A folder as a run leaves it, with a checkpoint after `made` updates."""
     folder.mkdir(parents=True)
     settings = {**SETTINGS, "train": {**SETTINGS["train"], "steps": steps}}
-    resuming.write_settings(OmegaConf.create(settings), folder)
+    RunFolder(folder).write_settings(OmegaConf.create(settings))
     if made:
         with checkpoints.writing(folder / "checkpoints", made) as place:
             (place / "weights").touch()
@@ -41,19 +41,19 @@ def test_a_folder_of_somebody_else_is_left_alone(tmp_path: Path, files: dict[str
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=named):
-        resuming.settings_of(tmp_path)
+        RunFolder(tmp_path).settings()
     assert {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()} == set(files)
 
 
 def test_a_new_an_empty_and_a_runs_own_folder(tmp_path: Path) -> None:
-    assert resuming.settings_of(tmp_path / "new") is None
-    assert resuming.settings_of(tmp_path) is None
+    assert RunFolder(tmp_path / "new").settings() is None
+    assert RunFolder(tmp_path).settings() is None
     (tmp_path / "started.json").touch()
-    assert resuming.settings_of(tmp_path) is None
-    assert resuming.settings_of(run_folder(tmp_path / "run")) == SETTINGS
+    assert RunFolder(tmp_path).settings() is None
+    assert RunFolder(run_folder(tmp_path / "run")).settings() == SETTINGS
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="this is a file"):
-        resuming.settings_of(tmp_path / "file")
+        RunFolder(tmp_path / "file").settings()
 
 
 @pytest.mark.parametrize("override", ["logging.tensorboard=true", "train.save_minutes=9", "train.keep=3",
@@ -62,8 +62,8 @@ def test_a_new_an_empty_and_a_runs_own_folder(tmp_path: Path) -> None:
                                       "rollout.record=true"])  # fmt: skip
 def test_settings_that_decide_nothing_may_change(override: str) -> None:
     now = OmegaConf.to_container(load("vision_opd", [override]))
-    changed = resuming.differences(now, SETTINGS)
-    assert changed and resuming.that_matter(changed) == []
+    changed = differences(now, SETTINGS)
+    assert changed and that_matter(changed) == []
 
 
 @pytest.mark.parametrize("override", ["seed=1", "train.lr=1e-5", "method.top_k=7", "rollout.max_response_tokens=30",
@@ -71,14 +71,14 @@ def test_settings_that_decide_nothing_may_change(override: str) -> None:
                                       "verl.trainer.balance_batch=false"])  # fmt: skip
 def test_settings_that_decide_a_result_may_not(override: str) -> None:
     now = OmegaConf.to_container(load("vision_opd", [override]))
-    assert len(resuming.that_matter(resuming.differences(now, SETTINGS))) == 1
+    assert len(that_matter(differences(now, SETTINGS))) == 1
 
 
 def test_steps_that_were_made_cannot_be_taken_back(tmp_path: Path) -> None:
     folder = run_folder(tmp_path / "run", made=12)
-    resuming.check_steps(folder, 12, ahead=False)
+    RunFolder(folder).check_steps(12, ahead=False)
     with pytest.raises(UserError, match=r"train.steps=11.*has made 12 updates"):
-        resuming.check_steps(folder, 11, ahead=False)
+        RunFolder(folder).check_steps(11, ahead=False)
 
 
 def test_rollouts_that_were_generated_ahead_cannot_become_more(tmp_path: Path) -> None:
@@ -86,9 +86,9 @@ def test_rollouts_that_were_generated_ahead_cannot_become_more(tmp_path: Path) -
     (folder / "rollouts").mkdir()
     for step in range(1, 5):
         (folder / "rollouts" / f"step{step:06d}.parquet").touch()
-    resuming.check_steps(folder, 4, ahead=True)
+    RunFolder(folder).check_steps(4, ahead=True)
     with pytest.raises(UserError, match="rollouts of 4 updates"):
-        resuming.check_steps(folder, 5, ahead=True)
+        RunFolder(folder).check_steps(5, ahead=True)
 
 
 def test_a_finished_run_keeps_its_results_when_it_is_trained_further(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_finished_run_keeps_its_results_when_it_is_trained_further(tmp_path: P
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
     History(folder).add_evaluation({"name": "after", "step": 40})
-    resuming.reopen(folder, 40)
+    RunFolder(folder).reopen(40)
     assert (folder / "summary_step40.json").read_text() == "summary.json"
     assert (folder / "records" / "after_step40.jsonl").exists() and (folder / "model_step40").is_dir()
     assert not (folder / "summary.json").exists() and not (folder / "records" / "after.jsonl").exists()
@@ -106,4 +106,4 @@ def test_a_finished_run_keeps_its_results_when_it_is_trained_further(tmp_path: P
 
 def test_a_finished_run_without_its_checkpoint_cannot_be_trained_further(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without its last checkpoint"):
-        resuming.reopen(run_folder(tmp_path / "run", made=30), 40)
+        RunFolder(run_folder(tmp_path / "run", made=30)).reopen(40)
