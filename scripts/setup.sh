@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes .venv with the exact packages of requirements/{cpu,gpu}.lock, whichever fits the machine, and this
 # package in it. Needs Python 3.11 or 3.12 on Linux x86-64 and a package index. A finished .venv is left as it
-# is, one from an older lock is updated. Mistakes the user can fix end in one sentence and exit code 2.
+# is, one from an older lock is updated. Mistakes a person can mend end in one sentence and exit code 2.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,8 +15,7 @@ fail() {
 }
 
 # The stamp holds the kind of machine and a hash over all that decides what .venv contains. While packages
-# are being installed it says "unfinished": a half-installed package looks complete to an installer, so such a
-# .venv is rebuilt.
+# are being installed it says so: half a package looks whole to an installer, so such a .venv is made anew.
 readonly UNFINISHED="unfinished -"
 fingerprint() { cat "requirements/$1.lock" pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1; }
 finished() {
