@@ -93,6 +93,8 @@ def refused_module(words: list[str]) -> list[str]:
 
 def refused_command(words: list[str]) -> list[str]:
     """A command of `vopd` that is not there, or whose settings it does not take."""
+    if words[1].isupper() or words[1:] == ["--help"]:  # COMMAND stands for one
+        return []
     command, rest = words[1:2], words[2:]
     if rest and isinstance(cli.cli.commands.get(command[0]), click.Group):
         command, rest = words[1:3], words[3:]

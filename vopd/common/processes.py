@@ -10,6 +10,8 @@ import ctypes
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ MARK = "VOPD_RUN_FOLDER"
 PR_SET_PDEATHSIG = 1
 YOUNG_SECONDS = 10.0
 DRIVER = "driver"
+REAPER = Path(__file__).with_name("reaper.py")
 ROLES = {
     "gcs_server": "Ray control process (gcs_server)",
     "raylet": "Ray node process (raylet)",
@@ -95,6 +98,19 @@ def end(processes: list[psutil.Process]) -> None:
         except psutil.Error:
             continue
     psutil.wait_procs(processes, timeout=10)
+
+
+def reaper(mark: str, pass_fds: tuple[int, ...] = ()) -> subprocess.Popen[bytes]:
+    """A process that ends all processes with `NAME=VALUE` in their environment once its standard input is closed.
+
+    Which happens however this process ends, kill -9 included; `communicate` closes it and waits until they are gone.
+    """
+    return subprocess.Popen(
+        [sys.executable, "-I", "-S", str(REAPER), mark],
+        stdin=subprocess.PIPE,
+        start_new_session=True,
+        pass_fds=pass_fds,
+    )
 
 
 def die_with_parent() -> None:

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,9 @@ from vopd.errors import UserError
 GIB = 2**30
 URL = "http://vllm/v1"
 """The address of a server that is reached through its socket."""
-LOOK_SECONDS = 0.2
+LOOK_SECONDS, END_SECONDS = 0.2, 20.0
 LOG_BYTES = 1 << 20
+COMMAND = ("-m", "vllm.entrypoints.cli.main", "serve")
 
 
 @contextmanager
@@ -53,10 +54,11 @@ def started(model: str, concurrency: int, seed: int, extra: Mapping[str, Any], l
             library_environment.variables(device) | temporary.environment(place) | loopback.start(place)
         )
         server = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vllm.entrypoints.cli.main", "serve", model, f"--uds={socket}", *options],
+            [sys.executable, "-P", *COMMAND, model, f"--uds={socket}", *options],
             stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=os.environ | variables,
             preexec_fn=processes.die_with_parent, start_new_session=True,
         )  # fmt: skip
+        reaper = processes.reaper(f"{temporary.VARIABLE}={place}")
         try:
             _wait(server, socket)
             yield socket
@@ -67,7 +69,9 @@ def started(model: str, concurrency: int, seed: int, extra: Mapping[str, Any], l
             raise UserError(f"vLLM stopped with model={model} ({one_line(said)}); see {log}.") from error
         finally:
             server.terminate()
-            server.wait()
+            with suppress(subprocess.TimeoutExpired):
+                server.wait(END_SECONDS)
+            reaper.communicate()  # which ends what is left
 
 
 class _EndedError(Exception):

@@ -39,7 +39,6 @@ MEMORY_SECONDS = 20.0  # a look costs half a second of a slow core
 GRACE_SECONDS = 20.0
 GIB = 1024**3
 FULL_BYTES = 1 << 16
-REAPER = Path(__file__).with_name("reaper.py")
 TURNING = ("note", "ending", "done")
 CRASHES = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGILL, signal.SIGFPE)
 """What ends the driver itself. Of others (Ray aborts it where its own daemons are gone) it is not the first cause."""
@@ -171,12 +170,7 @@ def _kept(run_dir: Path, lock: int | None) -> Iterator[None]:
     shutil.rmtree(run_dir / heartbeat.STACKS, ignore_errors=True)
     (run_dir / heartbeat.FOLDER).mkdir(parents=True)
     ((name, value),) = processes.mark(run_dir).items()
-    reaper = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(REAPER), f"{name}={value}"],
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-        pass_fds=() if lock is None else (lock,),
-    )
+    reaper = processes.reaper(f"{name}={value}", () if lock is None else (lock,))
     try:
         yield
     finally:

@@ -178,7 +178,7 @@ def test_a_killed_terminal_takes_trainer_and_daemons_along(tmp_path: Path, who: 
     trainer, daemon = left(tmp_path)
     if who == "terminal and reaper":
         for child in psutil.Process(terminal.pid).children():
-            if str(supervisor.REAPER) in child.cmdline():
+            if str(processes.REAPER) in child.cmdline():
                 child.kill()
     os.killpg(terminal.pid, signal.SIGKILL)
     terminal.wait()

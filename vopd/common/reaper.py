@@ -1,9 +1,9 @@
 """Ends whatever is left of a run when the process that holds its standard input is gone: `reaper.py NAME=VALUE`.
 
-`watch.run` starts one beside each training process. A run's terminal can be killed with a signal that it cannot
-handle; Ray's daemons, its workers and vLLM's engine have other parents and sessions by then. They all bear the
-variable that is given here in their environment. A script of the standard library alone: it is small, starts at
-once, and lives as long as the run.
+One is started beside each training process and each `vllm serve`. The command that started those can be killed with a
+signal that it cannot handle; Ray's daemons, its workers and vLLM's engine have other parents and sessions by then. They
+all bear the variable that is given here in their environment. A script of the standard library alone: it is small,
+starts at once, and lives as long as the run.
 """
 
 import os
