@@ -38,7 +38,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_a_set_of_someone_that_was_not_validated_is_refused_untouched(mine: Path) -> None:
     before = contents(mine)
-    with pytest.raises(UserError, match=r"run `python -m data\.validate .*data\.prepare=null"):
+    with pytest.raises(UserError, match=r"run `vopd data validate .*data\.prepare=null"):
         folders.needs_preparing(mine, MINIATURE)
     with pytest.raises(UserError, match=r"holds train\.parquet, which data\.miniature\.prepare did not make"):
         prepare.prepare(mine, 6)
