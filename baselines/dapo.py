@@ -1,11 +1,11 @@
 """DAPO (arXiv 2503.14476): GRPO with dynamic sampling, a higher upper clip, a mean over tokens and a length penalty.
 
     L   = - 1 / sum_i |y_i|  sum_i sum_t min( r_it A_i, clip(r_it, 1 - 0.2, 1 + 0.28) A_i )
-    R_i = (1 if right else -1) + penalty(|y_i|)
+    R_i = (1 if correct else -1) + penalty(|y_i|)
     penalty(l) = 0 up to L_max - L_c, then ((L_max - L_c) - l) / L_c, -1 where the limit L_max cut the answer off
 
-Groups whose answers are all right or all wrong are thrown away, by correctness and not by reward: a length penalty
-would give an all-wrong group a spread. The next prompts of the stream take their place.
+Groups whose answers are all correct or all incorrect are discarded, by correctness and not by reward: a length penalty
+would give an all-incorrect group a spread. The next prompts of the stream take their place.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def overlong_penalty(
 
 @dataclass(frozen=True)
 class DAPO(Method):
-    """See the module's docstring."""
+    """Dynamic sampling, asymmetric clip, mean over tokens, penalty for overlong responses."""
 
     settings: Settings = field(default_factory=Settings)
 

@@ -1,6 +1,6 @@
 """GRPO (arXiv 2402.03300): the group's own answers are the baseline; verl's estimator and policy loss.
 
-For a question q with G answers y_1 ... y_G from the full image and rewards R_i (1 where the answer is right by rule):
+For a question q with G answers y_1 ... y_G from the full image and rewards R_i (1 where the answer is correct by rule):
 
     A_i  = (R_i - mean(R)) / (std(R) + 1e-6)                      the same for each token of y_i
     r_it = p(y_it | q, y_i<t) / p_old(y_it | q, y_i<t)
@@ -33,7 +33,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class GRPO(Method):
-    """See the module's docstring."""
+    """Advantages normalised in the group, clipped policy gradient, mean per response."""
 
     settings: Settings = field(default_factory=Settings)
 

@@ -1,4 +1,4 @@
-"""OPSD (arXiv 2601.18734): the teacher sees the same image and is told the right answer.
+"""OPSD (arXiv 2601.18734): the teacher sees the same image and is told the correct answer.
 
     L = E_{y ~ p_S(. | I, q)}  1/|y|  sum_n  D( p_T(. | I, q + answer, y_<n)  ||  p_S(. | I, q, y_<n) )
 
@@ -37,7 +37,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class OPSD(Method):
-    """See the module's docstring."""
+    """Divergence to a teacher whose prompt holds the answer."""
 
     settings: Settings = field(default_factory=Settings)
 

@@ -1,9 +1,9 @@
-"""SFT on the self-teacher: the student learns, from the full image, the right answers its own start gave to the crop.
+"""SFT on the self-teacher: the student learns, from the full image, its own initial correct answers to the crop.
 
     y_1 ... y_n ~ p_initial(. | I', q)          for every prompt of the run, before the first update
     L = - mean over kept i of 1/|y_i| sum_t log p_S(y_it | I, q, y_i<t)
 
-Kept are the answers that the rule finds right and that ended by themselves. Off-policy by construction. An update
+Kept are the answers that the rule finds correct and that ended by themselves. Off-policy by construction. An update
 without any kept answer changes nothing and is counted.
 """
 
@@ -30,7 +30,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SFT(Method):
-    """See the module's docstring."""
+    """Likelihood of the kept answers; the others have no weight in the loss."""
 
     def prepare(self, rollouts: Rollouts) -> Mapping[str, torch.Tensor]:
         return {"kept": rollouts.correct_B & ~rollouts.truncated_B}

@@ -23,19 +23,23 @@ BASE = ROOT / "data" / "miniature" / "base"
 BUILDER = ROOT / "tests" / "data" / "published_layout.py"
 
 
-def measured(*words: str) -> tuple[float, float, float]:
+def measured(*arguments: str) -> tuple[float, float, float]:
     """(wall seconds, CPU seconds, peak MiB) of a Python process that must end well."""
     start = time.perf_counter()
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-P", *words], cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-P", *arguments],
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     assert process.stderr is not None
     said = process.stderr.read()
     _, status, usage = os.wait4(process.pid, 0)
     seconds = time.perf_counter() - start
     if status:
-        raise SystemExit(f"{' '.join(words)} failed:\n{said.decode(errors='replace')[-2000:]}")
+        raise SystemExit(f"{' '.join(arguments)} failed:\n{said.decode(errors='replace')[-2000:]}")
     return seconds, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024
 
 
@@ -62,7 +66,7 @@ def main() -> None:
         for rows in args.rows:
             published, out = place / f"published{rows}", place / f"out{rows}"
             measured(str(BUILDER), str(published), str(rows))
-            words = [
+            arguments = [
                 "--source",
                 str(published),
                 "--out",
@@ -73,7 +77,9 @@ def main() -> None:
                 "64",
             ]
             add(
-                "prepare", rows, measured("-m", "vopd", "data", "prepare", "vision_opd_6k", "prepare", *words)
+                "prepare",
+                rows,
+                measured("-m", "vopd", "data", "prepare", "vision_opd_6k", "prepare", *arguments),
             )
             add("validate", rows, measured("-m", "vopd", "data", "validate", str(out)))
             add(

@@ -34,7 +34,7 @@ from vopd.runner.new_recipe import new
 
 ROOT = Path(__file__).resolve().parents[1]
 ROWS = {"train": 32, "validation": 4, "test": 8, "holdout": 4}
-WORDS = (
+OVERRIDES = (
     "data.prepare=null train.save_every=1000 train.prompts=4 train.rollouts=2 evaluate.every=0 export=float32 "
     "evaluate.test_rows=8 evaluate.holdout_rows=4 hardware.memory_gib=0.01 hardware.disk_gib=0.01"
 ).split()
@@ -66,17 +66,17 @@ class Fault:
         name: for the table.
         says: part of the sentence.
         code: the exit code.
-        recipe: (function, its body): what the recipe does in place of the right thing.
-        words: settings.
+        recipe: (function, its body): what the recipe does instead.
+        overrides: settings.
         act: what is done to the run from outside once it is ready.
-        ready: file of the run folder whose presence says so.
+        ready: file of the run folder whose presence shows it.
     """
 
     name: str
     says: str
     code: int = 1
     recipe: tuple[str, str] | None = None
-    words: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
     act: Callable[[Run], None] | None = None
     ready: str = "metrics.jsonl"
 
@@ -223,13 +223,13 @@ FAULTS = [
         INTERRUPTED,
         ("score", DEADLOCK),
     ),
-    Fault("vLLM: LoRA, which its CPU rollout cannot take", "LoRA weights cannot be sent", words=(LORA,)),
+    Fault("vLLM: LoRA, which its CPU rollout cannot take", "LoRA weights cannot be sent", overrides=(LORA,)),
     Fault(
         "vLLM: an option's value that it does not know",
         "invalid choice",
-        words=(f"{VLLM}.mamba_ssm_cache_dtype=no",),
+        overrides=(f"{VLLM}.mamba_ssm_cache_dtype=no",),
     ),
-    Fault("vLLM: a cache that is too small", "KV cache memory", words=("rollout.cache_gib=0.0001",)),
+    Fault("vLLM: a cache that is too small", "KV cache memory", overrides=("rollout.cache_gib=0.0001",)),
     *(
         Fault(f"kill -9 of the {name}", processes.ROLES[title].split(" (")[0], act=kill(title))
         for name, title in ROLES.items()
@@ -285,10 +285,16 @@ def started(fault: Fault, place: Path) -> Iterator[Run]:
     """The command of a run with this fault."""
     recipe, data = make_recipe(fault, place / "recipe"), place / "data"
     make_data(data)
-    words = [*WORDS, f"run_dir={place / 'run'}", f"data.folder={data}", "train.steps=1000", *fault.words]
-    words = list({word.split("=")[0]: word for word in words}.values())
+    overrides = [
+        *OVERRIDES,
+        f"run_dir={place / 'run'}",
+        f"data.folder={data}",
+        "train.steps=1000",
+        *fault.overrides,
+    ]
+    overrides = list({override.split("=")[0]: override for override in overrides}.values())
     process = subprocess.Popen(
-        [sys.executable, "-P", "-m", "vopd", "run", recipe, *words],
+        [sys.executable, "-P", "-m", "vopd", "run", recipe, *overrides],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=place,
         env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "2000"},
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -375,10 +381,10 @@ def stops(names: dict[str, str]) -> Iterator[tuple[str, bool]]:
             told = run.wait(lambda at=process.pid: run.said(f"(pid {at}) is stopped"), TOLD_SECONDS)  # type: ignore[misc]
             when, line = run.said(f"(pid {process.pid}) is stopped") or (0.0, "")
             process.resume()
-            on = run.wait(lambda: run.said("goes on after"), END_SECONDS)
+            on = run.wait(lambda: run.said("continues after"), END_SECONDS)
             seconds = f"{when - run.at:.0f}" if told else "-"
             yield (
-                f"| SIGSTOP of the {name} | {seconds} | {'goes on' if on else 'does not go on'} | 0 | {line} |",
+                f"| SIGSTOP of the {name} | {seconds} | {'continues' if on else 'does not continue'} | 0 | {line} |",
                 told and on,
             )
         run.process.send_signal(signal.SIGINT)

@@ -88,10 +88,10 @@ class Play:
         ]
 
     def start(self, name: str) -> subprocess.Popen[bytes]:
-        words = [f"run_dir={self.place / name}", f"data.folder={self.data}", *SETTINGS]
+        overrides = [f"run_dir={self.place / name}", f"data.folder={self.data}", *SETTINGS]
         with (self.place / f"{name}.txt").open("ab") as terminal:
             return subprocess.Popen(
-                [sys.executable, "-P", "-m", "vopd", "run", self.recipe, *words],
+                [sys.executable, "-P", "-m", "vopd", "run", self.recipe, *overrides],
                 stdin=subprocess.DEVNULL, stdout=terminal, stderr=terminal, cwd=ROOT,
             )  # fmt: skip
 

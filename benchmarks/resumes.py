@@ -1,7 +1,7 @@
-"""Stops a run in the ways a person or a disk does and goes on: `python -m benchmarks.resumes [NAME...]`, a table.
+"""Interrupts a run as a user or a disk does, and resumes it: `python -m benchmarks.resumes [NAME...]`, a table.
 
 Every case is Vision-OPD on a few rows of the miniature. `more updates`: a finished run of three is given six. `another
-number of ranks`: one that has made three of six on one rank goes on with two. `Ctrl-C twice`: a second one while the
+number of ranks`: one that has made three of six on one rank resumes with two. `Ctrl-C twice`: a second one while the
 first is being obeyed. `full disk`: the run folder lies on a file system of its own (a mount of memory, so this case
 needs root) that is filled before the second save, and emptied again. What was resumed must end with the answers of the
 run that was left alone, to the bit; with two ranks, whose sums have another order, with finite and close numbers.
@@ -47,13 +47,13 @@ class Case:
         self.folder, self.data = folder, data
         self.terminal = folder.with_suffix(".txt")
 
-    def start(self, *words: str, steps: int = UPDATES) -> subprocess.Popen[bytes]:
+    def start(self, *arguments: str, steps: int = UPDATES) -> subprocess.Popen[bytes]:
         given = [
             f"run_dir={self.folder}",
             f"data.folder={self.data}",
             f"train.steps={steps}",
             *SETTINGS,
-            *words,
+            *arguments,
         ]
         with self.terminal.open("ab") as terminal:
             return subprocess.Popen(

@@ -24,7 +24,7 @@ STUB = Path(__file__).parents[1] / "tests" / "data" / "synthesis" / "stub_server
 
 def measure(url: str, images: Path, out: Path, concurrency: int) -> tuple[int, int, float]:
     """Requests, rows and seconds of one synthesis."""
-    words = [
+    overrides = [
         f"images={images}",
         f"out={out}",
         "source=benchmark",
@@ -36,9 +36,9 @@ def measure(url: str, images: Path, out: Path, concurrency: int) -> tuple[int, i
         "filter.min_height=300",
         "propose.per_image=3",
     ]
-    with Pipeline(config.load(words)) as pipeline, contextlib.redirect_stderr(io.StringIO()):
+    with Pipeline(config.load(overrides)) as pipeline, contextlib.redirect_stderr(io.StringIO()):
         pipeline.crops()
-    with Pipeline(config.load(words)) as pipeline, contextlib.redirect_stderr(io.StringIO()):
+    with Pipeline(config.load(overrides)) as pipeline, contextlib.redirect_stderr(io.StringIO()):
         began = time.perf_counter()
         rows = pipeline.run()
         seconds = time.perf_counter() - began

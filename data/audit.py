@@ -205,7 +205,7 @@ def audit(
 
 
 def write(folder: Path, record: dict[str, Any], small: dict[Key, np.ndarray], tested: int) -> None:
-    """audit.html and excluded.json; `UserError` where files by these names are someone's, or were edited."""
+    """audit.html and excluded.json; `UserError` where files of these names are the user's, or were edited."""
     owned = ownership.claim(folder, MAKER, NAMES, recognise=_made_before)
     rows = [
         {
@@ -249,9 +249,9 @@ def arguments() -> argparse.ArgumentParser:
 
 
 @reports_errors("data.audit")
-def main(words: list[str]) -> int:
+def main(argv: list[str]) -> int:
     """Exit code 0 whether copies were found or not, 2 for bad input."""
-    args = arguments().parse_args(words)
+    args = arguments().parse_args(argv)
     ownership.check(args.out, MAKER, NAMES, recognise=_made_before)
     pairs, small, tested = audit(args.train, args.test, args.distance, args.correlation)
     excluded = sorted({pair.test for pair in pairs})

@@ -1,4 +1,4 @@
-"""Tokens that steer a model and must not stand in a text of the data: the model would read another prompt than meant.
+"""Tokens that steer a model and must not occur in the data's texts: the model would read another prompt than intended.
 
 A tokenizer turns such a token into its control id wherever it is written, so `<|im_end|>` in an option ends the turn,
 and an image marker asks for an image that is not there.

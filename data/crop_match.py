@@ -29,7 +29,7 @@ Box = tuple[int, int, int, int]
 @dataclass(frozen=True)
 class Match:
     """score: best correlation within the tolerance (for a flat crop 1 or 0). best: best in the window.
-    offset: where that best place lies from the box, in pixels of the full image (x, y)."""
+    offset: of that best place from the box, in pixels of the full image (x, y)."""
 
     matches: bool
     score: float

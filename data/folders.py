@@ -1,7 +1,7 @@
 """A data set that is there already: whether a preparer has to be called for it, and whose it is.
 
 A preparer (`data.prepare`, called as `python -m PREPARER --out FOLDER`) is for an empty folder, or one that it made
-itself. Any other set belongs to someone: it is taken as it is if it was validated, and otherwise refused.
+itself. Any other set is the user's: it is used as it is if it was validated, and otherwise refused.
 """
 
 import hashlib
@@ -29,8 +29,8 @@ def needs_preparing(folder: Path, preparer: str) -> bool:
         return True
     if not (folder / validation_stamp.NAME).is_file():
         raise UserError(
-            f"{folder}: {preparer} did not make what is there and leaves it alone; if it is a data set, run "
-            f"`vopd data validate {folder}` first (data.prepare=null says that nothing shall be made)."
+            f"{folder}: {preparer} did not create its content and leaves it unchanged; if it is a data set, run "
+            f"`vopd data validate {folder}` first (with data.prepare=null nothing is prepared)."
         )
     return False
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 BITS = 64
 DISTANCE = 4
-_SIDE = 128  # imagehash goes on to 32 x 32
+_SIDE = 128  # imagehash shrinks further, to 32 x 32
 
 
 def perceptual_hash(picture: Image.Image) -> int:

@@ -40,7 +40,7 @@ def opened(file: Path, wanted: pa.Schema) -> pq.ParquetFile:
     """The file, which has every column of `wanted` once and in a type that can become the wanted one.
 
     Raises:
-        UserError: it is no parquet file that can be read here, or lacks a column; names the column.
+        UserError: it is not a parquet file that can be read here, or lacks a column; names the column.
     """
     try:
         source = pq.ParquetFile(file, buffer_size=READ_BYTES, pre_buffer=False)

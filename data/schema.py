@@ -115,7 +115,7 @@ def image_file(path: str, folder: Path) -> Path:
     file = folder / path
     try:
         inside = file.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError):  # too long a name, links that lead in a circle
+    except (OSError, RuntimeError):  # too long a name, circular links
         inside = False
     if not inside:
         raise UserError(f"{path!r} leads out of the data folder {folder}; copy the image into it.")

@@ -1,6 +1,6 @@
 """Makes triplets from a folder of images: `vopd data synthesize [SETTINGS.yaml] key=value ...`.
 
-Run the same words again to go on after an interruption. `--help` prints every key with its default.
+After an interruption, the same command resumes. `--help` prints every key with its default.
 """
 
 import json
@@ -13,13 +13,13 @@ from data.synthesis.pipeline import synthesize
 from vopd.common.command import reports_errors
 
 
-@reports_errors("data.synthesize", "the same command goes on from here", "what is done is kept")
-def main(words: list[str]) -> int:
+@reports_errors("data.synthesize", "the same command resumes it", "what is done is kept")
+def main(overrides: list[str]) -> int:
     """Exit code 0; 2 for bad input or a server that does not answer; 1 when single requests stayed unanswered."""
-    if "--help" in words or "-h" in words:
+    if "--help" in overrides or "-h" in overrides:
         print(f"{__doc__}\n{OmegaConf.to_yaml(OmegaConf.structured(config.Synthesis))}")
         return 0
-    result = synthesize(config.load(words))
+    result = synthesize(config.load(overrides))
     print(json.dumps(result))
     if result["unanswered"]:
         print(

@@ -174,7 +174,7 @@ def _label_width(cell: int, dot: int) -> int:
 
 
 def draw(picture: Image.Image, shapes: tuple[Shape, ...]) -> Image.Image:
-    """A copy of an RGB picture with the shapes on it; a point's number stands at its lower right."""
+    """A copy of an RGB picture with the shapes on it; a point's number is at its lower right."""
     picture = picture.convert("RGB")
     pen = ImageDraw.Draw(picture)
     pen.fontmode = "1"

@@ -57,7 +57,7 @@ BLOCKING = {
 }
 WARNING = {
     "near-duplicate": "the image is (nearly) that of an earlier row of the split",
-    "balance": "right letters are not evenly spread (chi-squared test, p < 0.001)",
+    "balance": "correct letters are not evenly spread (chi-squared test, p < 0.001)",
 }
 KINDS = BLOCKING | WARNING
 MAX_AREA = 0.1
@@ -90,7 +90,7 @@ class Finding(NamedTuple):
 
 @dataclass
 class Report:
-    """What validation found. rows, letters (right answers) and hashes are by split."""
+    """What validation found. rows, letters (correct answers) and hashes are by split."""
 
     findings: list[Finding] = field(default_factory=list)
     rows: dict[str, int] = field(default_factory=dict)
@@ -113,7 +113,7 @@ class Report:
         return f"not fit for training: {where}: {first.kind}: {_shown(first.reason).rstrip('.')}{others}."
 
     def text(self) -> str:
-        """Findings by kind, the first few ids of each, and the right letters of each split."""
+        """Findings by kind, the first few ids of each, and the correct letters of each split."""
         lines = []
         for kind, what in KINDS.items():
             found = [f for f in self.findings if f.kind == kind]
@@ -123,7 +123,7 @@ class Report:
                 lines += [f"    ... and {len(found) - LISTED} more"] if len(found) > LISTED else []
         for split, count in self.rows.items():
             spread = " ".join(f"{k} {v}" for k, v in sorted(self.letters[split].items()))
-            lines.append(f"{_shown(split)}: {count} rows; right letters: {spread or 'none'}")
+            lines.append(f"{_shown(split)}: {count} rows; correct letters: {spread or 'none'}")
         bad = len({(f.split, f.number) for f in self.blocking})
         lines.append(f"{bad} bad rows of {sum(self.rows.values())}")
         return "\n".join(lines)
@@ -208,7 +208,7 @@ def _text_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if not question.strip():
         yield "schema", "question is empty"
     if row["answer_type"] not in ANSWER_TYPES:
-        yield "schema", f"answer_type {row['answer_type']!r} is none of {', '.join(sorted(ANSWER_TYPES))}"
+        yield "schema", f"answer_type {row['answer_type']!r} is not one of {', '.join(sorted(ANSWER_TYPES))}"
     if not hint.strip() or hint not in question:
         yield "hint", "hint is empty" if not hint.strip() else "hint is not part of the question"
 

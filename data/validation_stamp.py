@@ -1,6 +1,6 @@
 """The stamp that a validated data folder carries: `validated.json`, with the hash of every split that was checked.
 
-`data.validate` writes it, training refuses a folder without it or with data that has changed since. It lies in the
+`data.validate` writes it, training refuses a folder without it or with data that has changed since. It is in the
 folder and holds no path, so it moves with the data.
 """
 
@@ -38,12 +38,12 @@ def remove(folder: Path) -> None:
 
 
 def current(folder: Path) -> bool:
-    """Whether there is a stamp of today's checks. Whether the data is still the same is told by `check`."""
+    """Whether there is a stamp of today's checks. `check` tells whether the data is still the same."""
     return bool((_read(folder) or {}).get("checks") == CHECKS)
 
 
 def _check_ours(folder: Path) -> None:
-    """`UserError` if something by the stamp's name is none: it is someone's, and stays."""
+    """`UserError` if something with the stamp's name is not a stamp: it is the user's, and stays."""
     if os.path.lexists(folder / NAME) and _read(folder) is None:
         raise UserError(f"{folder / NAME}: not a stamp of data.validate; move it away, its name is needed.")
 
@@ -74,7 +74,7 @@ def check(folder: Path, splits: Iterable[str]) -> dict[str, str]:
             f"{folder / NAME}: not a stamp of data.validate; move it away and {again}."
         ) from error
     if content.get("checks") != CHECKS:
-        raise UserError(f"{folder}: validated with other checks than today's; {again} again.")
+        raise UserError(f"{folder}: validated with another version of the checks; {again} again.")
     hashes = {}
     for name in sorted({*splits, *stamped, *(path.stem for path in schema.splits(folder))}):
         hashes[name] = schema.split_hash(folder / f"{name}.parquet")

@@ -18,7 +18,7 @@ def test_a_bad_input_ends_in_a_sentence(
     for name, value in case.variables(tmp_path).items():
         monkeypatch.setenv(name, value)
     monkeypatch.chdir(tmp_path)
-    code = importlib.import_module(case.module).main(case.words(tmp_path))
+    code = importlib.import_module(case.module).main(case.arguments(tmp_path))
     said = capsys.readouterr().err
     assert (code, case.says in said) == (case.code, True), said
     assert "Traceback" not in said

@@ -27,7 +27,7 @@ from vopd.evaluation.evaluate import settings_of
 from vopd.evaluation.scoring import table as scoring_table
 from vopd.method import Method, ScoreChunk, UpdateBatch, build
 from vopd.report import __main__ as report
-from vopd.report.__main__ import words as report_words
+from vopd.report.__main__ import parse_arguments as report_arguments
 from vopd.runner import series
 
 METHODS = sorted((ROOT / "docs" / "methods").glob("*.md"))
@@ -54,7 +54,7 @@ def inline(document: Path) -> list[str]:
 
 
 def commands(document: Path) -> list[list[str]]:
-    """Words of every `bash ...` and `python ...` command, in blocks and in prose."""
+    """The arguments of every `bash ...` and `python ...` command, in blocks and in prose."""
     lines = [
         line
         for language in ("bash", "")
@@ -80,7 +80,7 @@ def refusals(document: Path) -> list[str]:
             recipe = "vision_opd" if words[2].endswith(".yaml") else words[2]  # the example is loaded below
             load(recipe, [word for word in words[3:] if word != "--help"])
         elif words[1] == "scripts/compare.sh":
-            recipes, seeds, settings = series.words(words[2:])
+            recipes, seeds, settings = series.parse_arguments(words[2:])
             for recipe in recipes:
                 load(recipe, [*settings, f"seed={seeds[0]}"])
     return wrong
@@ -108,11 +108,11 @@ def refused_command(words: list[str]) -> list[str]:
     checks = {
         "data synthesize": synthesis_settings,
         "data audit": lambda rest: audit.arguments().parse_args(cli._as_options(tuple(rest))),
-        "report": report_words,
+        "report": report_arguments,
         "evaluate": lambda rest: [find(benchmark) for benchmark in settings_of(rest).benchmarks],
         "run": lambda rest: load(rest[0], rest[1:]),
         "check": lambda rest: load(rest[0], rest[1:]),
-        "compare": series.words,
+        "compare": series.parse_arguments,
     }
     if check := checks.get(" ".join(command)):
         check(rest)
@@ -154,7 +154,9 @@ def test_a_command_that_does_not_exist_is_seen(tmp_path: Path) -> None:
         ("vopd data audit a.parquet", SystemExit),
     ],
 )
-def test_a_word_that_a_command_does_not_take_is_seen(tmp_path: Path, command: str, error: type) -> None:
+def test_an_argument_that_a_command_does_not_take_is_refused(
+    tmp_path: Path, command: str, error: type
+) -> None:
     document = tmp_path / "x.md"
     document.write_text(f"```bash\n{command}\n```\n")
     with pytest.raises(error):
@@ -221,7 +223,7 @@ def test_the_card_states_the_settings_of_a_run() -> None:
 
 
 def helper(path: str) -> ModuleType:
-    """A module below tests/ that is no test; pytest's importlib mode puts no folder on the path."""
+    """A module below tests/ that is not a test; pytest's importlib mode puts no folder on the path."""
     spec = spec_from_file_location(Path(path).stem, ROOT / "tests" / path)
     assert spec and spec.loader
     module = module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Promises the tracked files make as a whole: what a person reads first exists, and nothing is tied to one machine."""
+"""Promises the tracked files make as a whole: what a user reads first exists, and nothing is tied to one machine."""
 
 import ast
 import re
@@ -90,3 +90,59 @@ def test_the_lock_is_exact_hashed_and_holds_the_direct_pins(lock):
     for line in project["dependencies"] + extras["dev"] + extras[lock.stem]:
         pin = Requirement(line)
         assert str(pin.specifier) == f"=={packages[canonicalize_name(pin.name)][0]}", line
+
+
+def suffixes(source: str) -> set[str]:
+    """Shape suffixes of a module's identifiers: `_BT` of `mask_BT`; constants in capitals have none."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    names |= {node.arg for node in nodes if isinstance(node, ast.arg | ast.keyword) and node.arg}
+    found = (re.fullmatch(r"[a-z_][a-z0-9_]*_([0-9]*[A-Z][A-Z0-9]*x?)", name) for name in names)
+    return {match[1] for match in found if match}
+
+
+def test_every_shape_suffix_is_in_the_glossary():
+    glossary = text_of(ROOT / "docs" / "glossary.md")
+    known = set(re.findall(r"^\| ([A-Z]) \|", glossary, re.MULTILINE))
+    used = {
+        (name_of(file), letter)
+        for file in FILES
+        if file.suffix == ".py" and name_of(file).startswith(("vopd/", "baselines/"))
+        for suffix in suffixes(text_of(file))
+        for letter in suffix.rstrip("x")
+        if letter.isalpha()
+    }
+    assert len(used) > 30
+    assert sorted(pair for pair in used if pair[1] not in known) == []
+    assert sorted(known - {letter for _, letter in used}) == []
+
+
+def test_a_suffix_is_read_from_names_arguments_and_attributes():
+    assert suffixes("def f(mask_BT, *, LIMIT_N=0):\n    self.ids_1P = g(rest_GWx=mask_BT)\n") == {
+        "BT",
+        "1P",
+        "GWx",
+    }
+
+
+# Phrases that readers of the field stumble over, and references to documents that they do not have.
+FORBIDDEN = re.compile(
+    r"told[ _]apart|(?<![a-z])mended|(?<![a-z])goes[ _]on(?![a-z])|thrown[ _-]away|whole[ _]story"
+    r"|pitfall|\bDESIGN[.]md",
+    re.IGNORECASE,
+)
+SENT_TO_A_MODEL = "data/synthesis/prompts.py"  # its texts are inputs of a result
+
+
+def test_forbidden_phrases_do_not_come_back():
+    found = [
+        f"{name_of(file)}:{number}: {line.strip()[:80]}"
+        for file in FILES
+        if file.suffix in (".py", ".md")
+        and not name_of(file).startswith("docs/results/")
+        and name_of(file) not in (SENT_TO_A_MODEL, "tests/test_repository.py")
+        for number, line in enumerate(text_of(file).splitlines(), 1)
+        if FORBIDDEN.search(line)
+    ]
+    assert found == []

@@ -94,7 +94,7 @@ def check(kind: type, values: Any, prefix: str = "") -> None:
     Args:
         kind: the dataclass that states the bounds, in its own fields and those of the dataclasses in it.
         values: an instance of it, or a DictConfig of its shape.
-        prefix: what stands before a key in the sentence, such as `method.`.
+        prefix: what precedes a key in the message, such as `method.`.
 
     Raises:
         UserError: names key, value and bound.
@@ -103,7 +103,7 @@ def check(kind: type, values: Any, prefix: str = "") -> None:
         value = getattr(values, f.name)
         bound: Bound | None = f.metadata.get(KEY)
         if bound is not None and value is not None and not bound.holds(value):
-            raise UserError(f"{prefix}{f.name}={_shown(value)} cannot be; give {bound}.")
+            raise UserError(f"{prefix}{f.name}={_shown(value)} is not allowed; give {bound}.")
         if f.default_factory is not MISSING and is_dataclass(f.default_factory):
             check(f.default_factory, value, f"{prefix}{f.name}.")
 

@@ -57,24 +57,26 @@ def _documented(module: str) -> str:
     return ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or ""
 
 
-def _hand_over(module: str, words: tuple[str, ...]) -> None:
-    if module in DOCUMENTED and {"-h", "--help"} & set(words):
+def _hand_over(module: str, arguments: tuple[str, ...]) -> None:
+    if module in DOCUMENTED and {"-h", "--help"} & set(arguments):
         print(_documented(module))
         raise SystemExit(0)
     signal.signal(signal.SIGTERM, _interrupt)
-    raise SystemExit(importlib.import_module(module).main(list(words)))
+    raise SystemExit(importlib.import_module(module).main(list(arguments)))
 
 
-def _as_options(words: tuple[str, ...]) -> tuple[str, ...]:
+def _as_options(arguments: tuple[str, ...]) -> tuple[str, ...]:
     """`key=value` for commands whose module reads --key=value."""
     return tuple(
-        f"--{word.replace('_', '-', word.partition('=')[0].count('_'))}" if _is_setting(word) else word
-        for word in words
+        f"--{argument.replace('_', '-', argument.partition('=')[0].count('_'))}"
+        if _is_setting(argument)
+        else argument
+        for argument in arguments
     )
 
 
-def _is_setting(word: str) -> bool:
-    key, equals, _ = word.partition("=")
+def _is_setting(argument: str) -> bool:
+    key, equals, _ = argument.partition("=")
     return bool(equals) and key.isidentifier()
 
 
@@ -84,9 +86,9 @@ def _command(
     """A command that hands its arguments to `main` of a module."""
 
     @group.command(name, context_settings=PASS_ON, short_help=about, add_help_option=False)
-    @click.argument("words", nargs=-1, type=Overrides())
-    def run(words: tuple[str, ...]) -> None:
-        _hand_over(module, (*first, *(_as_options(words) if options else words)))
+    @click.argument("arguments", nargs=-1, type=Overrides())
+    def run(arguments: tuple[str, ...]) -> None:
+        _hand_over(module, (*first, *(_as_options(arguments) if options else arguments)))
 
 
 @click.group(
@@ -128,10 +130,10 @@ _command(data, "audit", "data.audit", "Whether test images are in the training s
 
 @data.command("prepare", context_settings=PASS_ON, add_help_option=False)
 @click.argument("name", type=click.Choice(list(PREPARERS)))
-@click.argument("words", nargs=-1, type=click.UNPROCESSED)
-def prepare(name: str, words: tuple[str, ...]) -> None:
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def prepare(name: str, arguments: tuple[str, ...]) -> None:
     """Make a data set's triplets."""
-    _hand_over(PREPARERS[name], _as_options(words))
+    _hand_over(PREPARERS[name], _as_options(arguments))
 
 
 def main() -> None:

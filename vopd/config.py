@@ -2,7 +2,7 @@
 
 Later ones go first: class defaults < profile < recipe < overrides. Overrides are in Hydra's grammar
 (`seed=1 method.top_k=20`); keys below `verl.` reach verl's own tree. Unknown keys, wrong types and values outside the
-bounds that stand beside the defaults are errors.
+bounds declared beside the defaults are errors.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ RECIPES = ROOT / "recipes"
 OPEN = ("verl", "rollout.chat_template")
 """Sections without a fixed set of keys: verl's own tree, which is checked later, and a chat template's arguments."""
 FIXED = {
-    "recipe": "it is the first word of the command",
-    "recipe_folder": "it is where the recipe's file lies",
+    "recipe": "it is the first argument of the command",
+    "recipe_folder": "it is the folder of the recipe's file",
     "method.module": "it belongs to the recipe; write a recipe of your own for another module",
 }
 METHOD = "method"
@@ -108,7 +108,7 @@ class Rollout:
 
 @dataclass
 class Evaluate:
-    """Greedy answers before and after on test and hold-out; a small validation set every so many steps (0: never).
+    """Greedy answers to test and held-out questions before and after; a validation set every so many steps (0: never).
 
     Rows are the first so many of a split (0: all of it).
     """
@@ -211,7 +211,7 @@ def load(recipe_name: str, given: list[str]) -> DictConfig:
         given: Hydra overrides, `key=value`.
 
     Raises:
-        UserError: unknown recipe, profile or key, wrong type, a value that cannot be, unreadable YAML.
+        UserError: unknown recipe, profile or key, wrong type, an invalid value, unreadable YAML.
     """
     recipe_path, recipe = _recipe(find_recipe(recipe_name))
     profile_name, given = overrides.profile(given, DEFAULT_PROFILE)
@@ -231,7 +231,7 @@ def load(recipe_name: str, given: list[str]) -> DictConfig:
 
 def _check_early(base: DictConfig, given: list[str]) -> None:
     """Refuse what can be refused without the method's module, whose imports take a second or more."""
-    early = [word for word in given if not word.startswith(METHOD) and "${" not in word]
+    early = [override for override in given if not override.startswith(METHOD) and "${" not in override]
     settings = base.copy()
     settings.method = {}
     _checked(_tree(settings).override(early))

@@ -1,4 +1,4 @@
-"""The one exception for mistakes a person can mend; every command line turns it into exit code 2."""
+"""The one exception for mistakes the user can fix; every command line turns it into exit code 2."""
 
 
 class UserError(Exception):

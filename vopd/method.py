@@ -87,7 +87,8 @@ class Rollout:
         view: what the generating policy sees, a name in `vopd.views.VIEWS`.
         weights: `current` (the student's, synchronised after each update) or `initial`: all rollouts of the run are
             generated before the first update, stored in the run folder, and trained on from there.
-        filter_groups: whether groups that are all right or all wrong are thrown away and replaced by the next prompts
+        filter_groups: whether groups that are all correct or all incorrect are discarded and replaced by the next
+        prompts
             (verl's dynamic sampling, on correctness whatever the reward).
     """
 
@@ -248,7 +249,7 @@ def check(method: Method) -> Method:
 
 
 def place(method: Method, call: str) -> str:
-    """Where a method's function stands, `FILE, line N, in NAME`; empty if that is nowhere to be read."""
+    """Place of a method's function, `FILE, line N, in NAME`; empty if it is unknown."""
     function = getattr(type(method), call)
     try:
         return f"{inspect.getsourcefile(function)}, line {inspect.getsourcelines(function)[1]}, in {call}"
@@ -297,7 +298,7 @@ def load_module(name: str, beside: Path | None = None) -> ModuleType:
 
 def _import(name: str) -> ModuleType:
     if not all(part.isidentifier() for part in name.split(".")):
-        raise UserError(f"method.module={name!r}: no module's name; give a .py file or a dotted name.")
+        raise UserError(f"method.module={name!r}: not a module name; give a .py file or a dotted name.")
     with recipe_errors.told(IMPORTING):
         try:
             return importlib.import_module(name)
@@ -371,5 +372,5 @@ def _settings_class(module: ModuleType, name: str) -> type:
     if kind is None:
         raise UserError(f"method.module={name} has no `Settings`; see docs/adding_a_recipe.md.")
     if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-        raise UserError(f"method.module={name}: Settings is no dataclass; put @dataclass above it.")
+        raise UserError(f"method.module={name}: Settings is not a dataclass; put @dataclass above it.")
     return kind

@@ -1,4 +1,4 @@
-"""What a method's functions returned, held to the contract: a mistake is told in a sentence, in the recipe's words."""
+"""What a method's functions returned, checked against the contract; a mistake is one sentence in the recipe's terms."""
 
 from __future__ import annotations
 

@@ -84,9 +84,7 @@ class TeacherWeights:
         for key, parameter in module.named_parameters():
             shard, student = self.shards[name][key], local(parameter)
             if student.dtype != shard.dtype:
-                raise TypeError(
-                    f"{key} is {student.dtype}; keep the student's master weights in fp32 (pitfall 2)."
-                )
+                raise TypeError(f"{key} is {student.dtype}; keep the student's master weights in fp32.")
             kept = student.clone()
             student.copy_(shard)
             shard.copy_(kept)

@@ -48,12 +48,12 @@ def noise(row: Mapping[str, Any]) -> Messages:
 
 
 def answer_hint(row: Mapping[str, Any]) -> Messages:
-    """The full image, and the right answer as the data has it (a letter): the privileged view of OPSD's teacher."""
+    """The full image, and the correct answer as the data has it (a letter): the privileged view of OPSD's teacher."""
     return _ask(row["image"], HINTED.format(question=row["question"], answer=row["answer"]))
 
 
 def answer_hint_text(row: Mapping[str, Any]) -> Messages:
-    """The full image, and the text of the right option; the answer itself where there are no options."""
+    """The full image, and the text of the correct option; the answer itself where there are no options."""
     return _ask(row["image"], HINTED.format(question=row["question"], answer=_option_text(row)))
 
 

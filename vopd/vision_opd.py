@@ -32,7 +32,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class VisionOPD(Method):
-    """See the module's docstring."""
+    """JSD over the student's top k and one tail bucket, to a teacher that sees the crop."""
 
     settings: Settings = field(default_factory=Settings)
 

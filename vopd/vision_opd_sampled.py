@@ -31,7 +31,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class SampledVisionOPD(Method):
-    """See the module's docstring."""
+    """Policy gradient whose advantage is the log ratio of teacher and student at the sampled token."""
 
     def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         log_prob_C = sampled_token_log_prob(chunk.student_logits_CV, chunk.tokens_C)

@@ -1,4 +1,4 @@
-"""Bad inputs of every kind, each with what a person should be told: `python -m benchmarks.bad_inputs`.
+"""Bad inputs of every kind, each with the message the user should see: `python -m benchmarks.bad_inputs`.
 
 A case is a command line (and what it finds on disk) that cannot work. The same cases are a test
 (`tests/test_bad_inputs.py`, in one process) and a table (here, a process each: exit code, seconds, sentence). Cases
@@ -20,7 +20,7 @@ class Case:
     Args:
         kind: a few words for the table, unique among all cases.
         module: what is run as `python -m MODULE`; it has `main(arguments) -> int`.
-        words: the command line, given an empty folder in which to put what the command shall find.
+        arguments: the command line, given an empty folder in which to put what the command is to find.
         says: a part of the one sentence on standard error; names the file, row or key.
         code: the exit code.
         environment: variables of the process; a callable is given the case's folder.
@@ -28,7 +28,7 @@ class Case:
 
     kind: str
     module: str
-    words: Callable[[Path], list[str]]
+    arguments: Callable[[Path], list[str]]
     says: str
     code: int = 2
     environment: Mapping[str, str | Callable[[Path], str]] = field(default_factory=dict)

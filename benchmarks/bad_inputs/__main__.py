@@ -1,8 +1,8 @@
-"""Runs every bad input and prints what a person sees, as a Markdown table.
+"""Runs every bad input and prints what the user sees, as a Markdown table.
 
     python -m benchmarks.bad_inputs [--processes]
 
-In this process, where all of them take a minute; with `--processes` each as the command that a person would type, with
+In this process, where all of them take a minute; with `--processes` each as the command a user would type, with
 its seconds, which takes half an hour for the imports alone.
 """
 
@@ -30,16 +30,16 @@ def told(case: Case, processes: bool) -> tuple[int, str, float]:
     """Exit code, standard error and seconds of the case's command; the case's own folder reads `...`."""
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        words = case.words(folder)
+        arguments = case.arguments(folder)
         start = time.perf_counter()
-        code, said = (_in_a_process if processes else _here)(case, folder, words)
+        code, said = (_in_a_process if processes else _here)(case, folder, arguments)
         seconds = time.perf_counter() - start
         return code, said.strip().replace(place, "...").replace(f"{ROOT}/", ""), seconds
 
 
-def _in_a_process(case: Case, folder: Path, words: list[str]) -> tuple[int, str]:
+def _in_a_process(case: Case, folder: Path, arguments: list[str]) -> tuple[int, str]:
     done = subprocess.run(
-        [sys.executable, "-P", "-m", case.module, *words],
+        [sys.executable, "-P", "-m", case.module, *arguments],
         capture_output=True,
         text=True,
         cwd=ROOT,
@@ -49,7 +49,7 @@ def _in_a_process(case: Case, folder: Path, words: list[str]) -> tuple[int, str]
     return done.returncode, done.stderr
 
 
-def _here(case: Case, folder: Path, words: list[str]) -> tuple[int, str]:
+def _here(case: Case, folder: Path, arguments: list[str]) -> tuple[int, str]:
     said = io.StringIO()
     with (
         mock.patch.dict(os.environ, case.variables(folder)),
@@ -57,7 +57,7 @@ def _here(case: Case, folder: Path, words: list[str]) -> tuple[int, str]:
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.chdir(folder),
     ):
-        code = importlib.import_module(case.module).main(words)
+        code = importlib.import_module(case.module).main(arguments)
     return code, said.getvalue()
 
 

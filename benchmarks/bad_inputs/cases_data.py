@@ -60,17 +60,17 @@ def _bad_row(kind: str, says: str, **changed: Any) -> Case:
     return Case(kind, "data.validate", lambda folder: [str(_set(folder, **changed))], says)
 
 
-def _bad_file(kind: str, says: str, words: Callable[[Path], list[str]]) -> Case:
-    return Case(kind, "data.validate", words, says)
+def _bad_file(kind: str, says: str, arguments: Callable[[Path], list[str]]) -> Case:
+    return Case(kind, "data.validate", arguments, says)
 
 
 def _raw(content: bytes) -> Callable[[Path], list[str]]:
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         (folder / "set").mkdir()
         (folder / "set" / "train.parquet").write_bytes(content)
         return [str(folder / "set")]
 
-    return words
+    return arguments
 
 
 def _cut(folder: Path, keep: Callable[[bytes], bytes]) -> list[str]:
@@ -101,8 +101,8 @@ def _synthesis(folder: Path) -> list[str]:
 
 
 def _run_on(folder: Path) -> list[str]:
-    words = [f"run_dir={folder / 'run'}", f"data.folder={_set(folder)}"]
-    return ["vision_opd", *words, "hardware.memory_gib=0.01", "hardware.disk_gib=0.01"]
+    arguments = [f"run_dir={folder / 'run'}", f"data.folder={_set(folder)}"]
+    return ["vision_opd", *arguments, "hardware.memory_gib=0.01", "hardware.disk_gib=0.01"]
 
 
 def _dangling(folder: Path) -> list[str]:
@@ -124,7 +124,7 @@ CASES = (
     _bad_row("answer beyond the options", "'E' is not the letter", answer="E"),
     _bad_row("answer not yes or no", "'maybe' is not of type 'yes/no'", answer="maybe", answer_type="yes/no"),
     _bad_row("answer no number", "'a few' is not of type 'number'", answer="a few", answer_type="number"),
-    _bad_row("unknown answer type", "answer_type 'essay' is none of", answer_type="essay"),
+    _bad_row("unknown answer type", "answer_type 'essay' is not one of", answer_type="essay"),
     _bad_row("split column of another split", "split is 'test' in a file of 'train'", split="test"),
     _bad_row("box with a null", f"train {ID}: box", box=[1, None, 3, 4]),
     _bad_row("box outside the image", f"train {ID}: box: [100, 100, 140, 110]", box=[100, 100, 140, 110]),
@@ -156,7 +156,7 @@ CASES = (
     _bad_file("column missing", "no column 'family'", lambda folder: [str(_columns(
         folder, lambda t: t.drop_columns(["family"])))]),
     _bad_file("data set without rows", "holds no rows", lambda folder: [str(_columns(folder, lambda t: t[:0]))]),
-    _bad_file("file that is no parquet", "not a parquet file that can be read", _raw(b"hello" * 100)),
+    _bad_file("file that is not Parquet", "not a parquet file that can be read", _raw(b"hello" * 100)),
     _bad_file("empty parquet file", "not a parquet file that can be read", _raw(b"")),
     _bad_file("encrypted parquet file", "train.parquet: not a parquet file that can be read", _raw(
         b"PARE" + b"\0" * 60 + b"\x08\0\0\0PARE")),

@@ -5,19 +5,19 @@ from pathlib import Path
 from benchmarks.bad_inputs import Case
 
 
-def words(folder: Path) -> list[str]:
+def arguments(folder: Path) -> list[str]:
     """A run that asks little of the machine."""
     return ["vision_opd", f"run_dir={folder / 'run'}", "hardware.memory_gib=0", "hardware.disk_gib=0"]
 
 
 def on_gpus(folder: Path) -> list[str]:
     """The same on two GPUs."""
-    return [*words(folder), "hardware.device=cuda", "hardware.devices_per_node=2"]
+    return [*arguments(folder), "hardware.device=cuda", "hardware.devices_per_node=2"]
 
 
 def on_machines(folder: Path) -> list[str]:
     """The same on two machines."""
-    return [*words(folder), "hardware.device=cuda", "hardware.nodes=2"]
+    return [*arguments(folder), "hardware.device=cuda", "hardware.nodes=2"]
 
 
 def long_folder(folder: Path) -> str:
@@ -48,15 +48,15 @@ CASES = (
         environment={"RAY_ADDRESS": ""},
     ),
     Case(
-        "a temporary folder too long for sockets", "vopd.runner.run", words, "too long for the sockets",
+        "a temporary folder too long for sockets", "vopd.runner.run", arguments, "too long for the sockets",
         environment={"TMPDIR": long_folder},
     ),
     Case(
-        "a temporary folder that is missing", "vopd.runner.run", words, "no such folder; make it, or unset TMPDIR",
+        "a temporary folder that is missing", "vopd.runner.run", arguments, "no such folder; make it, or unset TMPDIR",
         environment={"TMPDIR": lambda folder: str(folder / "gone")},
     ),
     Case(
-        "a file as the temporary folder", "vopd.runner.run", words, "no such folder; make it, or unset TMPDIR",
+        "a file as the temporary folder", "vopd.runner.run", arguments, "no such folder; make it, or unset TMPDIR",
         environment={"TMPDIR": file_in_place},
     ),
 )  # fmt: skip

@@ -34,8 +34,8 @@ DESCRIPTION = {
 Made = bytes | list[dict[str, Any]]
 
 
-def words(folder: Path, *more: str, **changes: str) -> list[str]:
-    """Words of an evaluation of `mine.yaml` in the folder, by a server that nobody needs to ask."""
+def arguments(folder: Path, *more: str, **changes: str) -> list[str]:
+    """Overrides for an evaluation of `mine.yaml` in the folder, by a server that is never asked."""
     given = {
         "model": "m", "benchmarks": f"[{folder / 'mine.yaml'}]", "endpoint": NOWHERE, "out": str(folder / "out"),
     } | changes  # fmt: skip
@@ -60,9 +60,9 @@ def write(folder: Path, rows: Made, changes: Mapping[str, Any]) -> None:
 
 
 def evaluated(folder: Path, *more: str, **changes: str) -> list[str]:
-    """Words of an evaluation with nothing wrong but `more` and `changes`."""
+    """Overrides for an evaluation that is valid apart from `more` and `changes`."""
     write(folder, [ROW], {})
-    return words(folder, *more, **changes)
+    return arguments(folder, *more, **changes)
 
 
 def setting(kind: str, says: str, *more: str, **changes: str) -> Case:
@@ -74,7 +74,7 @@ def benchmark(kind: str, says: str, rows: Made | None = None, **changes: Any) ->
 
     def given(folder: Path) -> list[str]:
         write(folder, [ROW] if rows is None else rows, changes)
-        return words(folder)
+        return arguments(folder)
 
     return Case(kind, EVALUATE, given, says)
 
@@ -84,7 +84,7 @@ def described(kind: str, says: str, content: bytes) -> Case:
 
     def given(folder: Path) -> list[str]:
         (folder / "mine.yaml").write_bytes(content)
-        return words(folder)
+        return arguments(folder)
 
     return Case(kind, EVALUATE, given, says)
 
@@ -98,7 +98,7 @@ def found(kind: str, says: str, prepare: Callable[[Path], None], module: str = E
         place.mkdir(parents=True)
         prepare(place)
         side = str(folder / "out" / "m")
-        return words(folder) if module == EVALUATE else [side, side]
+        return arguments(folder) if module == EVALUATE else [side, side]
 
     return Case(kind, module, given, says)
 
@@ -110,18 +110,18 @@ def link_out(folder: Path) -> list[str]:
     write(inside, [ROW], {})
     (inside / "rows.jsonl").unlink()
     (inside / "rows.jsonl").symlink_to(folder / "rows.jsonl")
-    return words(folder, benchmarks=f"[{inside / 'mine.yaml'}]")
+    return arguments(folder, benchmarks=f"[{inside / 'mine.yaml'}]")
 
 
 def locked(folder: Path) -> list[str]:
     file_in("data/vstar/lock.json", b'{"revision": 3}')(folder)
-    return words(folder, f"data={folder / 'data'}", benchmarks="[vstar]")
+    return arguments(folder, f"data={folder / 'data'}", benchmarks="[vstar]")
 
 
 def out_in_a_file(folder: Path) -> list[str]:
     write(folder, [ROW], {})
     (folder / "out").write_text("mine")
-    return words(folder)
+    return arguments(folder)
 
 
 def synthesis(
@@ -130,8 +130,8 @@ def synthesis(
     def given(folder: Path) -> list[str]:
         prepare(folder)
         usual = [f"images={folder}", f"out={folder / 'out'}", "source=s", "licence=l", "server.model=m"]
-        keys = {word.split("=")[0] for word in more}
-        return [*(word for word in usual if word.split("=")[0] not in keys), *more]
+        keys = {argument.split("=")[0] for argument in more}
+        return [*(argument for argument in usual if argument.split("=")[0] not in keys), *more]
 
     return Case(kind, SYNTHESIZE, given, says)
 
@@ -154,27 +154,31 @@ HEADER = b"id,question,answer,image\n"
 BY_NAME = {"pictures": "{name}.png", "columns": {**DESCRIPTION["columns"], "image": None}}  # type: ignore[dict-item]
 
 SETTINGS = (
-    setting("evaluation: temperature is NaN", "temperature=nan cannot be", temperature="nan"),
-    setting("evaluation: temperature without end", "temperature=inf cannot be", temperature="inf"),
-    setting("evaluation: top_p=0", "top_p=0.0 cannot be; give above 0", top_p="0"),
-    setting("evaluation: no tokens", "max_tokens=0 cannot be", max_tokens="0"),
-    setting("evaluation: negative rows", "rows=-1 cannot be", rows="-1"),
-    setting("evaluation: negative seed", "seed=-1 cannot be", seed="-1"),
-    setting("evaluation: nobody asks", "concurrency=0 cannot be", concurrency="0"),
-    setting("evaluation: no time", "timeout=0.0 cannot be", timeout="0"),
+    setting("evaluation: temperature is NaN", "temperature=nan is not allowed", temperature="nan"),
+    setting("evaluation: temperature without end", "temperature=inf is not allowed", temperature="inf"),
+    setting("evaluation: top_p=0", "top_p=0.0 is not allowed; give above 0", top_p="0"),
+    setting("evaluation: no tokens", "max_tokens=0 is not allowed", max_tokens="0"),
+    setting("evaluation: negative rows", "rows=-1 is not allowed", rows="-1"),
+    setting("evaluation: negative seed", "seed=-1 is not allowed", seed="-1"),
+    setting("evaluation: nobody asks", "concurrency=0 is not allowed", concurrency="0"),
+    setting("evaluation: no time", "timeout=0.0 is not allowed", timeout="0"),
     setting("evaluation: a seed that is true", "seed", seed="true"),
     setting("evaluation: the same key twice", "rows is given twice", "rows=1", "rows=2"),
     setting("evaluation: a list without brackets", "commas need brackets or quotes", benchmarks="vstar,pope"),
     setting("evaluation: a list without quotes", "put such a value in quotes", "pope]", benchmarks="[vstar,"),
     setting("evaluation: no benchmark in the list", "benchmarks is empty", benchmarks="[]"),
     setting(
-        "evaluation: a list in the list", "benchmarks holds something else than names", benchmarks="[[a]]"
+        "evaluation: a list in the list", "benchmarks holds something other than names", benchmarks="[[a]]"
     ),
     setting("evaluation: a model named ..", "model='..' names no model", model=".."),
     setting("evaluation: a model without a name", "model='/' names no model", model="/"),
     setting("evaluation: an empty model", "names no model", model="''"),
-    setting("evaluation: an endpoint without http", "is no address of a server", endpoint="localhost:8000"),
-    setting("evaluation: an endpoint by ftp", "is no address of a server", endpoint="ftp://localhost/v1"),
+    setting(
+        "evaluation: an endpoint without http", "is not the address of a server", endpoint="localhost:8000"
+    ),
+    setting(
+        "evaluation: an endpoint by ftp", "is not the address of a server", endpoint="ftp://localhost/v1"
+    ),
     setting("evaluation: an empty endpoint", "endpoint is empty", endpoint="''"),
     Case(
         "evaluation: a model that is not there",
@@ -184,7 +188,7 @@ SETTINGS = (
         environment={"HF_HUB_OFFLINE": "1"},
     ),
     Case(
-        "evaluation: a folder that is no model",
+        "evaluation: a folder that is not a model",
         EVALUATE,
         lambda folder: evaluated(folder, endpoint="null", model=str(folder)),
         "config.json: missing",
@@ -202,7 +206,7 @@ DESCRIPTIONS = (
     Case(
         "benchmark: a name that climbs",
         EVALUATE,
-        lambda folder: words(folder, benchmarks="[../benchmarks/vstar]"),
+        lambda folder: arguments(folder, benchmarks="[../benchmarks/vstar]"),
         "There is no benchmark '../benchmarks/vstar'",
     ),
     described("benchmark: an empty description", "the key 'answer_type' is missing", b""),
@@ -210,7 +214,7 @@ DESCRIPTIONS = (
     described("benchmark: a description that is a text", "mine.yaml: ", b"hello"),
     described("benchmark: a description in UTF-16", "mine.yaml: ", "title: x".encode("utf-16")),
     described("benchmark: a description that is cut off", "mine.yaml: ", b"columns: {id: ["),
-    described("benchmark: aliases that unfold", "aliases (*name) are not taken", b"a: &a [x]\nb: [*a, *a]\n"),
+    described("benchmark: aliases that unfold", "aliases (*name) are not allowed", b"a: &a [x]\nb: [*a, *a]\n"),
     described("benchmark: a thousand brackets", "mine.yaml: ", b"[" * 5000),
     described("benchmark: a huge description", "larger than", b"#" * (2**16 + 1)),
     benchmark("benchmark: a prompt that reads the environment", "interpolations", prompt="${oc.env:HOME} {question}"),
@@ -223,7 +227,7 @@ DESCRIPTIONS = (
     benchmark("benchmark: no pictures", "it names no pictures", columns=CSV_COLUMNS | {"image": None}),
     benchmark("benchmark: files that climb", "leads out of the benchmark's folder", files="../rows.jsonl"),
     benchmark("benchmark: files by an absolute path", "leads out of the benchmark's folder", files="/etc/*.csv"),
-    benchmark("benchmark: files that are no pattern", "no pattern of files", b"", files="**.jsonl"),
+    benchmark("benchmark: files that are not a pattern", "is not a file pattern", b"", files="**.jsonl"),
     Case("benchmark: a file that is a link out of its folder", EVALUATE, link_out, "no file inside"),
     benchmark("benchmark: a file of another kind", "file is expected", b"x", files="rows.txt"),
     benchmark("benchmark: pictures that climb", "leads out of the benchmark's folder", pictures="../{id}.png"),
@@ -243,7 +247,7 @@ FILES = (
         "rows.jsonl: not readable as json",
         json.dumps(ROW).encode() + b'\n{"id":\n',
     ),
-    benchmark("benchmark: lines that are no objects", "rows.jsonl: not readable as json", b'"x"\n3\n'),
+    benchmark("benchmark: lines that are not objects", "rows.jsonl: not readable as json", b'"x"\n3\n'),
     benchmark(
         "benchmark: JSON with bad UTF-8",
         "row 0: holds text that is not UTF-8",
@@ -310,28 +314,28 @@ FILES = (
     benchmark("benchmark: TSV without its columns", "found a, b", b"a\tb\n1\t2\n", files="rows.tsv"),
 )
 
-LOCK = Case("benchmark: a lock that is none", EVALUATE, locked, "lock.json: holds no revision")
+LOCK = Case("benchmark: an invalid lock", EVALUATE, locked, "lock.json: holds no revision")
 
 RECORDS = (
     found("records: of nobody", "holds a records.jsonl that no evaluation wrote", file_in("records.jsonl")),
     found("records: a summary of nobody", "holds a summary.json that no evaluation wrote", file_in("summary.json")),
-    found("records: settings that are none", "not the settings of an evaluation", file_in("settings.json")),
+    found("records: invalid settings", "not the settings of an evaluation", file_in("settings.json")),
     found("records: settings of another thing", "not the settings of an", file_in("settings.json", b'{"a": 1}')),
     Case("records: a file where the folder should be", EVALUATE, out_in_a_file, "out"),
     Case("records: a place that cannot be written", EVALUATE,
          lambda folder: evaluated(folder, out="/proc/vopd"), "/proc/vopd"),
-    found("comparison: a line that is no JSON", "Line 1 of", file_in("records.jsonl", b"{\n"), COMPARE),
-    found("comparison: a line that is no record", "has no key 'id'", file_in("records.jsonl", b"{}\n"), COMPARE),
-    Case("scoring table: lines that are no objects", "vopd.evaluation.scoring.table",
+    found("comparison: a line that is not JSON", "Line 1 of", file_in("records.jsonl", b"{\n"), COMPARE),
+    found("comparison: a line that is not a record", "has no key 'id'", file_in("records.jsonl", b"{}\n"), COMPARE),
+    Case("scoring table: lines that are not objects", "vopd.evaluation.scoring.table",
          lambda folder: [str(file_in("rows.jsonl", b"3\n")(folder) or folder / "rows.jsonl")],
          "not a file of crafted responses"),
     Case("comparison: no folder", COMPARE, lambda folder: [str(folder / "a"), str(folder / "b")], "holds no records"),
 )  # fmt: skip
 
 SYNTHESES = (
-    synthesis("synthesis: no time", "server.timeout_s=0.0 cannot be", "server.timeout_s=0"),
-    synthesis("synthesis: temperature is NaN", "ask.temperature=nan cannot be", "ask.temperature=nan"),
-    synthesis("synthesis: an enlargement without end", "crop.enlarge=100000 cannot be", "crop.enlarge=100000"),
+    synthesis("synthesis: no time", "server.timeout_s=0.0 is not allowed", "server.timeout_s=0"),
+    synthesis("synthesis: temperature is NaN", "ask.temperature=nan is not allowed", "ask.temperature=nan"),
+    synthesis("synthesis: an enlargement without end", "crop.enlarge=100000 is not allowed", "crop.enlarge=100000"),
     synthesis("synthesis: the same key twice", "seed is given twice", "seed=1", "seed=2"),
     synthesis("synthesis: a set of somebody's", "train.parquet, which data.synthesize did not make",
               prepare=file_in("out/train.parquet")),

@@ -40,7 +40,7 @@ def _flipped(content: bytes) -> bytes:
 def _words(cell: Callable[[], dict[str, Any]]) -> Callable[[Path], list[str]]:
     """A training split whose second row holds `cell`."""
 
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         kind = pa.schema(
             [("id", pa.string()), ("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())]))]
         )
@@ -52,7 +52,7 @@ def _words(cell: Callable[[], dict[str, Any]]) -> Callable[[Path], list[str]]:
         out = str(folder / "audit")
         return [str(folder / "train.parquet"), str(folder / "test.parquet"), "--out", out]
 
-    return words
+    return arguments
 
 
 def _case(kind: str, content: Callable[[], bytes], says: str) -> Case:

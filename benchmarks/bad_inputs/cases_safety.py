@@ -26,7 +26,7 @@ def _model(folder: Path, change: Change) -> Path:
 
 
 def _run(change: Change) -> Callable[[Path], list[str]]:
-    """The words of a run on such a model."""
+    """The arguments of a run on such a model."""
     return lambda folder: [
         "vision_opd",
         f"model.path={_model(folder, change)}",
@@ -65,21 +65,21 @@ def _hole(name: str) -> Change:
 
 
 def _validate(template: str) -> Callable[[Path], list[str]]:
-    """The words that check prompts with such a model's chat template."""
+    """The arguments that check prompts with such a model's chat template."""
 
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         model = _model(folder, lambda made: (made / "chat_template.jinja").write_text(template))
         return [str(folder), "--model", str(model)]
 
-    return words
+    return arguments
 
 
-def _yaml(*words: str) -> Callable[[Path], list[str]]:
-    """`words`, in which FILE is a YAML file that would make an object."""
+def _yaml(*arguments: str) -> Callable[[Path], list[str]]:
+    """`arguments`, in which FILE is a YAML file that would make an object."""
 
     def made(folder: Path) -> list[str]:
         (folder / "made.yaml").write_text(f"method: {OBJECT}\nname: {OBJECT}\n")
-        return [word.replace("FILE", str(folder / "made.yaml")) for word in words]
+        return [argument.replace("FILE", str(folder / "made.yaml")) for argument in arguments]
 
     return made
 
@@ -130,7 +130,7 @@ CASES = (
         "access to attribute '__class__'",
     ),
     Case("chat template fills the memory", "data.validate", _validate("{{ 'a' * 10**11 }}"), "MemoryError"),
-    Case("chat template is no template", "data.validate", _validate("{% for"), "TemplateSyntaxError"),
+    Case("chat template is not a template", "data.validate", _validate("{% for"), "TemplateSyntaxError"),
     Case("recipe that makes an object", "vopd.runner.run", _yaml("FILE"), "the tag !!python/object"),
     Case(
         "benchmark that makes an object",

@@ -12,16 +12,16 @@ RUN = ["vision_opd", "data.prepare=null"]
 
 
 def finished(summary: str) -> Callable[[Path], list[str]]:
-    """Words of a run whose folder holds this summary."""
+    """The arguments of a run whose folder holds this summary."""
 
-    def words(folder: Path) -> list[str]:
+    def arguments(folder: Path) -> list[str]:
         (folder / "run").mkdir()
-        RunFolder(folder / "run").write_settings(load("vision_opd", [word for word in RUN if "=" in word]))
+        RunFolder(folder / "run").write_settings(load("vision_opd", [item for item in RUN if "=" in item]))
         (folder / "run" / "summary.json").write_text(summary)
         (folder / "run" / "summary.txt").write_text("the old result\n")
         return [*RUN, f"run_dir={folder / 'run'}"]
 
-    return words
+    return arguments
 
 
 def below_a_file(folder: Path) -> list[str]:
@@ -34,7 +34,7 @@ def a_file(folder: Path) -> str:
 
 
 def evaluation(folder: Path) -> list[str]:
-    """Words that evaluate one question of a benchmark of one's own, through a server that is never asked."""
+    """Overrides that evaluate one question of a user-defined benchmark, through a server that is never asked."""
     (folder / "set").mkdir()
     (folder / "set" / "own.jsonl").write_text('{"question": "Is it?", "answer": "yes", "image": "aGk="}\n')
     (folder / "own.yaml").write_text(
@@ -50,11 +50,11 @@ def unwritable_evaluation(folder: Path) -> list[str]:
 
 
 def old_evaluation(folder: Path) -> list[str]:
-    words, out = evaluation(folder), folder / "out" / "m" / "own"
+    arguments, out = evaluation(folder), folder / "out" / "m" / "own"
     out.mkdir(parents=True)
     (out / "records.jsonl").write_text("")
     (out / "settings.json").write_text(json.dumps({"model": "m", "max_tokens": 7}))
-    return [*words, f"out={folder / 'out'}"]
+    return [*arguments, f"out={folder / 'out'}"]
 
 
 CASES = (

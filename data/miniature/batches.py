@@ -111,7 +111,7 @@ def answer_all(
 
 
 def right(coder: Coder, scenes: Sequence[Scene], said: Sequence[list[int]]) -> np.ndarray:
-    """(n,) bool: right by the project's one answer parser."""
+    """(n,) bool: correct by the project's one answer parser."""
     texts = coder.tokenizer.batch_decode(said, skip_special_tokens=True)
     found = [parse_answer(t, "letter", s.options).value for t, s in zip(texts, scenes, strict=True)]
     return np.array([value == s.answer for value, s in zip(found, scenes, strict=True)])

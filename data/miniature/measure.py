@@ -1,6 +1,6 @@
 """Measures a miniature checkpoint: `python -m data.miniature.measure --model data/miniature/base`.
 
-Greedy accuracy on the test split (and the hold-out letters) per view and family, the hinted prompt's
+Greedy accuracy on the test split (and the held-out letters) per view and family, the hinted prompt's
 accuracy, and what responses look like at temperature 1. Used for the model card and by the supervised
 ceiling.
 """
@@ -33,13 +33,13 @@ def load(folder: Path) -> tuple[FastMiniature, Coder]:
 
 
 def share(hits: np.ndarray) -> dict[str, float | int]:
-    """Share of right rows with its 95% Wilson interval."""
+    """Share of correct rows with its 95% Wilson interval."""
     low, high = proportion_confint(int(hits.sum()), len(hits), method="wilson")
     return {"accuracy": float(hits.mean()), "low": float(low), "high": float(high), "rows": len(hits)}
 
 
 def accuracies(fast: FastMiniature, coder: Coder, test: Sequence[Scene], holdout: Sequence[Scene]) -> dict:
-    """Greedy: test full and crop, in all and by family; hold-out letters in both views."""
+    """Greedy: test full and crop, in all and by family; held-out letters in both views."""
     result: dict = {}
     for view in ("full", "crop"):
         hits = right(coder, test, answer_all(fast, coder, test, view))

@@ -8,10 +8,10 @@ Four stages, each of which learns one thing that the next one needs:
 3. crops  both together answer questions about crops;
 4. both   crops and full scenes in turn. Most of these scenes hold few distractors: the model sees full
           images as often as crops, but seldom has to find one small thing among many. That is the weakness
-          left to mend.
+          left to fix.
 
 Every batch is a function of (seed, stage, step), so a checkpoint needs no generator state beyond those
-numbers; a run that was killed goes on from its last checkpoint.
+numbers; a run that was killed resumes from its last checkpoint.
 """
 
 import argparse
@@ -101,7 +101,7 @@ class Learner:
 
     # ---- 1. text
     def text_loss(self, step: int) -> Tensor:
-        """Several right responses in a row after one list of options; at first only the look-up itself."""
+        """Several correct responses in a row after one list of options; at first only the look-up itself."""
         rng = self._rng(0, step)
         rows = [self._lookup(rng) if step < LOOKUPS or i % 4 == 0 else self._talk(rng) for i in range(32)]
         length = max(len(ids) for ids, _, _ in rows)
@@ -158,7 +158,7 @@ class Learner:
 
     # ---- 2. eyes
     def eyes_loss(self, step: int) -> Tensor:
-        """What stands in each cell of packed scenes, which cell is boxed, and all facts of crops."""
+        """What is in each cell of packed scenes, which cell is boxed, and all facts of crops."""
         scenes = self._scenes(1, step, 16, PACKED)
         loss = self._cells_loss(self.fast.see(pictures(scenes, "full")), scenes)
         scenes = [*scenes, *self._scenes(1, step + 5_000, 32)]

@@ -28,7 +28,7 @@ def _statements(facts: Facts) -> dict[str, str]:
 
 
 def response(facts: Facts, family: str, answer: str, rng: np.random.Generator) -> str:
-    """A right response: two to five statements, the asked one among them, then `Answer: X`."""
+    """A correct response: two to five statements, the asked one among them, then `Answer: X`."""
     said = _statements(facts)
     asked = "colour" if family == "colour" else "name"
     others = [k for k in said if k != asked]
@@ -45,5 +45,5 @@ def response(facts: Facts, family: str, answer: str, rng: np.random.Generator) -
 
 
 def scene_response(scene: Scene, rng: np.random.Generator) -> str:
-    """A right response to one scene."""
+    """A correct response to one scene."""
     return response(scene.facts, scene.family, scene.answer, rng)

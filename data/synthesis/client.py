@@ -1,8 +1,8 @@
 """Requests to an OpenAI-compatible server: bounded concurrency, and a reason for every unusable reply.
 
-Three ends of a request are told apart. A *reply* is text. A *rejection* is the server's or the model's last word on
+A request ends in one of three ways. A *reply* is text. A *rejection* is the server's or the model's final answer to
 this item (refused, cut off, not JSON, a request it cannot take): it is recorded and not asked again. *No answer* (an
-outage that outlasted all tries, or a reply that is no chat completion) is not recorded, so that the next start asks
+outage that outlasted all tries, or a reply that is not a chat completion) is not recorded, so that the next start asks
 again.
 """
 

@@ -94,12 +94,12 @@ class Box:
 
 @dataclass
 class Difficulty:
-    """Rows that a small model gets right too often from the full image are dropped; no model, no filter."""
+    """Rows that a small model answers correctly too often from the full image are dropped; no model, no filter."""
 
     model: str = ""
     base_url: str = ""  # empty: the same server
     samples: int = 4  # ZwZ
-    drop_at: int = 2  # ZwZ: right answers that make a row too easy
+    drop_at: int = 2  # ZwZ: correct answers that make a row too easy
     temperature: float = 0.7  # ours
 
 
@@ -131,7 +131,7 @@ class Synthesis:
     transforms: Transforms = field(default_factory=Transforms)
 
 
-# What may differ when a run goes on: how requests travel, not what they say.
+# What may differ when a run is resumed: how requests travel, not what they say.
 TRANSPORT = (
     "out",
     "images",
@@ -208,7 +208,7 @@ def _check(config: DictConfig) -> None:
         value = OmegaConf.select(config, key)
         if not least <= value <= most:  # NaN too
             low = "more than 0" if least == TINY else f"at least {least:g}"
-            raise UserError(f"{key}={value} cannot be; give a number of {low} and at most {most:.10g}.")
+            raise UserError(f"{key}={value} is not allowed; give a number of {low} and at most {most:.10g}.")
     for key in ("images", "out", "server.model"):
         if not OmegaConf.select(config, key).strip():
             raise UserError(f"{key} is empty; give {key}=...")

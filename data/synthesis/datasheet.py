@@ -39,7 +39,7 @@ def write(owned: Owned, config: DictConfig, stages: list[Stage], rows: list[dict
   licence may bind their use.
 - **Method:** after ZwZ (arXiv 2602.11858). Regions by {escaped(_proposer(config))}.
 - **Small model of the difficulty filter:** {small}.
-- **Right letters:** {_counts(answers)}.
+- **Correct letters:** {_counts(answers)}.
 - **Families:** {_counts(families)}.
 - **Known problems:** answers are what one model agrees with itself on, not what is true. The set was not compared with
   any benchmark: `vopd data audit` does that.

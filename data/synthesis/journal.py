@@ -30,7 +30,7 @@ class Journal:
         self.records: dict[str, Record] = {}
         for number, record in jsonl.objects(path.read_bytes() if path.exists() else b"", path):
             if not _is_record(record, fields):
-                raise UserError(f"Line {number} of {path} is no record of this stage; remove the line.")
+                raise UserError(f"Line {number} of {path} is not a record of this stage; remove the line.")
             self.records[record["id"]] = record
         self._lines = jsonl.Appender(path)
 

@@ -4,7 +4,7 @@ scan -> (objects) -> propose -> filter -> crop -> ask -> validate -> answer -> c
 -> (difficulty) -> row -> train.parquet, datasheet.md
 
 Each stage keeps `stages/<name>.jsonl` in the output folder, one line an item, rejected ones with their reason; images
-are files beside. What a file holds already is not done again, so running the same command again goes on.
+are files beside. What a file already holds is not done again, so the same command resumes.
 """
 
 from __future__ import annotations
@@ -353,7 +353,7 @@ class Pipeline:
         return {"boxed": self._relative(target), "text": text}
 
     def _difficulty(self, items: list[Record]) -> list[Record]:
-        """Items that the small model does not get right too often; all of them when there is no small model."""
+        """Items that the small model does not answer correctly too often; all of them when there is no small model."""
         filter_ = self.config.difficulty
         if not filter_.model:
             return items
@@ -437,7 +437,7 @@ class Pipeline:
 
 
 def _made_before(file: Path) -> bool:
-    """Whether an earlier version wrote this file: it lies in the folder of a synthesis, by one of its names."""
+    """Whether an earlier version wrote this file: it is in a synthesis folder, under one of its names."""
     if not ((file.parent / "config.yaml").is_file() and (file.parent / "stages").is_dir()):
         return False
     return file.name in ("config.yaml", "lock", "train.parquet", "datasheet.md", validation_stamp.NAME)
@@ -463,7 +463,7 @@ def _bind(file: Path, config: DictConfig) -> None:
 
 
 def _image_files(folder: Path, out: Path) -> list[Record]:
-    """One item an image file; `out` may lie inside the folder."""
+    """One item an image file; `out` may be inside the folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; give images=FOLDER.")
     files = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
@@ -549,7 +549,7 @@ def _save(file: Path, content: bytes) -> None:
 
 
 def synthesize(config: DictConfig) -> dict[str, Any]:
-    """Run or go on; rows written and requests left unanswered."""
+    """Run or resume; returns rows written and requests left unanswered."""
     with Pipeline(config) as pipeline:
         rows = pipeline.run()
         unanswered = [sentence for stage in pipeline.stages for sentence in stage.unanswered]

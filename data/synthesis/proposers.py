@@ -113,7 +113,7 @@ def zero_shot_detection(model: str) -> Callable[[Image.Image, list[str]], list[R
         for hit in detect(image, candidate_labels=labels):
             x0, y0, x1, y1 = (hit["box"][k] for k in ("xmin", "ymin", "xmax", "ymax"))
             box = (max(0, x0), max(0, y0), min(image.width, x1), min(image.height, y1))
-            if box[0] < box[2] and box[1] < box[3]:  # a box may lie outside the picture, or round to nothing
+            if box[0] < box[2] and box[1] < box[3]:  # a box may be outside the picture, or round to nothing
                 found.append(Region(box, round(float(hit["score"]), 4), hit["label"]))
         return sorted(found, key=lambda r: (-r.score, r.box))
 

@@ -1,4 +1,4 @@
-"""Extracts a gzipped tar archive, whole or in split parts, from someone we need not trust.
+"""Extracts a gzipped tar archive, whole or in split parts, from an untrusted source.
 
 The parts are read one after the other into decompression and tar parsing; nothing is joined on disk or in memory.
 `tarfile`'s own extraction is not used: its filters have had holes. Only regular files are written, by us, under names
@@ -52,7 +52,7 @@ def parts_of(folder: Path, name: str) -> list[Path]:
         )
     found = [whole] if whole.is_file() else parts
     if not found:
-        raise UserError(f"{whole}: neither this file nor split parts of it are there.")
+        raise UserError(f"{whole}: neither this file nor its split parts exist.")
     return sorted(found, key=lambda f: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", f.name)])
 
 
@@ -151,14 +151,14 @@ def _check_new(label: str, name: str, seen: set[int]) -> None:
     key = hash(unicodedata.normalize("NFC", os.path.normpath(name)).casefold())
     if key in seen:
         raise UserError(
-            f"{label}: {name!r}: a name that is there before, perhaps in other letters of case; the archive is not "
+            f"{label}: {name!r}: a name that occurred before, perhaps in another case; the archive is not "
             "extracted further."
         )
     seen.add(key)
 
 
 def safe_name(name: str) -> PurePosixPath:
-    """The member's name as a relative path; `ValueError` if it is absolute, climbs with `..`, or is no plain name."""
+    """The member's name as a relative path; `ValueError` if it is absolute, climbs with `..`, or is not plain."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError("an absolute path, '..', or no plain name")
@@ -181,7 +181,7 @@ def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, target: Path, label: s
     except ValueError as error:
         raise refused(str(error)) from error
     file = target / name
-    # No link comes from the archive, but one may lie in the folder already.
+    # No link comes from the archive, but one may be in the folder already.
     if not file.parent.resolve().is_relative_to(target.resolve()) or file.is_symlink():
         raise refused("leads through a link out of the folder")
     if file.exists():

@@ -1,8 +1,8 @@
 """Finds out what the published `bbox` numbers mean, by looking: the red frame and the crop tell where the box is.
 
 The format is not documented. Each usual reading of the four numbers, with the box as it is or drawn somewhat wider than
-the crop, is tried on a sample of rows; one counts as right for a row if the crop is found there in the full image and a
-red frame is drawn around it. One reading must fit nearly every row of the sample, or there is an error.
+the crop, is tried on a sample of rows; one counts as correct for a row if the crop is found there in the full image and
+a red frame is drawn around it. One reading must fit nearly every row of the sample, or there is an error.
 """
 
 import json
@@ -69,7 +69,7 @@ def numbers_of(bbox: Any) -> list[float]:
     if not isinstance(bbox, list) or len(bbox) != 4 or not all(isinstance(n, int | float) for n in bbox):
         raise ValueError("bbox is not four numbers")
     if not np.isfinite(bbox).all() or max(abs(n) for n in bbox) > 1e6:
-        raise ValueError("bbox holds numbers that are no coordinates")
+        raise ValueError("bbox holds numbers that are not coordinates")
     return [float(n) for n in bbox]
 
 
@@ -86,9 +86,9 @@ def problem(image: Image.Image, crop: Image.Image, box: Box | None) -> tuple[str
 
 
 def has_red_frame(image: Image.Image, box: Box) -> bool:
-    """Whether a red line runs along at least three sides of the box (or all those that lie in the image).
+    """Whether a red line runs along at least three sides of the box (or all those inside the image).
 
-    The line may lie inside the box by a twentieth of its longer side, or outside it by `_REACH`.
+    The line may be inside the box by a twentieth of its longer side, or outside it by `_REACH`.
     """
     x0, y0, x1, y1 = box
     inside, outside = (

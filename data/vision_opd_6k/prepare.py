@@ -1,12 +1,12 @@
 """The published triplets in one command: `vopd data prepare vision_opd_6k [--source DIR] --out DIR`.
 
-Stages, each of which goes on where it was interrupted: fetch (hub, or a folder in the published layout), compare with
+Stages, each of which resumes where it was interrupted: fetch (hub, or a folder in the published layout), compare with
 what the folder was begun with, extract, read every row (texts, box, crop, image hash -> work/rows.jsonl), split, write
 parquet, validate. Rows name their images by path, so nothing is stored twice. A row that cannot be read is listed with
 its reason in left_out.jsonl; if more than a tenth cannot, there is an error instead of a data set.
 
 The published set has training rows only. Validation and test rows are held out here: whole groups of rows that share
-(nearly) one image, drawn by seed. There is no hold-out family. Results on this test split are not the paper's.
+(nearly) one image, drawn by seed. There is no held-out family. Results on this test split are not the paper's.
 """
 
 import argparse
@@ -64,8 +64,8 @@ def prepare(
     choices: most rows of `validation` and `test`, and the `seed` that draws them; None: as before, or `DEFAULTS`.
 
     Raises:
-        UserError: `out` holds something that this command did not write there, the published files are not to be had
-            or not as they were, or too many rows are bad.
+        UserError: `out` holds something that this command did not write there, the published files are unavailable
+            or have changed, or too many rows are bad.
     """
     before = folders.meta_of(out)
     given = {key: value for key, value in (choices or {}).items() if value is not None}
@@ -118,7 +118,7 @@ def _code() -> str:
 
 
 class _Work:
-    """The stages after the files are there. What is done stands in work/state.json and work/rows.jsonl."""
+    """The stages after the files are there. Progress is kept in work/state.json and work/rows.jsonl."""
 
     def __init__(self, owned: ownership.Owned, revision: str) -> None:
         self.owned, self.out, self.revision = owned, owned.folder, revision

@@ -26,7 +26,7 @@ _TAIL = re.compile(
 
 @dataclass(frozen=True)
 class Question:
-    """text: what the model is shown. hint: the part of it that points at the box. answer: the right option's letter."""
+    """text: what the model is shown. hint: the part of it that points at the box. answer: the correct letter."""
 
     text: str
     hint: str

@@ -37,7 +37,7 @@ def published_files(folder: Path) -> list[Path]:
 
 
 def fetch(out: Path, revision: str | None) -> Path:
-    """The hub's files below `out`, at the recorded revision if there is one; an interrupted download goes on.
+    """The hub's files below `out`, at the recorded revision if there is one; an interrupted download resumes.
 
     Raises:
         UserError: the hub is out of reach, or has (or is asked for) another revision than the recorded one.
@@ -53,7 +53,7 @@ def fetch(out: Path, revision: str | None) -> Path:
         if recorded and found != recorded:
             raise UserError(
                 f"{out}: begun with revision {recorded} of {HUB_ID}, but {revision or 'the newest'} is {found}; "
-                f"give --revision {recorded} to go on with it, or another --out."
+                f"give --revision {recorded} to continue with it, or another --out."
             )
         _write(out, {"source": HUB_ID, "revision": found})
         patterns = [ROWS_FILE, *(f"{name}/{archive}*" for name, archive in ARCHIVES.items())]

@@ -57,7 +57,7 @@ def test_the_hinted_teachers_own_accuracy_is_evaluated() -> None:
     assert final_views(method_of("ablations/opsd_option_text"))[-1] == "answer_hint_text"
 
 
-def test_sft_keeps_right_answers_that_ended_and_generates_them_first_from_the_crop() -> None:
+def test_sft_keeps_correct_answers_that_ended_and_generates_them_first_from_the_crop() -> None:
     method = method_of("sft_self_teacher")
     assert (method.rollout.view, method.rollout.weights, method.student_view) == ("crop", "initial", "full")
     records = [

@@ -145,8 +145,8 @@ def test_copies_among_photographs_are_listed(tmp_path: Path, capsys: pytest.Capt
             {"id": "other", "image": cell(PHOTOGRAPHS["rocket"])},
         ],
     )
-    words = [str(train), str(test), "--out", str(tmp_path / "out"), "--benchmark", "V*"]
-    assert audit.main(words) == 0
+    arguments = [str(train), str(test), "--out", str(tmp_path / "out"), "--benchmark", "V*"]
+    assert audit.main(arguments) == 0
     assert capsys.readouterr().out.startswith("3 of 5 test rows are copies")
     record = json.loads((tmp_path / "out" / "excluded.json").read_text())
     assert record["benchmark"] == "V*" and record["train"] == str(train)
@@ -161,11 +161,11 @@ def test_copies_among_photographs_are_listed(tmp_path: Path, capsys: pytest.Capt
     assert len(tags.loads) == 6 and all(load.startswith("data:image/jpeg;base64,") for load in tags.loads)
     assert "train &lt;page&gt;" in page and not re.search(r"https?:", page)
     capsys.readouterr()
-    assert audit.main(words) == 0  # over its own files, as an earlier version left them too
+    assert audit.main(arguments) == 0  # over its own files, as an earlier version left them too
     (tmp_path / "out" / ownership.LEDGER).unlink()
     ownership.claim(tmp_path / "out", audit.MAKER, audit.NAMES, recognise=audit._made_before)
     (tmp_path / "out" / "excluded.json").write_text(json.dumps(record | {"excluded": ["page"]}))
-    assert audit.main(words) == 2
+    assert audit.main(arguments) == 2
     assert "excluded.json: changed since data.audit made it" in capsys.readouterr().err
 
 

@@ -1,4 +1,4 @@
-"""The pre-training loop: a killed run goes on to the same weights; every stage gives a finite loss."""
+"""The pre-training loop: a killed run resumes to the same weights; every stage gives a finite loss."""
 
 from pathlib import Path
 

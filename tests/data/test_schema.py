@@ -237,7 +237,7 @@ def test_a_spoiled_file_decodes_or_is_refused(format_: str, changes: list, keep:
 
 
 def stored_sideways(cell: dict, orientation: int, format_: str) -> dict:
-    """A cell that shows the same pixels, stored turned by a quarter and with the EXIF orientation that says so."""
+    """A cell that shows the same pixels, stored rotated by 90 degrees, with the matching EXIF orientation."""
     back = {6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}[orientation]
     exif, buffer = Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation

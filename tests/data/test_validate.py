@@ -279,14 +279,16 @@ def bad_set(folder: Path) -> Path:
 
 def test_a_quarantine_replaces_an_earlier_one_and_nothing_else(tmp_path: Path, capsys: Any) -> None:
     bad, out = bad_set(tmp_path / "bad"), tmp_path / "good"
-    words = [str(bad), "--quarantine", str(out)]
-    assert validate.main(words) == 0 and (out / "quarantined.jsonl").is_file()
+    arguments = [str(bad), "--quarantine", str(out)]
+    assert validate.main(arguments) == 0 and (out / "quarantined.jsonl").is_file()
     schema.write(rows("test", 6), bad / "test.parquet")
-    assert validate.main(words) == 0 and (out / "test.parquet").is_file()
+    assert validate.main(arguments) == 0 and (out / "test.parquet").is_file()
     (bad / "test.parquet").unlink()
-    assert validate.main(words) == 0 and not (out / "test.parquet").exists()  # nothing of another set is left
+    assert (
+        validate.main(arguments) == 0 and not (out / "test.parquet").exists()
+    )  # nothing of another set is left
     (out / "train.parquet").write_bytes(b"edited")
-    assert validate.main(words) == 2 and "train.parquet: changed since" in capsys.readouterr().err
+    assert validate.main(arguments) == 2 and "train.parquet: changed since" in capsys.readouterr().err
     assert (out / "train.parquet").read_bytes() == b"edited"
 
 
@@ -381,8 +383,8 @@ def test_exit_codes_and_sentences(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert validate.main([str(bad)]) == 2 and not (bad / validation_stamp.NAME).exists()
     assert validate.main([str(good / "train.parquet")]) == 0
     capsys.readouterr()
-    for words in ([str(tmp_path / "none")], [str(tmp_path)], [str(good), "--model", str(tmp_path)]):
-        assert validate.main(words) == 2
+    for arguments in ([str(tmp_path / "none")], [str(tmp_path)], [str(good), "--model", str(tmp_path)]):
+        assert validate.main(arguments) == 2
         said = capsys.readouterr().err.strip().splitlines()[-1]
         assert said.startswith("data.validate: ") and said.endswith(".")
     assert validate.main([str(bad), "--quarantine", str(bad)]) == 2
@@ -472,7 +474,7 @@ def test_what_is_no_stamp_is_not_written_over(stamped: Path, content: str) -> No
 
 def test_new_checks_ask_for_a_new_validation(stamped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(validation_stamp, "CHECKS", validation_stamp.CHECKS + 1)
-    with pytest.raises(UserError, match="other checks than today's"):
+    with pytest.raises(UserError, match="another version of the checks"):
         validation_stamp.check(stamped, ["train"])
 
 

@@ -1,4 +1,4 @@
-"""Small triplet files for runs through `vopd.runner.run`, and the words that make such a run short."""
+"""Small triplet files for runs through `vopd.runner.run`, and the overrides that make such a run short."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,13 +22,13 @@ def triplets(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def words_for(triplets: Path) -> Callable[..., list[str]]:
-    """The words of a run of four updates in a given folder; further words replace those of the same key."""
+def overrides_for(triplets: Path) -> Callable[..., list[str]]:
+    """Overrides for a run of four updates in a given folder; further overrides replace those of the same key."""
 
-    def words(run_dir: Path, *more: str) -> list[str]:
+    def overrides(run_dir: Path, *more: str) -> list[str]:
         given = [*more]
-        keys = {word.partition("=")[0] for word in more}
-        given += [word for word in [
+        keys = {override.partition("=")[0] for override in more}
+        given += [override for override in [
             f"run_dir={run_dir}",
             f"data.folder={triplets}",
             "data.prepare=null",
@@ -42,7 +42,7 @@ def words_for(triplets: Path) -> Callable[..., list[str]]:
             "export=float32",
             "hardware.memory_gib=0.01",
             "hardware.disk_gib=0.01",
-        ] if word.partition("=")[0] not in keys]  # fmt: skip
+        ] if override.partition("=")[0] not in keys]  # fmt: skip
         return given
 
-    return words
+    return overrides

@@ -13,24 +13,27 @@ from vopd.common.terminal import Terminal
 from vopd.runner import run, supervisor
 from vopd.runner.run_folder import RunFolder
 
-Words = Callable[..., list[str]]
+Overrides = Callable[..., list[str]]
 
 
 @pytest.fixture
 def refusal(
-    tmp_path: Path, words_for: Words, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    overrides_for: Overrides,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., str]:
-    """`refusal(*words)` gives the sentence on stderr of a run with these words beside the short run's."""
+    """`refusal(*overrides)` gives the sentence on stderr of a short run with these overrides."""
 
     def no_training(*_: object) -> supervisor.Outcome:
         raise AssertionError("training was started")
 
     monkeypatch.setattr(supervisor, "run", no_training)
 
-    def refused(*words: str, recipe: str = "vision_opd") -> str:
-        replaced = {word.split("=")[0] for word in words}
-        kept = [w for w in words_for(tmp_path / "run") if w.split("=")[0] not in replaced]
-        assert run.main([recipe, *kept, *words]) == 2
+    def refused(*overrides: str, recipe: str = "vision_opd") -> str:
+        replaced = {override.split("=")[0] for override in overrides}
+        kept = [w for w in overrides_for(tmp_path / "run") if w.split("=")[0] not in replaced]
+        assert run.main([recipe, *kept, *overrides]) == 2
         said = capsys.readouterr().err
         assert said.startswith("vopd: ") and said.count("\n") == 1, said
         return said
@@ -39,7 +42,7 @@ def refusal(
 
 
 @pytest.mark.parametrize(
-    ("words", "named"),
+    ("overrides", "named"),
     [
         (["train.setps=3"], "setps"),
         (["method.top_kk=3"], "top_kk"),
@@ -54,8 +57,8 @@ def refusal(
         (["model.attention=flash_attention_2"], "on a CPU take sdpa or eager"),
     ],
 )
-def test_bad_words(refusal: Callable[..., str], words: list[str], named: str) -> None:
-    assert named in refusal(*words)
+def test_bad_overrides(refusal: Callable[..., str], overrides: list[str], named: str) -> None:
+    assert named in refusal(*overrides)
 
 
 def test_unknown_recipe(refusal: Callable[..., str]) -> None:
@@ -108,11 +111,11 @@ def test_an_image_that_is_none(refusal: Callable[..., str], spoiled: Callable[..
 
 
 def test_a_folder_with_a_run_of_other_settings(
-    refusal: Callable[..., str], words_for: Words, tmp_path: Path
+    refusal: Callable[..., str], overrides_for: Overrides, tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
-    RunFolder(folder).write_settings(run.Run("vision_opd", words_for(folder), Terminal()).config)
+    RunFolder(folder).write_settings(run.Run("vision_opd", overrides_for(folder), Terminal()).config)
     (folder / "metrics.jsonl").touch()
     assert "another seed: 0 then, 5 now" in refusal("seed=5")
     assert "another train.lr" in refusal("train.lr=1e-5")

@@ -39,14 +39,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answered(small: Path) -> list[Record]:
     """Both views of every question, in two goes; that each is answered once is asserted on the way."""
     out = small.parent / "runs"
-    words = [
+    overrides = [
         "model=data/miniature/base",
         f"benchmarks=[{small}]",
         f"out={out}",
         "max_tokens=40",
         "concurrency=64",
     ]
-    command = [sys.executable, "-P", "-m", "vopd", "evaluate", *words]
+    command = [sys.executable, "-P", "-m", "vopd", "evaluate", *overrides]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
         run = subprocess.run(

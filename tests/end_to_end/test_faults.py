@@ -15,17 +15,17 @@ from vopd.runner import new_recipe
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 
-Words = Callable[..., list[str]]
+Overrides = Callable[..., list[str]]
 
 
-def test_a_mistake_in_score_is_told_with_file_and_line(tmp_path: Path, words_for: Words) -> None:
+def test_a_mistake_in_score_is_told_with_file_and_line(tmp_path: Path, overrides_for: Overrides) -> None:
     yaml, module, _ = new_recipe.new("mine", tmp_path / "recipe")
     right, wrong = "(teacher_CV - student_CV)", "(teacher_CV - student_CV[:, :-1])"
     module.write_text(module.read_text().replace(right, wrong))
     line = next(i for i, text in enumerate(module.read_text().splitlines(), 1) if wrong in text)
-    words = [*words_for(tmp_path / "run"), "evaluate.test_rows=4", "evaluate.holdout_rows=4"]
+    overrides = [*overrides_for(tmp_path / "run"), "evaluate.test_rows=4", "evaluate.holdout_rows=4"]
     told = subprocess.run(
-        [sys.executable, "-P", "-m", "vopd", "run", str(yaml), *words],
+        [sys.executable, "-P", "-m", "vopd", "run", str(yaml), *overrides],
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,

@@ -1,6 +1,6 @@
 """Every recipe through the real stack for two updates each, and recipes that live outside the repository.
 
-What is asserted of each is what makes it that method: who generated, what was thrown away, what was kept, which teacher
+What is asserted of each is what makes it that method: who generated, what was discarded, what was kept, which teacher
 was asked. That the objective is right is shown elsewhere, against independent computations.
 """
 
@@ -23,18 +23,18 @@ from vopd.evaluation.records import read_records
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
-Words = Callable[..., list[str]]
+Overrides = Callable[..., list[str]]
 SECONDS = 900
 
 
-def run(recipe: str, words: list[str]) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-P", "-m", "vopd", "run", recipe, *words]
+def run(recipe: str, overrides: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-P", "-m", "vopd", "run", recipe, *overrides]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=SECONDS)
 
 
-def short(words_for: Words, folder: Path, *more: str) -> list[str]:
+def short(overrides_for: Overrides, folder: Path, *more: str) -> list[str]:
     """Two updates of 8 prompts x 4."""
-    return words_for(folder, "train.steps=2", "train.rollouts=4", *more)
+    return overrides_for(folder, "train.steps=2", "train.rollouts=4", *more)
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -46,9 +46,9 @@ def told(done: subprocess.CompletedProcess[str], folder: Path) -> str:
     return done.stderr + (log.read_text(errors="replace")[-6000:] if log.exists() else "")
 
 
-def trained(recipe: str, words: list[str], folder: Path) -> list[dict[str, Any]]:
+def trained(recipe: str, overrides: list[str], folder: Path) -> list[dict[str, Any]]:
     """Run a recipe; the lines of its metrics."""
-    done = run(recipe, words)
+    done = run(recipe, overrides)
     assert done.returncode == 0, told(done, folder)
     return checked(folder)
 
@@ -76,9 +76,9 @@ def agrees(steps: list[dict[str, Any]]) -> bool:
 
 
 @pytest.fixture(scope="module")
-def grpo(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path:
+def grpo(tmp_path_factory: pytest.TempPathFactory, overrides_for: Overrides) -> Path:
     folder = tmp_path_factory.mktemp("grpo") / "run"
-    steps = trained("grpo", short(words_for, folder, "rollout.record=true"), folder)
+    steps = trained("grpo", short(overrides_for, folder, "rollout.record=true"), folder)
     assert agrees(steps)
     assert all(line["scorer_tokens"] == 0 and line["tokens_evicted"] == 0 for line in steps)
     assert all(line["reward"] == pytest.approx(line["rollout_accuracy"]) for line in steps)
@@ -87,22 +87,22 @@ def grpo(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path:
 
 
 def test_grpo_replayed_from_its_recording_makes_the_same_updates(
-    grpo: Path, tmp_path: Path, words_for: Words
+    grpo: Path, tmp_path: Path, overrides_for: Overrides
 ) -> None:
     assert sorted(f.name for f in (grpo / "rollouts").iterdir()) == [
         "step000001.parquet",
         "step000002.parquet",
     ]
     folder = tmp_path / "run"
-    replayed = trained("grpo", short(words_for, folder, f"rollout.replay={grpo / 'rollouts'}"), folder)
+    replayed = trained("grpo", short(overrides_for, folder, f"rollout.replay={grpo / 'rollouts'}"), folder)
     for first, second in zip(lines(grpo), replayed, strict=True):
         for key in ("loss", "grad_norm", "log_prob", "entropy", "tokens_generated", "rollout_accuracy"):
             assert second[key] == pytest.approx(first[key], rel=1e-6, abs=1e-9), key
 
 
-def test_dapo_evicts_groups_and_draws_new_ones(tmp_path: Path, words_for: Words) -> None:
+def test_dapo_evicts_groups_and_draws_new_ones(tmp_path: Path, overrides_for: Overrides) -> None:
     folder = tmp_path / "run"
-    steps = trained("dapo", short(words_for, folder, "rollout.record=true"), folder)
+    steps = trained("dapo", short(overrides_for, folder, "rollout.record=true"), folder)
     assert agrees(steps)
     assert all(line["mixed_groups"] == 1.0 for line in steps)
     assert sum(line["prompts_evicted"] for line in steps) >= 1
@@ -118,10 +118,12 @@ def test_dapo_evicts_groups_and_draws_new_ones(tmp_path: Path, words_for: Words)
     assert taken > 16 and state["prompts_drawn"] - taken in (0, 24 * 2 + 12)
 
 
-def test_a_policy_that_is_always_wrong_ends_dapo_with_a_sentence(tmp_path: Path, words_for: Words) -> None:
+def test_a_policy_that_is_always_wrong_ends_dapo_with_a_sentence(
+    tmp_path: Path, overrides_for: Overrides
+) -> None:
     """Nobody answers within two tokens."""
     folder = tmp_path / "run"
-    done = run("dapo", short(words_for, folder, "train.max_refills=2", "rollout.train_share=0.05"))
+    done = run("dapo", short(overrides_for, folder, "train.max_refills=2", "rollout.train_share=0.05"))
     assert done.returncode == 1, told(done, folder)
     assert "all right or all wrong" in done.stderr and "train.max_refills" in done.stderr
     assert not (folder / "summary.json").exists()
@@ -133,11 +135,11 @@ SERIES = ("sft_self_teacher", "opsd", "opsd_original")
 
 
 @pytest.fixture(scope="module")
-def series(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path:
+def series(tmp_path_factory: pytest.TempPathFactory, overrides_for: Overrides) -> Path:
     """Three recipes by one command; the folder of its runs."""
     top = tmp_path_factory.mktemp("series")
-    words = [word for word in short(words_for, top) if not word.startswith("run_dir=")]
-    command = ["bash", str(ROOT / "scripts" / "compare.sh"), *SERIES, "seeds=0", *words]
+    overrides = [override for override in short(overrides_for, top) if not override.startswith("run_dir=")]
+    command = ["bash", str(ROOT / "scripts" / "compare.sh"), *SERIES, "seeds=0", *overrides]
     env = {**os.environ, "VOPD_RUNS": str(top / "runs")}
     done = subprocess.run(command, capture_output=True, text=True, cwd=top, timeout=3 * SECONDS, env=env)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
@@ -148,7 +150,7 @@ def series(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path:
     return made
 
 
-def test_sft_generates_first_and_trains_on_what_is_right(series: Path) -> None:
+def test_sft_generates_first_and_trains_on_what_is_correct(series: Path) -> None:
     folder = series / "sft_self_teacher" / "seed0"
     steps = checked(folder)
     assert len(list((folder / "rollouts").glob("*.parquet"))) == 2
@@ -178,11 +180,11 @@ def test_opsd_asks_a_hinted_teacher(recipe: str, series: Path) -> None:
 
 
 def test_a_run_inside_a_series_equals_the_same_run_alone(
-    series: Path, tmp_path: Path, words_for: Words
+    series: Path, tmp_path: Path, overrides_for: Overrides
 ) -> None:
     """To the last bit: the same tokens, numbers and weights."""
     folder, inside = tmp_path / "run", series / "opsd" / "seed0"
-    alone = trained("opsd", short(words_for, folder), folder)
+    alone = trained("opsd", short(overrides_for, folder), folder)
     for first, second in zip(lines(inside), alone, strict=True):
         for key in ("loss", "divergence", "grad_norm", "log_prob", "tokens_generated", "rollout_accuracy"):
             assert first[key] == second[key], key
@@ -194,10 +196,10 @@ def test_a_run_inside_a_series_equals_the_same_run_alone(
 
 
 def test_a_teacher_that_sees_what_the_student_sees_starts_at_rounding_level(
-    tmp_path: Path, words_for: Words
+    tmp_path: Path, overrides_for: Overrides
 ) -> None:
     folder = tmp_path / "run"
-    done = run("controls/vision_opd_full_teacher", short(words_for, folder))
+    done = run("controls/vision_opd_full_teacher", short(overrides_for, folder))
     assert done.returncode == 0, told(done, folder)
     first, _ = lines(folder)
     assert abs(first["loss"]) < 1e-7 and first["grad_norm"] < 1e-4
@@ -262,13 +264,13 @@ def build(settings):
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_recipe_outside_the_repository_trains(name: str, tmp_path: Path, words_for: Words) -> None:
+def test_a_recipe_outside_the_repository_trains(name: str, tmp_path: Path, overrides_for: Overrides) -> None:
     recipe, folder = tmp_path / f"{name}.yaml", tmp_path / "run"
     recipe.write_text(f"method:\n  module: {name}.py\n")
     (tmp_path / f"{name}.py").write_text(f'"""A recipe of its own."""\n{HEAD}{OUTSIDE[name]}')
-    words = ["bash", str(ROOT / "scripts" / "run_recipe.sh"), str(recipe), *short(words_for, folder)]
+    overrides = ["bash", str(ROOT / "scripts" / "run_recipe.sh"), str(recipe), *short(overrides_for, folder)]
     done = subprocess.run(
-        words, capture_output=True, text=True, cwd=tmp_path, timeout=SECONDS, env=os.environ.copy()
+        overrides, capture_output=True, text=True, cwd=tmp_path, timeout=SECONDS, env=os.environ.copy()
     )
     assert done.returncode == 0, told(done, folder)
     steps = lines(folder)

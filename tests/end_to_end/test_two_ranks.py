@@ -14,10 +14,12 @@ from vopd.config import ROOT
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(1800)]
 
 
-def test_two_ranks_train_through_the_whole_stack(tmp_path: Path, words_for: Callable[..., list[str]]) -> None:
+def test_two_ranks_train_through_the_whole_stack(
+    tmp_path: Path, overrides_for: Callable[..., list[str]]
+) -> None:
     folder = tmp_path / "run"
-    words = words_for(folder, "hardware.devices_per_node=2", "train.steps=2")
-    command = [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *words]
+    overrides = overrides_for(folder, "hardware.devices_per_node=2", "train.steps=2")
+    command = [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     log = folder / "log.txt"
     assert done.returncode == 0, done.stderr + (

@@ -1,6 +1,6 @@
 """Vision-OPD through the real stack: Ray, TransferQueue, verl's trainer, FSDP2, vLLM. One run is shared by its checks.
 
-The second half is pitfall 3 (a resume that forgets the teacher): a run that is interrupted and started again must end
+The second half is about resuming, the teacher included: a run that is interrupted and started again must end
 where an uninterrupted one ends. Its twin, a teacher that starts again, is injected where it is cheap: in the engine
 (`tests/vopd/backbone/test_engine.py`).
 """
@@ -40,18 +40,18 @@ RUN_SECONDS = 900
 INTERRUPTED = 130
 CANARY = "canary12"
 TRACKERS = ["logging.tensorboard=true", "logging.wandb=true"]
-Words = Callable[..., list[str]]
+Overrides = Callable[..., list[str]]
 
 
-def command(words: list[str]) -> list[str]:
-    return [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *words]
+def command(overrides: list[str]) -> list[str]:
+    return [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *overrides]
 
 
-def start(words: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
+def start(overrides: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
     """The command of a run, its terminal in `log`. It takes Ctrl-C even where the tests run in the background."""
     with log.open("ab") as file:
         return subprocess.Popen(
-            command(words),
+            command(overrides),
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -84,7 +84,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
 
 
 def metrics(folder: Path) -> dict[int, dict[str, Any]]:
-    """Step -> its line; no step stands there twice."""
+    """Step -> its line; no step appears twice."""
     steps = lines(folder / "metrics.jsonl")
     assert len({line["step"] for line in steps}) == len(steps)
     return {line["step"]: line for line in steps}
@@ -107,7 +107,7 @@ def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.T
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path:
+def finished(tmp_path_factory: pytest.TempPathFactory, overrides_for: Overrides) -> Path:
     """The folder of an uninterrupted run of four updates."""
     place = tmp_path_factory.mktemp("whole")
     folder, log = place / "run", place / "terminal.txt"
@@ -116,7 +116,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, words_for: Words) -> Path
     began = time.time()
     with tempfile.TemporaryDirectory(dir="/tmp", prefix="t") as temporary:
         process = start(
-            [*words_for(folder), *TRACKERS], log, TMPDIR=temporary, HOME=str(place / "home"), XDG_CACHE_HOME=caches,
+            [*overrides_for(folder), *TRACKERS], log, TMPDIR=temporary, HOME=str(place / "home"), XDG_CACHE_HOME=caches,
             MY_API_KEY=f"{CANARY}1", HF_TOKEN=f"{CANARY}2", OPENAI_API_KEY=f"{CANARY}3", WANDB_API_KEY=CANARY * 5,
         )  # fmt: skip
         heard: set[str] = set()
@@ -245,9 +245,9 @@ def test_the_exported_folder_loads_and_holds_other_weights_than_the_base(finishe
 
 def test_a_checkpoint_is_exported_to_the_model_of_the_run(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "exported"
-    words = [str(finished / "checkpoints" / "global_step_4"), str(out), "--dtype", "float32"]
+    overrides = [str(finished / "checkpoints" / "global_step_4"), str(out), "--dtype", "float32"]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "vopd", "export", *words], capture_output=True, text=True
+        [sys.executable, "-P", "-m", "vopd", "export", *overrides], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert {f.name: f.read_bytes() for f in out.iterdir()} == {
@@ -267,27 +267,29 @@ def test_the_teacher_lies_between_the_base_and_the_student(finished: Path) -> No
     assert 0 < moved < behind  # rate 0.05, four updates: much nearer to the base
 
 
-def test_the_same_command_again_shows_the_result_and_trains_nothing(finished: Path, words_for: Words) -> None:
+def test_the_same_command_again_shows_the_result_and_trains_nothing(
+    finished: Path, overrides_for: Overrides
+) -> None:
     before = (finished / "metrics.jsonl").read_bytes()
-    words = [*words_for(finished), *TRACKERS]
-    again = subprocess.run(command(words), capture_output=True, text=True, timeout=300)
+    overrides = [*overrides_for(finished), *TRACKERS]
+    again = subprocess.run(command(overrides), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
     assert "finished before" in again.stdout and "hold-out" in again.stdout
     assert (finished / "metrics.jsonl").read_bytes() == before
 
 
-# ---- pitfall 3: interrupted and resumed -----------------------------------------------------------------------------
+# ---- interrupted and resumed ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory: pytest.TempPathFactory, words_for: Words, finished: Path) -> Path:
+def resumed(tmp_path_factory: pytest.TempPathFactory, overrides_for: Overrides, finished: Path) -> Path:
     """The folder of a run with the settings of `finished`, interrupted after its first update, started again.
 
     It would save no checkpoint before its end, so the one that it resumes from is that of the interruption.
     """
     place = tmp_path_factory.mktemp("resumed")
     folder, log = place / "run", place / "terminal.txt"
-    process = start(words_for(folder, "train.save_every=0"), log)
+    process = start(overrides_for(folder, "train.save_every=0"), log)
     tree = interrupt_after(process, folder, 1, log)
     assert finish(process, 120) == INTERRUPTED, told(folder, log)
     _, alive = psutil.wait_procs(tree, timeout=20)
@@ -297,7 +299,7 @@ def resumed(tmp_path_factory: pytest.TempPathFactory, words_for: Words, finished
     (checkpoint,) = checkpoints.found(folder / "checkpoints")
     assert checkpoint.step == max(metrics(folder)) < 4, "the run was over before it could be interrupted"
     assert f"the same command resumes it from update {checkpoint.step}" in log.read_text()
-    code = finish(start(words_for(folder), log), RUN_SECONDS)
+    code = finish(start(overrides_for(folder), log), RUN_SECONDS)
     assert code == 0, told(folder, log)
     return folder
 
@@ -318,7 +320,7 @@ def interrupt_after(
     raise AssertionError(told(folder, log))
 
 
-def test_pitfall_03_a_resumed_run_makes_the_same_updates(finished: Path, resumed: Path) -> None:
+def test_resume_makes_the_same_updates(finished: Path, resumed: Path) -> None:
     """To the bit, but for what a clock decides: seconds, memory, and which requests vLLM computed together."""
     first, second = metrics(finished), metrics(resumed)
     assert sorted(first) == sorted(second) == [1, 2, 3, 4]
@@ -327,14 +329,12 @@ def test_pitfall_03_a_resumed_run_makes_the_same_updates(finished: Path, resumed
         assert {k: first[step][k] for k in keys} == {k: second[step][k] for k in keys}, f"step {step}"
 
 
-def test_pitfall_03_a_resumed_run_ends_with_the_same_student_and_teacher(
-    finished: Path, resumed: Path
-) -> None:
+def test_resume_ends_with_the_same_student_and_teacher(finished: Path, resumed: Path) -> None:
     assert largest_difference(weights(finished / "model"), weights(resumed / "model")) == 0
     assert largest_difference(teacher(finished), teacher(resumed)) == 0
 
 
-def test_pitfall_03_twin_a_teacher_that_never_moved_is_seen(finished: Path) -> None:
+def test_resume_twin_a_teacher_that_never_moved_is_seen(finished: Path) -> None:
     base, reset = weights(BASE), teacher(finished)
     reset = {name: base.get(name, shard) for name, shard in reset.items()}
     assert largest_difference(teacher(finished), reset) > 1e-6

@@ -106,17 +106,17 @@ NO_ANSWER = {
     "a body shorter than it says": raw(json.dumps(GOOD).encode(), Content_Length="9999"),
     "a negative length": raw(GOOD, Content_Length="-1"),
     "two lengths": raw(GOOD, Content_Length="10\r\nContent-Length: 12"),
-    "chunks that are none": raw(b"zz\r\nhello\r\n", Transfer_Encoding="chunked"),
+    "malformed chunks": raw(b"zz\r\nhello\r\n", Transfer_Encoding="chunked"),
     "a chunk cut off": raw(b"ff\r\n{", Transfer_Encoding="chunked"),
     "an unknown transfer": raw(GOOD, Transfer_Encoding="rot13"),
     "gzip that was not asked for": raw(gzip.compress(json.dumps(GOOD).encode()), Content_Encoding="gzip"),
-    "gzip that is none": raw(b"\x1f\x8b not gzip", Content_Encoding="gzip"),
+    "malformed gzip": raw(b"\x1f\x8b not gzip", Content_Encoding="gzip"),
     "a bomb": raw(gzip.compress(bytes(20_000_000)), Content_Encoding="gzip"),
     "more than a reply can be": raw(b" " * 300_000 + json.dumps(GOOD).encode()),
     "no HTTP": b"SSH-2.0-OpenSSH_9.2\r\n",
     "nothing": b"",
-    "a status that is none": b"HTTP/1.1 abc OK\r\n\r\n",
-    "headers that are none": b"HTTP/1.1 200 OK\r\n\x00\xff: \x01\r\n\r\n{}",
+    "a malformed status": b"HTTP/1.1 abc OK\r\n\r\n",
+    "malformed headers": b"HTTP/1.1 200 OK\r\n\x00\xff: \x01\r\n\r\n{}",
     "headers without end": b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 40_000,
     "reset": b"RESET",
     "reset in the body": raw(json.dumps(GOOD).encode(), Content_Length="9999") + b"RESET",
@@ -135,7 +135,7 @@ ANSWER = {
     "another content type": raw(GOOD, kind="text/html; charset=klingon"),
     "no content type": raw(GOOD, kind=""),
     "an unknown finish": raw(GOOD | {"choices": [CHOICE | {"finish_reason": {"why": 1}}]}),
-    "a second choice that is none": raw(GOOD | {"choices": [CHOICE, None, 3]}),
+    "a malformed second choice": raw(GOOD | {"choices": [CHOICE, None, 3]}),
     "reasoning of another type": message(reasoning=[1], reasoning_content={"a": 1}, refusal=0),
     "unknown fields": raw(GOOD | {"choices": [CHOICE | {"logprobs": "x"}], "service_tier": [[]]}),
     "chunks": raw(
@@ -148,19 +148,19 @@ ANSWER = {
 }
 UNCOUNTED = {"usage missing", "usage null", "usage a list", "counts null", "counts of text", "negative counts",
              "huge counts", "a count of true"}  # fmt: skip
-REFUSED = {"status 400"}  # the server's last word on a request
+REFUSED = {"status 400"}  # the server's final answer to a request
 KINDS = NO_ANSWER | ANSWER
 
 
 class BadServer:
     """Answers a request with the reply whose kind its text names (`KIND:<kind>;`); `asked` counts them.
 
-    In a thread of its own. `mended`: every reply is good.
+    In a thread of its own. `fixed`: every reply is good.
     """
 
     def __init__(self) -> None:
         self.asked: Counter[str] = Counter()
-        self.mended = False
+        self.fixed = False
         self.loop = asyncio.new_event_loop()
         self.started = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -195,7 +195,7 @@ class BadServer:
             kind = re.search(r"KIND:([^;]+);", json.dumps(body))
             assert kind
             self.asked[kind[1]] += 1
-            await self._answer("good" if self.mended else kind[1], writer)
+            await self._answer("good" if self.fixed else kind[1], writer)
         writer.close()
 
     async def _answer(self, kind: str, writer: asyncio.StreamWriter) -> None:
@@ -260,7 +260,7 @@ def test_there_are_kinds_enough() -> None:
     assert len(NO_ANSWER) + len(SLOW) >= 60 and not set(NO_ANSWER) & set(ANSWER)
 
 
-def test_an_evaluation_goes_on(
+def test_an_evaluation_resumes(
     server: BadServer,
     picture: bytes,
     tmp_path: Path,
@@ -283,10 +283,10 @@ def test_an_evaluation_goes_on(
         "answer_type: yes/no, official_rule: none, columns: {id: [id], question: question, answer: answer, "
         "image: image}}"
     )
-    words = [
+    overrides = [
         "model=m", f"benchmarks=[{tmp_path / 'bad.yaml'}]", f"endpoint={server.url}", f"out={tmp_path}", "timeout=60",
     ]  # fmt: skip
-    assert evaluate.main(words) == 1
+    assert evaluate.main(overrides) == 1
     out, err = capsys.readouterr()
     assert f"{len(NO_ANSWER)} questions got no answer" in out and "\x1b" not in out and "Traceback" not in err
     file = tmp_path / "m" / "bad" / "records.jsonl"
@@ -295,8 +295,8 @@ def test_an_evaluation_goes_on(
     assert all(record.correct and record.response == "Answer: yes" for record in records.values())
     assert {kind for kind, record in records.items() if record.response_tokens is None} == UNCOUNTED
     server.asked.clear()
-    server.mended = True
-    assert evaluate.main(words) == 0
+    server.fixed = True
+    assert evaluate.main(overrides) == 0
     assert set(server.asked) == set(NO_ANSWER)
     assert {record.id for record in read_answers(file).records} == set(KINDS)
 
@@ -306,7 +306,7 @@ def record_of(kind: str) -> Record:
     return Record(kind, "f", "full", "s", "Which?", f"KIND:{kind};", 3, False, None, "red", False, details)
 
 
-def test_a_judge_goes_on(server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_judge_resumes(server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "MOST_FAILURES", len(KINDS))
     records, file = [record_of(kind) for kind in KINDS], tmp_path / "judge.jsonl"
 
@@ -317,7 +317,7 @@ def test_a_judge_goes_on(server: BadServer, tmp_path: Path, monkeypatch: pytest.
     verdicts = {kind: verdict for (kind, _), verdict in judge.read_verdicts(file).items()}
     assert verdicts == {kind: "right" if kind in ANSWER else "failed" for kind in KINDS}
     server.asked.clear()
-    server.mended = True
+    server.fixed = True
     assert run() == [] and set(server.asked) == set(NO_ANSWER)
     assert set(judge.read_verdicts(file, "j").values()) == {"right"}
     assert judge.read_verdicts(file, "another judge") == {}
@@ -332,7 +332,7 @@ def test_a_judge_that_is_gone_is_not_asked_for_ever(server: BadServer, tmp_path:
     assert judge.MOST_FAILURES <= len(failures) <= judge.MOST_FAILURES + 4
 
 
-def test_a_synthesis_goes_on(
+def test_a_synthesis_resumes(
     server: BadServer, picture: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(synthesis, "UNANSWERED_IN_A_ROW", len(KINDS))
@@ -354,7 +354,7 @@ def test_a_synthesis_goes_on(
         assert {kind for kind, record in journal.records.items() if record["reason"] is None} == set(ANSWER)
         assert {kind for kind, record in journal.records.items() if record["reason"]} == REFUSED
     server.asked.clear()
-    server.mended = True
+    server.fixed = True
     with Journal(tmp_path / "a.jsonl") as journal:
         assert asyncio.run(go(journal)) == []
         assert set(server.asked) == set(NO_ANSWER) - REFUSED and set(journal.records) == set(KINDS)
@@ -386,7 +386,7 @@ def test_no_reply_takes_more_than_its_time_or_its_bytes(server: BadServer) -> No
      "http://host:port/v1", "http://host/v1?a=b", "file:///etc/passwd", "http://\x00/v1"],
 )  # fmt: skip
 def test_an_address_that_is_none_is_a_sentence(url: str) -> None:
-    with pytest.raises(UserError, match="no address of a server"):
+    with pytest.raises(UserError, match="not the address of a server"):
         chat_client.Server(url, 1)
 
 
@@ -419,8 +419,8 @@ def test_this_machine_has_many_names(host: str, monkeypatch: pytest.MonkeyPatch)
     ("proxy", "sentence"),
     [
         ("socks5://127.0.0.1:9", "install socksio, or unset ALL_PROXY, or put example.org into NO_PROXY"),
-        ("nonsense://x", "mend HTTP_PROXY, HTTPS_PROXY, ALL_PROXY"),
-        ("http://host:port", "mend HTTP_PROXY, HTTPS_PROXY, ALL_PROXY"),
+        ("nonsense://x", "fix HTTP_PROXY, HTTPS_PROXY, ALL_PROXY"),
+        ("http://host:port", "fix HTTP_PROXY, HTTPS_PROXY, ALL_PROXY"),
     ],
 )
 def test_a_proxy_that_cannot_be_used_is_a_sentence(
@@ -470,7 +470,7 @@ def test_any_body_is_an_answer_or_a_sentence(content: bytes) -> None:
 
 @given(st.integers(0, len(json.dumps(GOOD)) - 1))
 def test_a_body_cut_anywhere_is_a_sentence(cut: int) -> None:
-    with pytest.raises(NoAnswerError, match="no chat completion"):
+    with pytest.raises(NoAnswerError, match="not a chat completion"):
         read_completion(json.dumps(GOOD).encode()[:cut])
 
 

@@ -88,13 +88,13 @@ class Outer:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        ({"count": 0}, "x.count=0 cannot be; give from 1 to 10."),
+        ({"count": 0}, "x.count=0 is not allowed; give from 1 to 10."),
         ({"count": 11}, "x.count=11"),
         ({"perhaps": 0}, "x.perhaps=0"),
-        ({"kind": "c"}, "x.kind=c cannot be; give one of a, b."),
+        ({"kind": "c"}, "x.kind=c is not allowed; give one of a, b."),
         ({"pair": [0.1]}, "give 2 numbers, each from 0 to below 1"),
         ({"pair": [0.1, 1.0]}, "x.pair="),
-        ({"inner": {"share": 0.0}}, "x.inner.share=0.0 cannot be; give above 0 to 1."),
+        ({"inner": {"share": 0.0}}, "x.inner.share=0.0 is not allowed; give above 0 to 1."),
         ({"inner": {"share": math.nan}}, "x.inner.share=nan"),
     ],
 )
@@ -138,7 +138,7 @@ NUMBERS = {key: b for key, b in bounds.bounds(Run).items() if isinstance(b, Rang
 def test_a_run_refuses_every_number_beyond_its_ends(key: str, way: int) -> None:
     bound = NUMBERS[key]
     value = bound.least - 1 if way < 0 else bound.most + 1
-    with pytest.raises(UserError, match=f"{key}=.* cannot be"):
+    with pytest.raises(UserError, match=f"{key}=.* is not allowed"):
         load("grpo", [f"{key}={value}"])
 
 

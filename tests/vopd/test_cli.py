@@ -19,10 +19,10 @@ COMMANDS = [
     ("data", "synthesize"), ("data", "audit"),
 ]  # fmt: skip
 MISTAKES = [
-    (("run", "vision_opd", "train.lr=-1"), "train.lr=-1.0 cannot be"),
+    (("run", "vision_opd", "train.lr=-1"), "train.lr=-1.0 is not allowed"),
     (("run", "nothing"), "There is no recipe 'nothing'"),
     (("compare", "vision_opd", "seeds=x"), "seeds=x is not understood"),
-    (("evaluate", "model=m", "benchmarks=[vstar]", "seed=-1"), "seed=-1 cannot be"),
+    (("evaluate", "model=m", "benchmarks=[vstar]", "seed=-1"), "seed=-1 is not allowed"),
     (("check", "nothing"), "There is no recipe"),
 ]
 WITHOUT_TORCH = """
@@ -37,33 +37,37 @@ sys.exit(code)
 """
 
 
-def called(*words: str, folder: Path = ROOT, code: str | None = None) -> subprocess.CompletedProcess[str]:
+def called(*arguments: str, folder: Path = ROOT, code: str | None = None) -> subprocess.CompletedProcess[str]:
     start = ["-m", "vopd"] if code is None else ["-c", code]
     return subprocess.run(
-        [sys.executable, *start, *words],
+        [sys.executable, *start, *arguments],
         capture_output=True, text=True, cwd=folder, env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=120,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
-def test_every_command_helps_without_torch(words: tuple[str, ...]) -> None:
-    done = called(*words, "--help", code=WITHOUT_TORCH)
+@pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
+def test_every_command_helps_without_torch(arguments: tuple[str, ...]) -> None:
+    done = called(*arguments, "--help", code=WITHOUT_TORCH)
     assert done.returncode == 0, done.stderr
-    assert f"vopd {' '.join(words)}" in done.stdout
+    assert f"vopd {' '.join(arguments)}" in done.stdout
     assert "example" in done.stdout.lower() or "=" in done.stdout or "--" in done.stdout
 
 
-@pytest.mark.parametrize(("words", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if value else "")
-def test_a_mistake_in_the_settings_is_told_without_torch(words: tuple[str, ...], sentence: str) -> None:
-    done = called(*words, code=WITHOUT_TORCH)
+@pytest.mark.parametrize(
+    ("arguments", "sentence"), MISTAKES, ids=lambda value: " ".join(value) if value else ""
+)
+def test_a_mistake_in_the_settings_is_told_without_torch(arguments: tuple[str, ...], sentence: str) -> None:
+    done = called(*arguments, code=WITHOUT_TORCH)
     assert done.returncode == 2 and sentence in done.stderr and "Traceback" not in done.stderr
 
 
 def test_every_command_is_listed() -> None:
-    for words in ((), ("data",), ("recipe",)):
-        listed = CliRunner().invoke(cli.cli, [*words, "--help"]).output
+    for arguments in ((), ("data",), ("recipe",)):
+        listed = CliRunner().invoke(cli.cli, [*arguments, "--help"]).output
         assert [
-            c[len(words)] for c in COMMANDS if c[: len(words)] == words and c[len(words)] not in listed
+            c[len(arguments)]
+            for c in COMMANDS
+            if c[: len(arguments)] == arguments and c[len(arguments)] not in listed
         ] == []
 
 
@@ -74,12 +78,12 @@ def test_a_folder_named_data_where_the_user_stands_hides_nothing(tmp_path: Path)
     done = called("data", "validate", "--help", folder=tmp_path)
     assert done.returncode == 0 and "usage: vopd data validate" in done.stdout, done.stderr
     done = called("run", "vision_opd", "train.lr=-1", folder=tmp_path)
-    assert done.returncode == 2 and "train.lr=-1.0 cannot be" in done.stderr
+    assert done.returncode == 2 and "train.lr=-1.0 is not allowed" in done.stderr
 
 
 def test_settings_are_written_the_same_way_everywhere() -> None:
-    words = ("data/my set", "out=x=y", "max_prompt_tokens=5", "--model", "m", "a-b=c")
-    assert cli._as_options(words) == (
+    arguments = ("data/my set", "out=x=y", "max_prompt_tokens=5", "--model", "m", "a-b=c")
+    assert cli._as_options(arguments) == (
         "data/my set", "--out=x=y", "--max-prompt-tokens=5", "--model", "m", "a-b=c",
     )  # fmt: skip
 

@@ -47,7 +47,7 @@ def test_later_settings_win(recipe) -> None:
     config = load(path, ["train.steps=7", "method.teacher_rate=0.2"])
     assert config.method.beta == 0.1  # recipe over class default
     assert config.method.top_k == 20  # profile over class default
-    assert config.method.teacher_rate == 0.2  # word over class default
+    assert config.method.teacher_rate == 0.2  # override over class default
     assert config.method.teacher == "ema"  # class default
     assert (config.train.lr, config.train.prompts, config.train.steps) == (1e-3, 32, 7)
     assert load(recipe("method: {module: vopd.vision_opd, top_k: 5}\n"), []).method.top_k == 5
@@ -110,7 +110,7 @@ def test_every_recipe_loads_with_every_profile(name: str, profile: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "words", "sentence"),
+    ("name", "overrides", "sentence"),
     [
         ("vision_odp", [], "no recipe 'vision_odp'; known are .*vision_opd"),
         ("missing/file.yaml", [], "no recipe 'missing/file.yaml'"),
@@ -122,8 +122,8 @@ def test_every_recipe_loads_with_every_profile(name: str, profile: str) -> None:
         ("vision_opd", ["train={"], "not understood"),
     ],
 )
-def test_bad_words_are_refused_with_a_sentence(name: str, words: list[str], sentence: str) -> None:
-    assert re.search(sentence, refusal(name, words)), refusal(name, words)
+def test_bad_overrides_are_refused_with_a_sentence(name: str, overrides: list[str], sentence: str) -> None:
+    assert re.search(sentence, refusal(name, overrides)), refusal(name, overrides)
 
 
 @pytest.mark.parametrize(
@@ -149,9 +149,9 @@ def unknown_keys(recipe) -> dict[str, str]:
         "recipe top level": refusal(recipe(module_line + "sede: 3\n"), []),
         "method": refusal(recipe("method: {module: vopd.vision_opd, setps: 0.1}\n"), []),
         "profile": refusal("vision_opd", [f"profile={profile}"]),
-        "word": refusal("vision_opd", ["train.setps=3"]),
-        "word for the method": refusal("vision_opd", ["method.setps=3"]),
-        "word at top level": refusal("vision_opd", ["sede=3"]),
+        "override": refusal("vision_opd", ["train.setps=3"]),
+        "override for the method": refusal("vision_opd", ["method.setps=3"]),
+        "override at top level": refusal("vision_opd", ["sede=3"]),
     }
 
 
@@ -160,11 +160,11 @@ def check_unknown_keys_refused(recipe) -> None:
         assert re.search("setps|sede", sentence), f"{place}: {sentence!r}"
 
 
-def test_pitfall_14_unknown_keys_are_errors_everywhere(recipe) -> None:
+def test_unknown_keys_are_errors_everywhere(recipe) -> None:
     check_unknown_keys_refused(recipe)
 
 
-def test_pitfall_14_twin_an_untyped_tree_is_seen(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_twin_an_untyped_tree_is_seen(recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     typed = OmegaConf.structured(Run)
     loose = OmegaConf.create(OmegaConf.to_container(typed, resolve=False))
     monkeypatch.setattr(OmegaConf, "structured", lambda _: loose.copy())
@@ -221,8 +221,8 @@ def keys_read() -> set[str]:
         found |= set(re.findall(r"\$\{(vopd[\w.]+)\}", path.read_text()))
     tails = set()
     for dotted in found:
-        words = dotted.split(".")
-        tails |= {".".join(words[i:]) for i in range(1, len(words))}
+        overrides = dotted.split(".")
+        tails |= {".".join(overrides[i:]) for i in range(1, len(overrides))}
     return tails
 
 
@@ -236,11 +236,11 @@ def check_every_key_is_read(run: type) -> None:
     assert unread == []
 
 
-def test_pitfall_14_every_key_of_a_run_is_read_somewhere() -> None:
+def test_every_key_of_a_run_is_read_somewhere() -> None:
     check_every_key_is_read(Run)
 
 
-def test_pitfall_14_twin_a_key_that_nothing_reads_is_seen() -> None:
+def test_settings_twin_a_key_that_nothing_reads_is_seen() -> None:
     train = make_dataclass("Train", [("ema_updtae_rate", float, field(default=0.05))], bases=(module.Train,))
     run = make_dataclass("Run", [("train", train, field(default_factory=train))], bases=(Run,))
     with pytest.raises(AssertionError, match="ema_updtae_rate"):

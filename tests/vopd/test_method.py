@@ -95,11 +95,11 @@ def check_unknown_key_refused(outside: Path) -> None:
     assert "rate_of_updtae" in refused
 
 
-def test_pitfall_14_unknown_method_keys_are_errors(outside: Path) -> None:
+def test_unknown_method_keys_are_errors(outside: Path) -> None:
     check_unknown_key_refused(outside)
 
 
-def test_pitfall_14_twin_settings_that_take_every_key_are_seen(
+def test_settings_twin_settings_that_take_every_key_are_seen(
     outside: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     strict = OmegaConf.structured
@@ -149,7 +149,7 @@ def test_sequence_mean_weighs_rows_and_token_mean_weighs_tokens() -> None:
 
 @pytest.mark.parametrize("aggregate", [sequence_mean, token_mean])
 @given(lengths=st.lists(st.integers(1, 5), min_size=2, max_size=6), ranks=st.sampled_from([1, 2]))
-def test_pitfall_05_shares_of_any_split_add_up(aggregate, lengths: list[int], ranks: int) -> None:
+def test_shares_of_any_split_add_up(aggregate, lengths: list[int], ranks: int) -> None:
     """FSDP averages over ranks: the mean over ranks of the summed shares is the loss of the whole."""
     torch.manual_seed(len(lengths))
     width, rows = max(lengths), len(lengths)
@@ -196,11 +196,11 @@ class Ratio(Method):
         return sequence_mean(-(per_token["log_prob"] - old_BT).exp(), mask_BT, batch)
 
 
-def test_pitfall_04_the_contract_hands_over_old_log_probs() -> None:
+def test_the_contract_hands_over_old_log_probs() -> None:
     check_loss_reads_old_log_probs(Ratio(outputs=("log_prob",), needs_old_log_probs=True))
 
 
-def test_pitfall_04_twin_old_set_to_current_is_seen() -> None:
+def test_old_log_probs_twin_old_set_to_current_is_seen() -> None:
     with pytest.raises(AssertionError):
         check_loss_reads_old_log_probs(Ratio(outputs=("log_prob",), needs_old_log_probs=True, own=True))
 

@@ -58,7 +58,7 @@ def named(tree: ast.AST) -> set[str]:
 
 
 def foreign_branches(tree: ast.AST) -> set[str]:
-    """Comparisons of a contract attribute with a string that is no value of the contract."""
+    """Comparisons of a contract attribute with a string that is not a value of the contract."""
     found = set()
     for node in ast.walk(tree):
         if not isinstance(node, ast.Compare):

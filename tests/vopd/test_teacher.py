@@ -68,16 +68,16 @@ def check_average_moves_as_far_as_it_should(dtype: torch.dtype) -> None:
     assert moved == pytest.approx((exact - start).norm().item(), rel=0.01)
 
 
-def test_pitfall_02_small_steps_move_the_average() -> None:
+def test_small_steps_move_the_average() -> None:
     check_average_moves_as_far_as_it_should(torch.float32)
 
 
-def test_pitfall_02_twin_an_average_in_bfloat16_is_seen() -> None:
+def test_teacher_twin_an_average_in_bfloat16_is_seen() -> None:
     with pytest.raises(AssertionError):
         check_average_moves_as_far_as_it_should(torch.bfloat16)
 
 
-def test_pitfall_02_half_precision_students_are_refused() -> None:
+def test_half_precision_students_are_refused() -> None:
     module = student(torch.bfloat16)
     teachers = TeacherWeights(module, ("initial",))
     assert {v.dtype for v in teachers.shards["initial"].values()} == {torch.float32}

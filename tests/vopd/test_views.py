@@ -58,7 +58,7 @@ def test_noise_has_the_crops_size_and_depends_on_the_row_alone(row: dict[str, An
 
 
 @pytest.mark.parametrize(("view", "told"), [("answer_hint", "B"), ("answer_hint_text", "two")])
-def test_the_answer_is_told_in_opsds_words_behind_the_question(
+def test_the_answer_is_told_in_opsds_wording_after_the_question(
     row: dict[str, Any], view: str, told: str
 ) -> None:
     picture, text = parts(VIEWS[view](row))

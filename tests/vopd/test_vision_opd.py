@@ -84,9 +84,9 @@ def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"teacher": "old"}, "method.teacher=old cannot be; give one of current"),
-        ({"teacher_view": "zoom"}, "method.teacher_view=zoom cannot be; give one of full"),
-        ({"teacher_rate": 0.0}, "method.teacher_rate=0.0 cannot be; give above 0 to 1"),
+        ({"teacher": "old"}, "method.teacher=old is not allowed; give one of current"),
+        ({"teacher_view": "zoom"}, "method.teacher_view=zoom is not allowed; give one of full"),
+        ({"teacher_rate": 0.0}, "method.teacher_rate=0.0 is not allowed; give above 0 to 1"),
         ({"top_k": "many"}, "method.top_k"),
     ],
 )

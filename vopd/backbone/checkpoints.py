@@ -2,7 +2,7 @@
 
 `checkpoints/global_step_12/` holds what continues a run after update 12 (docs/resuming.md lists its files). It has that
 name only when it is whole: everything is written to a folder beside it, `manifest.json` gets the size and sha256 of
-every file, the disk is told to keep it, and a rename makes it valid. An older checkpoint is removed after that, never
+every file, it is synced to disk, and a rename makes it valid. An older checkpoint is removed after that, never
 before. So a kill at any moment leaves the last whole one, and damage of any kind is seen by its checksum.
 """
 
@@ -39,7 +39,7 @@ class Checkpoint:
 
 
 def place(folder: Path, step: int) -> Path:
-    """Where the checkpoint of an update lies below the folder of all."""
+    """Path of an update's checkpoint below the folder of all."""
     return folder / f"global_step_{step}"
 
 
@@ -67,7 +67,7 @@ def writing(folder: Path, step: int) -> Iterator[Path]:
         aside.rename(target)
         files.sync_folder(folder)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)  # half a checkpoint, and perhaps the space that was missing
+        shutil.rmtree(aside, ignore_errors=True)  # half a checkpoint; frees its space
         raise
 
 

@@ -5,7 +5,7 @@ replaced before sharding (`vopd.backbone.head`), so that only response positions
 "logits" are already a method's per-token numbers. Teachers are weight stores that change places with the student's
 weights (`vopd.teacher`); their hidden states are kept for the update, their logits exist per chunk only.
 
-Legend: B rows, R response tokens of a row, N response tokens of a micro-batch, H hidden size, V vocabulary.
+Shape suffixes: docs/glossary.md.
 """
 
 from __future__ import annotations

@@ -5,8 +5,7 @@ Here the head itself runs the method's `score` on a few rows at a time, inside t
 (where FSDP2 has the head's weight gathered), and returns the per-token numbers in the place of logits. The
 backward projects each chunk again. Without an active context the head is the plain linear layer it replaces.
 
-Shape suffixes: N response positions of a forward, C rows of a chunk, H hidden size, V vocabulary, M named
-numbers.
+Shape suffixes: docs/glossary.md.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ class ScoringContext:
         chunk: rows projected at a time.
         scorers: by name, what is projected beside the student, without gradient.
         extras: per-token tensors (N, ...) that `score` wants, cut along with the chunk.
-        positions_N: where the scored hidden states lie in the flattened (batch * length) row; None if the
+        positions_N: where the scored hidden states are in the flattened (batch * length) row; None if the
             model was called with them as `logits_to_keep` (batch size 1) and the head gets no others.
 
     Raises:

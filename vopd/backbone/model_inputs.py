@@ -1,9 +1,9 @@
 """The rows of a forward: prompts and responses laid out as the model reads them.
 
-Packed, every response follows a prompt of its own and rows lie end to end. Padded, a prompt stands once, with all the
+Packed, every response follows a prompt of its own and rows are concatenated. Padded, a prompt occurs once, with all the
 responses that the batch holds for it (`shared_prompts`).
 
-Legend: B responses, G rows, L tokens of a row, N response tokens.
+Shape suffixes: B responses, G rows, L tokens of a row, N response tokens.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def shared(prompts: list[RenderedView], responses: list[Tensor]) -> Rows:
 
 
 def response_positions(lengths_B: list[int], responses_B: list[int]) -> Tensor:
-    """Where the hidden states that predict response tokens lie in the packed sequence.
+    """Positions in the packed sequence of the hidden states that predict response tokens.
 
     Response token at position t is predicted at t - 1, the end-of-sequence token included; offsets are those of
     the view at hand, whose prompt has a length of its own.

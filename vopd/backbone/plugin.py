@@ -1,7 +1,7 @@
 """verl's entry point into vopd (group `verl.plugins`): loaded in every process that imports verl.
 
 It only makes the CPU platform known; it is chosen by VERL_PLATFORM=cpu, never detected. verl logs a failing entry
-point at DEBUG and goes on, so `assert_loaded` is called where a run starts.
+point at DEBUG and continues, so `assert_loaded` is called where a run starts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Rollouts on disk: what one run generated, another one (or the same one later) trains on.
 
 One parquet file a step, `step000001.parquet`: row id, rollout index, token ids and their log-probs when they were
-sampled, in canonical order; the seconds that sampling took stand in the file's metadata. No pickles; a file is whole
+sampled, in canonical order; the seconds that sampling took are in the file's metadata. No pickles; a file is whole
 or absent.
 """
 

@@ -3,7 +3,7 @@
 Every view of every policy goes through `render`, so student and teacher share template, processor and image
 resizing, and the prompt ids that vLLM samples from are the ids the trainer scores.
 
-Legend: P prompt tokens, R response tokens, L = P + R.
+Shape suffixes: P prompt tokens, R response tokens, L = P + R.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def render(processor: Any, messages: Messages, row_id: str, limit: int, template
 
     Args:
         processor: HF processor with verl's `get_rope_index` bound to it (`verl.utils.tokenizer.hf_processor`).
-        limit: most prompt tokens allowed. A longer prompt is an error, never cut (pitfall 8).
+        limit: most prompt tokens allowed. A longer prompt is an error, never cut.
         template: extra arguments of the chat template, e.g. `enable_thinking`.
 
     Raises:
@@ -98,7 +98,7 @@ def with_response(rendered: RenderedView, response_R: torch.Tensor) -> tuple[tor
     """Ids (L,) and positions (4, L) of prompt + response.
 
     The response is text, so each of its positions follows the last one by one on all axes; the text row counts
-    tokens. The prompt is this view's own: positions of another view's image would be wrong (pitfall 7).
+    tokens. The prompt is this view's own: positions of another view's image would be wrong.
     """
     prompt_P, position_4P = rendered["prompt_ids"], rendered["position_ids"]
     steps_R = torch.arange(1, response_R.shape[0] + 1)

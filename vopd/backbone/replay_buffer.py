@@ -1,10 +1,10 @@
-"""verl's buffer of groups, with two additions: what it throws away is counted, and nothing depends on who is first.
+"""verl's buffer of groups, with two additions: what it discards is counted, and nothing depends on who is first.
 
-With filtered groups (verl's dynamic sampling) it evicts the groups whose rollouts are all right or all wrong, asks for
-more prompts, and discards what is finished beyond the batch. Both cost generated tokens, which verl does not count.
-verl looks at groups as they finish: how many more prompts are drawn, and which groups are taken, then depends on their
-timing. Here it looks when all that it has asked for is finished, and takes the first groups of the prompt stream. That
-costs waiting for the longest response of each refill, and makes a step the same on every machine.
+With filtered groups (verl's dynamic sampling) it evicts the groups whose rollouts are all correct or all incorrect,
+asks for more prompts, and discards what is finished beyond the batch. Both cost generated tokens, which verl does not
+count. verl looks at groups as they finish: how many more prompts are drawn, and which groups are taken, then depends on
+their timing. Here it looks when all that it has asked for is finished, and takes the first groups of the prompt stream.
+That costs waiting for the longest response of each refill, and makes a step the same on every machine.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ THROWN = tuple(
 
 
 class GroupBuffer(verl_internals.ReplayBuffer):
-    """See the module's docstring.
+    """Counts what it discards, and decides only when all requested groups are finished.
 
-    on_poll: called at every look, with whether a group has failed; may raise what the trainer shall not wait for.
+    on_poll: called at every look, with whether a group has failed; may raise to end the wait.
     """
 
     on_poll: Callable[[bool], None] | None = None
@@ -34,13 +34,13 @@ class GroupBuffer(verl_internals.ReplayBuffer):
         self.thrown: Counter[str] = Counter()
 
     def _sync_metadata_from_transfer_queue(self) -> None:
-        """Every look begins here; one that finds a failed group need not go on."""
+        """Every poll begins here; one that finds a failed group need not continue."""
         super()._sync_metadata_from_transfer_queue()
         if self.on_poll is not None:
             self.on_poll(any(self.failure_keys.values()))
 
     def take_thrown(self) -> dict[str, int]:
-        """Prompts, rollouts and tokens thrown away since the last call: evicted, and surplus of the batch."""
+        """Prompts, rollouts and tokens discarded since the last call: evicted, and surplus of the batch."""
         taken = {name: self.thrown[name] for name in THROWN}
         self.thrown.clear()
         return taken

@@ -81,7 +81,7 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
         super().__init__(*args)
 
     async def look(self) -> None:
-        """Give signs of life, the event loop's too."""
+        """Start the heartbeat, the event loop's too."""
         heartbeat.start("rollout worker", asyncio.get_running_loop())
 
     async def failures(self) -> list[Failure]:

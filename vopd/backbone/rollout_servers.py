@@ -3,7 +3,7 @@
 verl keeps the number of requests in flight per server in a Ray actor of its own. On a small machine that actor's
 imports take half a minute of one core, right before the first rollout, and most of a GiB; and every request asks it
 first. Here each rollout worker counts its own requests. verl deals prompts out to workers in equal shares, so servers
-are loaded evenly all the same.
+are loaded evenly nevertheless.
 """
 
 from __future__ import annotations

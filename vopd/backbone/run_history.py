@@ -1,7 +1,7 @@
 """What a run has written line by line: metrics.jsonl (one line an update), evaluations.jsonl (one an evaluation).
 
 Lines are appended as they come, so the files may be ahead of the checkpoint that a run resumes from; `cut_back` drops
-what is made again, so that no update stands there twice.
+what is made again, so that no update appears twice.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ CUT = "cut over ranks"
 
 
 def teacher_kind(store: str) -> str:
-    """The kind of file that holds a teacher's shards; `ema:0.05` cannot stand in a file name everywhere."""
+    """The kind of file that holds a teacher's shards; `ema:0.05` is not a valid file name everywhere."""
     return f"teacher_{store.replace(':', '_')}"
 
 
@@ -120,7 +120,7 @@ def load(folder: Path, rank: int, ranks: int, state: State) -> None:
 
 
 def saved_ranks(folder: Path) -> int:
-    """How many ranks wrote a checkpoint; UserError if it is none of ours."""
+    """How many ranks wrote a checkpoint; UserError if it was not written by vopd."""
     try:
         return int(json.loads((folder / "rank_0.json").read_text(encoding="utf-8"))["ranks"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -150,7 +150,7 @@ class _Reader:
     def read(self, kind: str) -> dict[str, torch.Tensor]:
         file = file_of(self.folder, kind, min(self.rank, self.saved - 1))
         if not file.is_file():
-            raise UserError(f"{file}: missing; the checkpoint is of another method than this one.")
+            raise UserError(f"{file}: missing; the checkpoint belongs to another method.")
         if self.saved == self.ranks:
             return load_file(file)
         return {name: self._mine(name, tensor) for name, tensor in whole(self.folder, kind)}
@@ -184,7 +184,7 @@ def _load_optimizer(
     for key, value in state.items():
         what, _, name = key.partition("/")
         if name not in parameters:
-            raise UserError(f"{folder}: the optimiser's state has {name}, which the model has not.")
+            raise UserError(f"{folder}: the optimiser's state has {name}, which the model does not have.")
         parameter = parameters[name]
         slot = torch.zeros_like(parameter, dtype=value.dtype) if value.ndim else torch.zeros_like(value)
         _copy(value, slot, f"{folder}: optimiser, {key}")
@@ -201,7 +201,7 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _copy(value: torch.Tensor | None, target: torch.Tensor, what: str) -> None:
     if value is None:
-        raise UserError(f"{what} is not in the checkpoint; it is of another model.")
+        raise UserError(f"{what} is not in the checkpoint; it belongs to another model.")
     shard = local(target)
     if value.shape != shard.shape:
         raise UserError(f"{what} has the shape {tuple(value.shape)}, not {tuple(shard.shape)}.")

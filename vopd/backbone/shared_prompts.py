@@ -1,12 +1,12 @@
 """One copy of a prompt for all its rollouts: what makes an update of n rollouts per prompt cheap where rows are padded.
 
-A row is then a prompt and, behind it, all its responses; each response goes on from the prompt and sees no other one.
-Attention gets that by a mask, GatedDeltaNet by its two functions that look along the sequence: the convolution, whose
-first outputs of a response reach back into the prompt, and the delta rule, which starts every response from the state
-behind the prompt. Gradients of the shared prompt add up by themselves.
+A row is then a prompt and, behind it, all its responses; each response continues the prompt and attends to no other
+one. Attention gets that by a mask, GatedDeltaNet by its two functions that look along the sequence: the convolution,
+whose first outputs of a response reach back into the prompt, and the delta rule, which starts every response from the
+state behind the prompt. Gradients of the shared prompt add up by themselves.
 
-Legend: G rows (prompts), P longest prompt, n most responses of a prompt, R longest response, W = P + n R width of a
-row, B = G n responses, C channels, K width of the convolution.
+Shape suffixes: G rows (prompts), P longest prompt, n most responses of a prompt, R longest response, W = P + n R width
+of a row, B = G n responses, C channels, K width of the convolution.
 """
 
 from __future__ import annotations

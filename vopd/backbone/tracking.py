@@ -1,6 +1,6 @@
-"""The trackers of a run, none of which can end it: one that fails is left out from then on, and the terminal says so.
+"""The trackers of a run, none of which can end it: one that fails is dropped, with a note on the terminal.
 
-metrics.jsonl, which is always written, holds everything they are told.
+metrics.jsonl, which is always written, holds everything they are sent.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class Trackers:
     def _tried(self, name: str, call: Callable[[], object]) -> bool:
         try:
             call()
-        except Exception as error:  # a boundary: whatever a tracker's library raises, training goes on
+        except Exception as error:  # a boundary: whatever a tracker's library raises, training continues
             why = (str(error).strip().splitlines() or [""])[0]
             self._note(f"{name} is left out from here on ({type(error).__name__}: {why})")
             return False

@@ -52,7 +52,7 @@ UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollou
 
 @verl_internals.register_trainer(NAME)
 class Trainer(verl_internals.PPOTrainerSync):
-    """See the module's docstring."""
+    """Runs one method: verl's loop, with this project's prompts, rows, record, evaluations and checkpoints."""
 
     def __init__(self, config: Any) -> None:
         self.vopd = config.vopd
@@ -142,8 +142,8 @@ class Trainer(verl_internals.PPOTrainerSync):
         if self.refilled > self.vopd.train.max_refills * self.vopd.train.prompts:
             raise TrainingError(
                 f"Step {self.global_steps}: {self.refilled} more prompts would be needed to replace groups whose "
-                f"{self.config.actor_rollout_ref.rollout.n} answers are all right or all wrong; the policy is nearly "
-                "always right, or nearly always wrong, on this data. Raise train.max_refills or train.rollouts, or "
+                f"{self.config.actor_rollout_ref.rollout.n} answers are all correct or all incorrect; the policy is "
+                "nearly always correct, or nearly always incorrect, on this data. Raise train.max_refills or train.rollouts, or "
                 "take other data."
             )
         return super()._add_prompts_to_generate(num_prompts)

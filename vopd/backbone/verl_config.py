@@ -1,4 +1,4 @@
-"""verl's own configuration tree for a run: its defaults, our mapping (verl.yaml), the user's `verl.` words."""
+"""verl's own configuration tree for a run: its defaults, our mapping (verl.yaml), the user's `verl.` overrides."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def _resolvers() -> None:
 
 
 def verl_config(run: DictConfig) -> DictConfig:
-    """The resolved tree that verl's trainer is given; the run's settings stand in it under `vopd`.
+    """The resolved tree that verl's trainer is given; the run's settings are in it under `vopd`.
 
     Raises:
-        UserError: a `verl.` word that verl's tree does not have.
+        UserError: a `verl.` override that verl's tree does not have.
     """
     _resolvers()
     GlobalHydra.instance().clear()
@@ -41,7 +41,7 @@ def verl_config(run: DictConfig) -> DictConfig:
         config = compose("ppo_trainer")
     vopd = OmegaConf.create(OmegaConf.to_container(run, resolve=True))
     assert isinstance(vopd, DictConfig)
-    words = vopd.pop("verl")
+    overrides = vopd.pop("verl")
     method = contract.of(vopd)
     vopd.evaluate = _plans(vopd, method)
     trackers = [name for name in ("tensorboard", "wandb") if vopd.logging[name]]
@@ -55,7 +55,7 @@ def verl_config(run: DictConfig) -> DictConfig:
     config.algorithm.filter_groups.enable = method.rollout.filter_groups and vopd.rollout.replay is None
     OmegaConf.set_struct(config, True)
     try:
-        config = _merged(config, words)
+        config = _merged(config, overrides)
     except OmegaConfBaseException as error:
         raise UserError(f"verl: {str(error).splitlines()[0]}") from error
     with open_dict(config):
@@ -72,7 +72,8 @@ def _merged(base: DictConfig, more: Any) -> DictConfig:
 def _plans(vopd: DictConfig, method: Method) -> dict[str, Any]:
     """Which file is answered in which views, before / after and during training. Test is never used in between.
 
-    What a scorer or the generating policy sees is answered too: a teacher's own accuracy stands beside its student's.
+    What a scorer or the generating policy sees is answered too: a teacher's own accuracy is reported beside its
+    student's.
     """
     folder, e = vopd.data.folder, vopd.evaluate
     final = [

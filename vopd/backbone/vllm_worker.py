@@ -15,7 +15,7 @@ from vopd.common import heartbeat, loopback
 
 
 class WorkerExtension(vLLMColocateWorkerExtension, loopback.Worker):
-    """See the module's docstring."""
+    """verl's extension with a heartbeat, the loopback alone, and the run's own weight socket."""
 
     def __new__(cls, **kwargs: Any) -> WorkerExtension:
         """In the process that computes, before it builds its model."""

@@ -40,7 +40,7 @@ class Answered:
         return bytes(self.socket.recv())
 
     def close(self) -> None:
-        """As the socket's; what nobody will read is dropped."""
+        """As the socket's; what will not be read is dropped."""
         self.socket.close(linger=0)
 
 

@@ -37,7 +37,7 @@ def place() -> Path:
 
 
 def inside(path: str | Path) -> Path:
-    """A path of a setting: `.cache/...` lies in the cache's place, other relative paths in the checkout."""
+    """A path of a setting: `.cache/...` is in the cache's folder, other relative paths in the checkout."""
     parts = Path(path).parts
     return place().joinpath(*parts[1:]) if parts[:1] == (NAME,) else ROOT / path
 
@@ -58,7 +58,7 @@ def store(kind: str, key: str, content: bytes = b"") -> bool:
         file.parent.mkdir(parents=True, exist_ok=True)
         files.write_bytes(file, _head(content) + b"\n" + content)  # torn by a power failure, it is seen
     except OSError as error:
-        _note(f"the cache {place()} cannot be written ({error.strerror}); going on without it")
+        _note(f"the cache {place()} cannot be written ({error.strerror}); continuing without it")
         return False
     return True
 
@@ -73,7 +73,7 @@ def workspace(kind: str, key: str) -> Path:
         reason = os.strerror(errno.EACCES)
     except OSError as error:
         reason = str(error.strerror)
-    _note(f"the cache {place()} cannot be written ({reason}); going on without it")
+    _note(f"the cache {place()} cannot be written ({reason}); continuing without it")
     temporary = Path(tempfile.mkdtemp(prefix="vopd-cache-"))
     atexit.register(shutil.rmtree, temporary, ignore_errors=True)
     return temporary

@@ -44,7 +44,7 @@ class NoAnswerError(Exception):
 
 
 class OutageError(NoAnswerError):
-    """The server, or the way to it, failed: worth another try soon, after `wait_s` seconds if the server says so."""
+    """The server, or the way to it, failed: worth a retry, after `wait_s` seconds if the server asks for that."""
 
     def __init__(self, sentence: str, wait_s: float | None = None) -> None:
         super().__init__(sentence)
@@ -122,7 +122,7 @@ def read_completion(content: bytes) -> Completion:
         place = ".".join(map(str, first["loc"]))
         begins = one_line(content[:80].decode(errors="replace"))
         raise NoAnswerError(
-            f"the reply is no chat completion ({place + ': ' if place else ''}{one_line(first['msg'])}); "
+            f"the reply is not a chat completion ({place + ': ' if place else ''}{one_line(first['msg'])}); "
             f"it begins {begins!r}"
         ) from error
     choice, usage = body.choices[0], body.usage
@@ -173,7 +173,7 @@ class Server:
         socket: of a server on this machine that listens at a Unix socket; the address is then but a name.
 
     Raises:
-        UserError: an address that is none; a proxy in the environment, or a key, that cannot be used.
+        UserError: an invalid address; a proxy in the environment, or a key, that cannot be used.
     """
 
     def __init__(
@@ -196,7 +196,7 @@ class Server:
         """The reply to one request.
 
         Raises:
-            NoAnswerError: there is none that can be used; `RefusedError` where trying again is of no use.
+            NoAnswerError: no usable reply; `RefusedError` where a retry would not help.
         """
         attempts = AsyncRetrying(
             stop=stop_after_attempt(self._tries),
@@ -282,10 +282,12 @@ def _address(url: str) -> httpx.URL:
     try:
         address = httpx.URL(url)
     except httpx.InvalidURL as error:
-        raise UserError(f"'{url}' is no address of a server ({error}); write http://HOST:PORT/v1.") from error
+        raise UserError(
+            f"'{url}' is not the address of a server ({error}); write http://HOST:PORT/v1."
+        ) from error
     strange = " " in url or address.query or address.fragment
     if address.scheme not in ("http", "https") or not address.host or strange:
-        raise UserError(f"'{url}' is no address of a server; write http://HOST:PORT/v1.")
+        raise UserError(f"'{url}' is not the address of a server; write http://HOST:PORT/v1.")
     return address
 
 
@@ -301,7 +303,7 @@ def _http(address: httpx.URL, timeout_s: float, socket: Path | None = None) -> h
     """A client that goes through the environment's proxies, but never to this machine itself."""
     key = os.environ.get("OPENAI_API_KEY") or "none"
     if not (key.isascii() and key.isprintable() and key == key.strip()):
-        raise UserError("OPENAI_API_KEY holds spaces or signs that no key has; set it again.")
+        raise UserError("OPENAI_API_KEY holds spaces or characters that no key has; set it again.")
     headers = {
         "Authorization": f"Bearer {key}",
         "Content-Type": "application/json",
@@ -322,6 +324,6 @@ def _http(address: httpx.URL, timeout_s: float, socket: Path | None = None) -> h
         ) from error
     except (ValueError, OSError, httpx.InvalidURL) as error:
         raise UserError(
-            f"The environment's proxy or certificates cannot be used ({one_line(str(error))}); mend HTTP_PROXY, "
+            f"The environment's proxy or certificates cannot be used ({one_line(str(error))}); fix HTTP_PROXY, "
             "HTTPS_PROXY, ALL_PROXY, NO_PROXY or SSL_CERT_FILE."
         ) from error

@@ -28,10 +28,12 @@ def check(template: Any, model: str) -> None:
     """Refuse a template (as a processor holds it) that cannot render a question with an image within bounds.
 
     Raises:
-        UserError: it is no text, too long, fails, or breaks a bound; names the model.
+        UserError: it is not text, too long, fails, or breaks a bound; names the model.
     """
     if not isinstance(template, str):
-        raise UserError(f"{model}: its chat template is no text; copy chat_template.jinja from the original.")
+        raise UserError(
+            f"{model}: its chat template is not text; copy chat_template.jinja from the original."
+        )
     if len(template) > MOST_CHARACTERS:
         raise UserError(f"{model}: its chat template has more than {MOST_CHARACTERS} characters; shorten it.")
     # Imported before the fork, which then takes thousandths of a second.

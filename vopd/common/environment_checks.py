@@ -220,7 +220,7 @@ def check_threads(limit: int, running: int, ranks: int, privileged: bool) -> Non
     needed = THREADS + THREADS_PER_RANK * ranks
     if not privileged and 0 <= limit < running + needed:
         raise UserError(
-            f"ulimit -u: {limit} processes and threads, of which {running} are there, and the run needs {needed} more; "
+            f"ulimit -u: {limit} processes and threads, {running} of them in use, and the run needs {needed} more; "
             "raise the limit."
         )
 

@@ -1,4 +1,4 @@
-"""From an exception to what a person is told: the cause, where it lies, in which process, and the exit code.
+"""From an exception to what the user is told: the cause, its place, the process, and the exit code.
 
 An error in one of a run's processes reaches the driver in wrappers: Ray's, whose text begins with the wrapper, vLLM's,
 which says "see root cause above", our own. What is told is the innermost error's own line, and, where a recipe's module
@@ -51,11 +51,11 @@ _TRACEBACK = "Traceback (most recent call last):"
 
 @dataclass(frozen=True)
 class Failure:
-    """What a person is told.
+    """What the user is told.
 
     Args:
         sentence: the cause, one line: `TypeName: message`, or the sentence of an error of our own.
-        code: the exit code: 2 where the person can mend it (UserError), else 1.
+        code: the exit code: 2 where the user can fix it (UserError), else 1.
         kind: the exception's type, or `LOST`.
         where: file, line and source line of a recipe's mistake; empty where no recipe is involved.
         process: where it was raised, such as `trainer worker (pid 123)`; empty: the driver.
@@ -68,7 +68,7 @@ class Failure:
     process: str = ""
 
     def line(self) -> str:
-        """The cause and where it lies, as one line."""
+        """The cause and its place, as one line."""
         return f"{self.sentence} [{self.where}]" if self.where else self.sentence
 
 
@@ -131,7 +131,7 @@ def received(folder: Path) -> Failure | None:
 
 
 def ended(code: int, process: str, memory_kills: int) -> Failure:
-    """The failure of a process that ended without a word.
+    """The failure of a process that ended without an error of its own.
 
     Args:
         code: its exit code; negative: the signal.
@@ -170,7 +170,7 @@ def last_line(text: str) -> str:
 
 
 def recipe_frame(texts: Iterable[str]) -> str:
-    """The innermost frame of printed tracebacks that lies in a recipe's module, with its source line."""
+    """The innermost frame of printed tracebacks that is in a recipe's module, with its source line."""
     for text in texts:
         for frame in reversed(list(_FRAME.finditer(_COLOUR.sub("", text)))):
             if is_recipe(Path(frame["file"])):
@@ -184,7 +184,7 @@ def is_recipe(file: Path) -> bool:
         return False
     if file.is_relative_to(ROOT):
         name = file.relative_to(ROOT)
-        # A method that ships with the package lies beside the modules that all methods share.
+        # A method that ships with the package is beside the modules that all methods share.
         beside = len(name.parts) == 2 and file.is_file() and METHOD in file.read_text(errors="replace")
         return name.parts[0] not in OURS or beside
     return not file.is_relative_to(sysconfig.get_path("stdlib"))

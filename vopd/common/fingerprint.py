@@ -144,7 +144,7 @@ def _module(place: Path, words: Sequence[str]) -> Iterator[Path]:
 
 
 def _installed(file: Path) -> set[Path]:
-    """Files that a file of the user's imports from packages of theirs, wherever these lie; libraries are left out."""
+    """Files that a file of the user's imports from packages of theirs, wherever these are; libraries are left out."""
     found: set[Path] = set()
     for level, name in _imports(file):
         origin = module_file(name.split(".")[0]) if level == 0 and name else None

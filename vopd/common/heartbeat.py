@@ -1,7 +1,7 @@
-"""Signs of life of a run's processes: each writes every two seconds what it is doing, the terminal's process reads.
+"""Heartbeats of a run's processes: each writes every two seconds what it is doing, the terminal's process reads them.
 
 `start` runs a thread that writes RUN_DIR/vitals/PID.json: when it last ran, when the process's event loop last turned
-(if it has one), where the thread stands that called `start`, which call of a recipe it is in, and since when. A process
+(if it has one), where the thread that called `start` is, which call of a recipe it is in, and since when. A process
 that stops writing is stopped, or holds Python's lock in a call that does not come back; faulthandler, which needs no
 lock, then writes the stacks of all its threads to RUN_DIR/stacks/. Times are of CLOCK_MONOTONIC, which is one for all
 processes of a machine. Nothing here imports torch.
@@ -27,14 +27,14 @@ from vopd.common import files, processes
 FOLDER, STACKS, ENDED = "vitals", "stacks", "ended"
 BEAT_SECONDS = 2.0
 SILENCE_SECONDS = 20.0
-"""What counts as no sign of life."""
+"""After so long without a heartbeat a process counts as silent."""
 
 _calls: dict[int, tuple[str, float]] = {}  # thread -> the call of a recipe it is in, and since when
 
 
 @contextlib.contextmanager
 def calling(what: str) -> Iterator[None]:
-    """Within the block this thread is in a call of somebody else's code, such as `score (FILE, line 3)`."""
+    """Within the block this thread is in a call of third-party code, such as `score (FILE, line 3)`."""
     thread = threading.get_ident()
     _calls[thread] = (what, time.monotonic())
     try:
@@ -44,7 +44,7 @@ def calling(what: str) -> Iterator[None]:
 
 
 def start(role: str, loop: asyncio.AbstractEventLoop | None = None) -> None:
-    """Give signs of life as `role` from here on, where this process belongs to a run.
+    """Start this process's heartbeat as `role`, where it belongs to a run.
 
     loop: a running event loop that must keep turning.
     """
@@ -96,7 +96,7 @@ class _Heart:
                 time.sleep(BEAT_SECONDS)
 
     def beat(self, stacks: Any) -> None:
-        """Write the file once; the stacks too where a call or the event loop stands still."""
+        """Write the file once; the stacks too where a call or the event loop is stuck."""
         now = time.monotonic()
         if self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._turn)

@@ -157,7 +157,7 @@ def open_picture(source: bytes | Path, formats: tuple[str, ...] = FORMATS) -> Pi
     """Read the header of a picture file or of its content.
 
     Raises:
-        PictureError: it cannot be read, or is none of `formats` (names as Pillow has them).
+        PictureError: it cannot be read, or is not one of `formats` (names as Pillow has them).
         ImageTooLargeError: more than MAX_PIXELS pixels or MAX_BYTES bytes.
     """
     stream = _content(source) if isinstance(source, bytes) else _file(source)
@@ -207,7 +207,7 @@ def _file(file: Path) -> BinaryIO:
     try:
         if (size := file.stat().st_size) > MAX_BYTES:
             raise ImageTooLargeError(f"has {size} bytes, more than {MAX_BYTES}; shrink the image: {file}.")
-        if not file.is_file():  # reading a pipe or device could go on for ever
+        if not file.is_file():  # reading a pipe or device might never end
             raise PictureError(f"is not a file: {file}.")
         return file.open("rb")
     except OSError as error:
@@ -217,7 +217,7 @@ def _file(file: Path) -> BinaryIO:
 def _has_metadata(stream: BinaryIO) -> bool:
     """Whether a PNG has a chunk in which Pillow looks for an orientation.
 
-    It may stand behind the pixels, where Pillow comes across it by decoding them only; a size should not cost that.
+    It may follow the pixels, where Pillow comes across it by decoding them only; a size should not cost that.
     """
     before = stream.tell()
     stream.seek(8)

@@ -25,10 +25,10 @@ def drop_torn_line(path: Path) -> None:
 
 
 def objects(content: bytes, path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Number and object of every complete line; what follows the last line break is no line.
+    """Number and object of every complete line; what follows the last line break is not a line.
 
     Raises:
-        UserError: naming the line (from 1) that is no JSON object.
+        UserError: naming the line (from 1) that is not a JSON object.
     """
     complete = content.rpartition(b"\n")[0]
     for number, line in enumerate(complete.split(b"\n") if complete else [], start=1):

@@ -56,7 +56,7 @@ class Worker:
 def as_file(method: str) -> str:
     """vLLM's `tcp://HOST:PORT` as a file's address; what else it says, or on several machines, as it is.
 
-    All workers of an engine are told the same port, and take what stands behind the last colon for the engine's name.
+    All workers of an engine are told the same port, and take what follows the last colon for the engine's name.
     """
     trainer = os.environ.get(RENDEZVOUS, "")
     if not (method.startswith("tcp://") and trainer.startswith("file://")):

@@ -37,7 +37,7 @@ def _from_hub(model: str) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(
-            f"model.path={model}: no such folder, and not to be had from the hub ({said}); give a model's folder."
+            f"model.path={model}: no such folder, and not available from the hub ({said}); give a model's folder."
         ) from error
 
 

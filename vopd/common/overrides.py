@@ -27,23 +27,25 @@ from vopd.errors import UserError
 
 PROFILE = "profile"
 _NAME = "vopd_settings"
-# The one kind of `${...}` that a person's own text may hold: another key. The others read the environment or compute.
+# The one kind of `${...}` that user text may hold: another key. The others read the environment or compute.
 _KEY_REFERENCE = re.compile(r"\$\{[A-Za-z_][\w.]*\}")
 _KEY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z0-9_]\w*)*", re.ASCII)
 
 
-def profile(words: Sequence[str], default: str) -> tuple[str, list[str]]:
-    """The profile's name and the other words.
+def profile(overrides: Sequence[str], default: str) -> tuple[str, list[str]]:
+    """The profile's name and the other overrides.
 
     Raises:
         UserError: two profiles, or one without a name.
     """
-    named = [word.partition("=")[2] for word in words if word.startswith(f"{PROFILE}=")]
+    named = [override.partition("=")[2] for override in overrides if override.startswith(f"{PROFILE}=")]
     if len(named) > 1:
         raise UserError(f"profile= is given twice ({', '.join(named)}); give one.")
     if named and not named[0]:
-        raise UserError("profile= has no value; give a profile's name or file, or leave the word out.")
-    return (named or [default])[0], [word for word in words if not word.startswith(f"{PROFILE}=")]
+        raise UserError("profile= has no value; give a profile's name or file, or leave it out.")
+    return (named or [default])[0], [
+        override for override in overrides if not override.startswith(f"{PROFILE}=")
+    ]
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ class Tree:
         """The settings with `key=value` overrides applied by Hydra, resolved.
 
         Raises:
-            UserError: an override that is none, an unknown key, a key given twice, a value that is no value or of
-                another type, a setting left without a value.
+            UserError: a malformed override, an unknown key, a key given twice, a value that is missing, malformed or
+                of another type, a setting left without a value.
         """
         ConfigStore.instance().store(name=_NAME, node=self.settings)
         GlobalHydra.instance().clear()
@@ -99,21 +101,21 @@ class Tree:
         return merged
 
     def checked(self, given: Sequence[str]) -> list[str]:
-        """The overrides as Hydra shall apply them; UserError for one that is none."""
+        """The overrides as Hydra is to apply them; UserError for a malformed one."""
         first: dict[str, str] = {}
         applied = []
-        for word in given:
-            key, value = self._split(word)
-            self._check_key(word, key)
-            content = self._parsed(word, key, value).value()
-            self._check_content(word, key, content)
+        for override in given:
+            key, value = self._split(override)
+            self._check_key(override, key)
+            content = self._parsed(override, key, value).value()
+            self._check_content(override, key, content)
             for leaf in _leaves(key, content):
                 for other, before in first.items():
                     if other == leaf or other.startswith(f"{leaf}.") or leaf.startswith(f"{other}."):
                         raise UserError(
-                            f"{leaf} is given twice, by '{before}' and by '{word}'; give it once."
+                            f"{leaf} is given twice, by '{before}' and by '{override}'; give it once."
                         )
-            first.update(dict.fromkeys(_leaves(key, content), word))
+            first.update(dict.fromkeys(_leaves(key, content), override))
             # Below an open section a key may be new; everything else is there already.
             applied.append(f"++{key}={value}" if self._is_open(key) else f"{key}={value}")
         return applied
@@ -123,7 +125,7 @@ class Tree:
         return list(self._keys(self.settings))
 
     def unknown(self, content: Any, prefix: str = "") -> str | None:
-        """A sentence about the first key of nested mappings that the settings do not have, or that is no section."""
+        """A sentence about the first key of nested mappings that the settings do not have, or that is not a section."""
         for name, value in content.items():
             key = f"{prefix}{name}"
             if self._is_open(key):
@@ -134,54 +136,54 @@ class Tree:
                 return fault
         return None
 
-    def _split(self, word: str) -> tuple[str, str]:
+    def _split(self, override: str) -> tuple[str, str]:
         """Key and value; a `+` before the key of an open section is taken off, as Hydra's users write it."""
-        key, equals, value = word.partition("=")
+        key, equals, value = override.partition("=")
         plain = key.lstrip("+")
         if key.startswith("~"):
-            raise UserError(f"'{word}': a setting cannot be removed; give it another value.")
+            raise UserError(f"'{override}': a setting cannot be removed; give it another value.")
         if not equals:
             raise UserError(
-                f"'{word}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
+                f"'{override}' is not a setting; write key=value, e.g. seed=1 (--help lists the keys)."
             )
         if key != key.strip() or not key:
-            raise UserError(f"'{word}': write key=value without spaces around the equals sign.")
+            raise UserError(f"'{override}': write key=value without spaces around the equals sign.")
         if key.startswith("-"):
-            raise UserError(f"'{word}': settings have no dashes; write {key.lstrip('-')}={value}.")
+            raise UserError(f"'{override}': settings have no dashes; write {key.lstrip('-')}={value}.")
         if key.startswith("+") and not self._is_open(plain):
-            raise UserError(
-                f"'{word}': nothing can be added to the settings; write {plain}={value}, without +."
-            )
+            raise UserError(f"'{override}': settings cannot be added; write {plain}={value}, without +.")
         return plain, value
 
-    def _check_key(self, word: str, key: str) -> None:
+    def _check_key(self, override: str, key: str) -> None:
         for sign in key:
             if not sign.isascii():
                 name = unicodedata.name(sign, "a sign without a name")
                 raise UserError(
-                    f"'{word}': the key holds {sign!r} (U+{ord(sign):04X}, {name}), which only looks "
+                    f"'{override}': the key holds {sign!r} (U+{ord(sign):04X}, {name}), which only looks "
                     "like a plain letter."
                 )
         if not _KEY.fullmatch(key):
-            raise UserError(f"'{word}': '{key}' is no key; write section.key=value (--help lists the keys).")
+            raise UserError(
+                f"'{override}': '{key}' is not a key; write section.key=value (--help lists the keys)."
+            )
         if key in self.fixed:
-            raise UserError(f"'{word}': {key} cannot be set; {self.fixed[key]}.")
+            raise UserError(f"'{override}': {key} cannot be set; {self.fixed[key]}.")
         if not self._is_open(key) and (fault := self._fault(key, {})):
             raise UserError(fault)
 
-    def _parsed(self, word: str, key: str, value: str) -> Override:
+    def _parsed(self, override: str, key: str, value: str) -> Override:
         if not value.strip():
-            raise UserError(f"'{word}' has no value; leave the word out to keep the default.")
-        check_interpolations(f"'{word}'", value)
+            raise UserError(f"'{override}' has no value; leave it out to keep the default.")
+        check_interpolations(f"'{override}'", value)
         try:
             parsed = OverridesParser.create().parse_override(f"{key}={value}")
         except (HydraException, ValueError) as error:
             raise UserError(
-                f"'{word}' is not understood; {_strange(value)}put such a value in quotes that the shell leaves alone: "
-                f"'{key}=\"...\"'."
+                f"'{override}' is not understood; {_strange(value)}put such a value in quotes that the shell leaves "
+                f"alone: '{key}=\"...\"'."
             ) from error
         if parsed.package is not None:
-            raise UserError(f"'{word}': '@' has no meaning in a key.")
+            raise UserError(f"'{override}': '@' has no meaning in a key.")
         if not parsed.is_sweep_override():
             return parsed
         before = (
@@ -192,17 +194,17 @@ class Tree:
             )
         )
         if isinstance(before, int | float) or "(" in value:
-            raise UserError(f"'{word}': a key has one value; run the command for each.")
+            raise UserError(f"'{override}': a key has one value; run the command for each.")
         raise UserError(
-            f"'{word}': commas need brackets or quotes: a list is {key}=[{value}], a text is '{key}=\"{value}\"'."
+            f"'{override}': commas need brackets or quotes: a list is {key}=[{value}], a text is '{key}=\"{value}\"'."
         )
 
-    def _check_content(self, word: str, key: str, content: Any) -> None:
+    def _check_content(self, override: str, key: str, content: Any) -> None:
         if key in self.open and not isinstance(content, Mapping):
-            raise UserError(f"'{word}': {key} is a section; set its keys, {key}.KEY=...")
+            raise UserError(f"'{override}': {key} is a section; set its keys, {key}.KEY=...")
         for text in _texts(content):
             if any(unicodedata.category(sign) in ("Cc", "Cf", "Cs") for sign in text):
-                raise UserError(f"'{word}': a control character or an invisible sign stands in the value.")
+                raise UserError(f"'{override}': the value holds a control or an invisible character.")
         if self._is_open(key):
             return
         fault = self._fault(key, content)
@@ -212,7 +214,7 @@ class Tree:
             raise UserError(fault)
 
     def _fault(self, key: str, value: Any) -> str | None:
-        """What is wrong with a key, given the value (a mapping, or not) that it shall have; None if nothing is."""
+        """What is wrong with a key, given the value (a mapping, or not) that it is to have; None if nothing is."""
         node: Any = self.settings
         *path, last = key.split(".")
         for name in path:
@@ -254,19 +256,19 @@ def said(error: BaseException) -> str:
 
 
 def check_interpolations(where: str, value: Any) -> None:
-    """Refuse every `${...}` in a person's own text but a reference to another key.
+    """Refuse every `${...}` in user text but a reference to another key.
 
-    `${oc.env:...}` would write a variable of the environment, a secret perhaps, into the run's files.
+    `${oc.env:...}` would write a variable of the environment, possibly a secret, into the run's files.
 
     Args:
-        where: the file or word, for the sentence.
+        where: the file or override, for the message.
         value: text, or lists and mappings with text in them.
     """
     for text in _texts(value):
         if "${" in _KEY_REFERENCE.sub("", text):
             shown = text if len(text) <= 60 else f"{text[:60]}..."
             raise UserError(
-                f"{where}: '{shown}' is not taken; ${{...}} may name another key and nothing else. What the "
+                f"{where}: '{shown}' is not allowed; ${{...}} may name another key and nothing else. What the "
                 "environment holds stays out of a run's files: pass a variable to the process itself."
             )
 

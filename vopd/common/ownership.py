@@ -1,8 +1,8 @@
 """Whose a folder is: a command writes over what it made itself, and over nothing else.
 
 A command claims its folder before it writes. An empty or new one becomes its own. In one that holds something, every
-file must be one that the command wrote there itself and nobody changed since; anything else ends in a sentence, with
-nothing written or removed. What a command wrote stands in a ledger in the folder (`.vopd-files.jsonl`: name, size,
+file must be one that the command wrote there itself and that is unchanged since; anything else is an error, with
+nothing written or removed. What a command wrote is listed in a ledger in the folder (`.vopd-files.jsonl`: name, size,
 sha256 of every file, noted before the file gets its name, so that a kill at any point leaves no file unaccounted for).
 
 Files appear under their names when they are complete. Temporary names are unique, so two writers cannot mix; those of a
@@ -54,7 +54,7 @@ class Owned:
             partial.write_text(text, encoding="utf-8")
 
     def clear(self) -> None:
-        """Removes every file that the maker wrote here and nobody changed since."""
+        """Removes every file that the maker wrote here and that is unchanged since."""
         for name, known in _read(self.folder).files(self.maker).items():
             file = self._inside(name)
             if file.is_file() and _is_one_of(file, known):
@@ -127,7 +127,7 @@ def held(
     """`claim` of a whole folder which one process at a time may hold. A folder that is refused is not touched.
 
     Raises:
-        UserError: as `claim`; or another process holds the folder, unless this one shall wait for it.
+        UserError: as `claim`; or another process holds the folder, unless `wait` is set.
     """
     if not is_empty(folder) and not belongs(folder, maker, recognise):
         check(folder, maker, (), working, recognise)
@@ -146,13 +146,13 @@ def held(
 
 
 def belongs(folder: Path, maker: str, recognise: Recognise | None = None) -> bool:
-    """Whether the whole folder is `maker`'s: it claimed it before, or an earlier version of it wrote what is there."""
+    """Whether the whole folder is `maker`'s: it claimed it before, or an earlier version of it wrote the content."""
     owner = _read(folder).owner
     return owner == maker or (owner is None and bool(_old_files(folder, (), recognise)))
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether there is no folder, or nothing in it that a person would see."""
+    """Whether there is no folder, or nothing in it that a user would see."""
     return not folder.exists() or (folder.is_dir() and next(_names(folder), None) is None)
 
 
@@ -277,7 +277,7 @@ class _Ledger:
         }
 
     def files(self, maker: str) -> dict[str, list[dict[str, Any]]]:
-        """By name, every content that the maker gave the file: whichever is there, a person did not write it."""
+        """By name, every content that the maker gave the file: whichever is found, no user wrote it."""
         found: dict[str, list[dict[str, Any]]] = {}
         for line in self.lines:
             if line.get("maker") == maker and "name" in line:

@@ -35,7 +35,7 @@ ROLES = {
     "TransferQueueController": "TransferQueue (controller)",
     "SimpleStorageUnit": "TransferQueue (storage)",
 }
-"""Name in a process's title -> what it is to a person. Where several are gone at once, the first one here took the
+"""Name in a process's title -> what the user is told it is. Where several are gone at once, the first one here took the
 others along."""
 _TITLE = re.compile(r"^(?:ray::|VLLM::)?(\w+)")
 
@@ -57,10 +57,10 @@ def role_of_title(title: str) -> str | None:
 def role(process: psutil.Process) -> str | None:
     """The role of a process; None where it has none that a run depends on, or is gone."""
     try:
-        words = process.cmdline()
+        arguments = process.cmdline()
     except psutil.Error:
         return None
-    return role_of_title(words[0]) if words else None
+    return role_of_title(arguments[0]) if arguments else None
 
 
 class Marked:
@@ -131,7 +131,7 @@ def memory_kills() -> int:
 
 
 def signal_name(number: int) -> str:
-    """SIGKILL for 9."""
+    """Name of a signal, such as SIGKILL for 9."""
     try:
         return signal.Signals(number).name
     except ValueError:

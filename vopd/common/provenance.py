@@ -57,7 +57,7 @@ def _revision(model: str) -> str | None:
 
     try:
         return Path(hf_hub_download(model, "config.json")).parent.name
-    except (OSError, ValueError):  # no such model or no network: loading it says so
+    except (OSError, ValueError):  # no such model or no network: loading it reports that
         return None
 
 
@@ -159,7 +159,7 @@ def machine(device: str) -> str:
     return found
 
 
-def _git(root: Path, *words: str) -> str:
+def _git(root: Path, *arguments: str) -> str:
     return subprocess.run(
-        ["git", *words], cwd=root, check=True, capture_output=True, text=True
+        ["git", *arguments], cwd=root, check=True, capture_output=True, text=True
     ).stdout.strip()

@@ -1,7 +1,7 @@
 """A mistake in a recipe's own module, as one sentence with its file and line.
 
-The module is someone else's code: whatever it raises while it is imported, or while it makes the method, is its
-author's to mend, and a traceback through this package does not tell them where.
+The module is third-party code: whatever it raises while it is imported, or while it makes the method, is its
+author's to fix, and a traceback through this package does not tell them where.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def sentence(error: BaseException, own: Path | None = None) -> str:
 
 @contextmanager
 def told(doing: str, own: Path | None = None) -> Iterator[None]:
-    """Run someone else's code: what it raises becomes a UserError; one that it raises itself passes.
+    """Run third-party code: what it raises becomes a UserError; one that it raises itself passes.
 
     Args:
         doing: what was being done, for the sentence, such as `importing the recipe's module`.

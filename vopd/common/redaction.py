@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from vopd.errors import UserError
 
 SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)$", re.IGNORECASE)
-SHORTEST = 8  # shorter values are words such as "none" that stand in other places too
+SHORTEST = 8  # shorter values are words such as "none" that occur in other places too
 
 
 def redacted(text: str) -> str:

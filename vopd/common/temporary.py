@@ -2,7 +2,7 @@
 
 Ray, vLLM, torch, verl and the trackers leave sockets, locks and caches in the system's temporary folder. A run has a
 folder of its own there instead, as TMPDIR of all its processes; whoever made it removes it in the end, together with
-processes that outlived the run and shared memory that nobody has mapped any more. A folder is held by a lock as long as
+processes that outlived the run and shared memory that is no longer mapped. A folder is held by a lock as long as
 a process of its run lives. One whose lock is free was left by a run that was killed: the next start removes it.
 """
 

@@ -1,8 +1,8 @@
 """A settings file as plain data: safe, bounded in size and expansion, and strict.
 
 A recipe or profile comes from anywhere. Nothing in it can run code (no tags but YAML's own plain ones), and its size is
-bounded before and after aliases are expanded. What YAML would take in silence is refused: a key that stands there
-twice, a key that is no text, an encoding other than UTF-8.
+bounded before and after aliases are expanded. What YAML would accept silently is refused: a key that is given
+twice, a key that is not text, an encoding other than UTF-8.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ def _text(path: Path) -> str:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from error
     if len(data) > MOST_BYTES:
-        raise UserError(f"{path}: larger than {MOST_BYTES // 1024} KiB, which no settings file is.")
+        raise UserError(f"{path}: larger than {MOST_BYTES // 1024} KiB, too large for a settings file.")
     if b"\0" in data:
-        raise UserError(f"{path}: not a text in UTF-8; save it as UTF-8, or give another file.")
+        raise UserError(f"{path}: not UTF-8 text; save it as UTF-8, or give another file.")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -76,7 +76,7 @@ def _check_events(path: Path, text: str) -> None:
         tag = getattr(event, "tag", None)
         if tag not in (None, "!") and tag not in TAGS:
             shown = tag.replace(PREFIX, "!!")
-            raise UserError(f"{_place(path, event)}: the tag {shown} is not taken; write a plain value.")
+            raise UserError(f"{_place(path, event)}: the tag {shown} is not allowed; write a plain value.")
 
 
 def _check_expansion(path: Path, root: yaml.Node) -> None:
@@ -86,7 +86,7 @@ def _check_expansion(path: Path, root: yaml.Node) -> None:
 
     def size(node: yaml.Node) -> int:
         if id(node) in open_nodes:
-            raise UserError(f"{_place(path, node)}: an alias that holds itself.")
+            raise UserError(f"{_place(path, node)}: an alias that contains itself.")
         if id(node) not in sizes:
             open_nodes.add(id(node))
             sizes[id(node)] = 1 + sum(size(child) for child in _children(node))
@@ -112,9 +112,9 @@ def _check_keys(path: Path, root: yaml.Node) -> None:
         for key, _ in node.value:
             if key.tag not in (f"{PREFIX}str", f"{PREFIX}merge"):
                 shown = f"'{key.value}'" if isinstance(key, yaml.ScalarNode) else "a list or mapping"
-                raise UserError(f"{_place(path, key)}: {shown} is a key and no text; put it in quotes.")
+                raise UserError(f"{_place(path, key)}: {shown} is a key but not text; put it in quotes.")
             if key.value in names:
-                raise UserError(f"{_place(path, key)}: the key '{key.value}' stands there twice.")
+                raise UserError(f"{_place(path, key)}: the key '{key.value}' is given twice.")
             names.add(key.value)
 
 

@@ -2,7 +2,7 @@
 
 A record file is only ever appended to. Killed at any point and started again, a run asks what has no record yet;
 with all records there, nothing is asked. Questions that got no answer (server errors after retries) leave no
-record either, and neither do those whose picture is none.
+record either, and neither do those whose picture cannot be read.
 """
 
 from __future__ import annotations

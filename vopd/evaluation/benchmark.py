@@ -178,7 +178,7 @@ def find(name: str) -> tuple[str, Benchmark]:
             f"There is no benchmark '{name}'; known are {', '.join(known)}, or give the path of a YAML file."
         )
     if path.stem.strip(".") == "":
-        raise UserError(f"{path}: its name is no name for a folder of records; rename it.")
+        raise UserError(f"{path}: its name cannot be the name of a folder of records; rename it.")
     return path.stem, description.read(path)
 
 
@@ -202,7 +202,7 @@ def _files(name: str, spec: Benchmark, folder: Path) -> list[Path]:
         files = sorted(folder.glob(spec.files))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{name}: '{spec.files}' is no pattern of files ({error}); correct `files`."
+            f"{name}: '{spec.files}' is not a file pattern ({error}); correct `files`."
         ) from error
     if not files:
         how = "run `vopd data prepare miniature` first" if spec.folder else "put the published files there"
@@ -211,7 +211,7 @@ def _files(name: str, spec: Benchmark, folder: Path) -> list[Path]:
         if file.suffix not in _READERS or file.suffix != files[0].suffix:
             raise UserError(f"{file}: a {', '.join(_READERS)} file is expected, and one kind alone.")
         if not file.is_file() or not _is_inside(file, folder):
-            raise UserError(f"{file}: no file inside {folder}; copy the file to there.")
+            raise UserError(f"{file}: no file inside {folder}; copy the file there.")
     return files
 
 
@@ -323,14 +323,14 @@ def _check_parquet(file: Path) -> None:
 
 
 def _bottom(error: BaseException) -> BaseException:
-    """What lies at the bottom of an error."""
+    """The root cause of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error
 
 
 def _cause(error: BaseException) -> str:
-    """The first line of what lies at the bottom of an error."""
+    """The first line of an error's root cause."""
     cause = _bottom(error)
     return (str(cause).strip() or type(cause).__name__).splitlines()[0][:200]
 

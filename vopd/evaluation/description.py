@@ -95,7 +95,7 @@ class Benchmark:
         return list(self.cluster) if isinstance(self.cluster, list) else []
 
     def picture_columns(self) -> list[str]:
-        """The columns that stand in the name of a picture's file."""
+        """The columns that the name of a picture's file contains."""
         return PLACEHOLDER.findall(self.pictures or "")
 
 
@@ -103,17 +103,19 @@ def read(path: Path) -> Benchmark:
     """The description in a YAML file.
 
     Raises:
-        UserError: not readable, a missing, unknown or mistyped key, or a value that cannot be.
+        UserError: not readable, a missing, unknown or mistyped key, or an invalid value.
     """
     try:
         if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"{path}: larger than {MOST_BYTES} bytes; it is no description of a benchmark.")
+            raise UserError(
+                f"{path}: larger than {MOST_BYTES} bytes; it is not a description of a benchmark."
+            )
         text = path.read_text(encoding="utf-8")
         # The parser in C is quick and ends at a thousand levels; OmegaConf's takes a minute for five thousand.
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.CSafeLoader)):
-            raise UserError(f"{path}: aliases (*name) are not taken; write the value out.")
+            raise UserError(f"{path}: aliases (*name) are not allowed; write the value out.")
         if "${" in text:
-            raise UserError(f"{path}: interpolations (${{...}}) are not taken; write the value out.")
+            raise UserError(f"{path}: interpolations (${{...}}) are not allowed; write the value out.")
         content = OmegaConf.load(io.StringIO(text))
         merged = OmegaConf.merge(OmegaConf.structured(Benchmark), content)
         if missing := sorted(OmegaConf.missing_keys(merged)):
@@ -128,7 +130,7 @@ def read(path: Path) -> Benchmark:
 
 
 def _wrong(spec: Benchmark) -> str | None:
-    """What cannot be, as the rest of a sentence; None if all can."""
+    """What is invalid, as the rest of a sentence; None if nothing is."""
     columns, metrics = spec.columns, spec.metrics
     for key, names in (
         ("columns.id", columns.id),
@@ -147,7 +149,7 @@ def _wrong(spec: Benchmark) -> str | None:
             f"answer_type '{spec.answer_type}' is unknown; use one of {', '.join((*ANSWER_TYPES, BY_GOLD))}"
         )
     if spec.rows < 0:
-        return f"rows={spec.rows} is no number of questions"
+        return f"rows={spec.rows} is not a number of questions"
     if not (columns.image or spec.pictures):
         return "it names no pictures; give columns.image or pictures"
     for key, name in (("files", spec.files), ("pictures", spec.pictures or "x")):

@@ -113,15 +113,15 @@ def help_text() -> str:
     return HELP.format(known=known, settings=OmegaConf.to_yaml(OmegaConf.structured(Settings)))
 
 
-def settings_of(words: list[str]) -> Settings:
-    """Settings from `key=value` words; UserError for an unknown key, a wrong type or value, or a missing one."""
-    words = ["speed=true" if word == "--speed" else word for word in words]
-    merged = Tree(OmegaConf.structured(Settings), open=("vllm",)).override(words)
+def settings_of(overrides: list[str]) -> Settings:
+    """Settings from `key=value` overrides; UserError for an unknown key, a wrong type or value, or a missing one."""
+    overrides = ["speed=true" if override == "--speed" else override for override in overrides]
+    merged = Tree(OmegaConf.structured(Settings), open=("vllm",)).override(overrides)
     settings: Settings = OmegaConf.to_object(merged)  # type: ignore[assignment]
     bounds.check(Settings, settings)
     for key in ("benchmarks", "views", "exclude"):
         if not all(isinstance(item, str) and item for item in getattr(settings, key)):
-            raise UserError(f"{key} holds something else than names; write '{key}=[NAME,NAME]' in quotes.")
+            raise UserError(f"{key} holds something other than names; write '{key}=[NAME,NAME]' in quotes.")
     if not settings.benchmarks:
         raise UserError("benchmarks is empty; name one (--help lists them).")
     if not model_name(settings.model).strip(". ") or not settings.model.isprintable():
@@ -153,7 +153,7 @@ class Evaluation:
             if not set(settings.views) & set(questions.views):
                 raise UserError(f"{questions.name} has no crops; ask for its view full.")
         if len({questions.name for questions in self.sets}) < len(self.sets):
-            raise UserError("benchmarks: one name stands there twice; records are kept by name.")
+            raise UserError("benchmarks: a name is given twice; records are kept by name.")
         self.exclusions = results.read_exclusions([_from_root(p) for p in settings.exclude], self.sets)
 
     def go(self) -> int:
@@ -273,7 +273,7 @@ class Evaluation:
                 )
             if why := fingerprint.why(before.get("made_from"), made_from):
                 raise UserError(
-                    f"{folder}: its records do not go with those of now: {why}; give another out=... or remove the "
+                    f"{folder}: its records do not match the current inputs: {why}; give another out=... or remove the "
                     "folder."
                 )
             return
@@ -285,7 +285,7 @@ class Evaluation:
     def _made_from(self, questions: benchmark.Questions) -> dict[str, str]:
         """What decides an answer beside the settings: the code that asks, the files, this machine's libraries.
 
-        Scoring is not among them: figures are computed anew from the responses each time.
+        Scoring is not among them: figures are recomputed from the responses each time.
         """
         # vLLM loads the patches for CPUs by name.
         started = ("evaluation/server.py", "backbone/cpu/patches.py")
@@ -376,15 +376,15 @@ def _interrupt(*_: Any) -> None:
 
 
 @reports_errors(interrupted="the same command asks what is missing", kept="what was answered is kept")
-def main(words: list[str]) -> int:
+def main(overrides: list[str]) -> int:
     """Exit code 0, 1 if questions got no answer, 2 for bad input, 130 after Ctrl-C."""
-    if not words or "--help" in words or "-h" in words:
+    if not overrides or "--help" in overrides or "-h" in overrides:
         print(help_text())
         return 0
     console = Terminal()
     if not console.is_terminal:
         console = Terminal(width=160)
-    return Evaluation(settings_of(words), console).go()
+    return Evaluation(settings_of(overrides), console).go()
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """An optional LLM judge for what the parser could not read. Off by default.
 
-A parsed letter, yes/no or number is final, right or wrong; only unparsed responses, and short or free texts that
+A parsed letter, yes/no or number is final, correct or not; only unparsed responses, and short or free texts that
 differ from the gold text, are judged. A judge that fails (no answer, or an answer that is neither yes nor no) is a
 third state: such a question is asked again by the next run, counted in the table, and never scored. Another judge's
-verdicts are not taken.
+verdicts are not reused.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ Response: {response}
 
 Does the response commit itself to the reference answer? Reply with "yes" or "no" only."""
 ASKED = hash_json(_QUESTION)[:16]
-"""Stands in each verdict, so that one that was asked for with other words is not taken for one of today's."""
+"""Stands in each verdict, so that one that was asked for with another prompt is not reused."""
 
 
 def wants_judge(record: Record) -> bool:
-    """Whether a response may go to the judge (see the module docstring); an empty one is simply not right."""
+    """Whether a response may go to the judge (see the module docstring); an empty one is simply incorrect."""
     differs = record.details["answer_type"] in TEXTS and not record.correct
     return bool(record.response.strip()) and (record.parsed is None or differs)
 
 
 def read_verdicts(path: Path, model: str | None = None) -> dict[tuple[str, str], State]:
-    """Last verdict of each question and view; a line torn by a kill is no verdict.
+    """Last verdict of each question and view; a line torn by a kill is not a verdict.
 
     model: of the judge, or None: whoever gave the last verdict. Those of other judges, and of the same one asked with
-    other words, do not count. UserError naming a line that holds none.
+    another prompt, do not count. UserError naming a line that holds none.
     """
     lines: list[tuple[str, tuple[str, str], State]] = []
     for number, fields in jsonl.objects(path.read_bytes() if path.is_file() else b"", path):

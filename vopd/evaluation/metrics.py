@@ -1,6 +1,6 @@
 """From scored records to a benchmark's figures: plain accuracy with its interval, and its official metrics beside it.
 
-All figures are fractions. What a benchmark wants stands in its YAML file (`metrics`).
+All figures are fractions. What a benchmark reports is in its YAML file (`metrics`).
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _mean(
 
 
 def pairs(records: Sequence[Record]) -> dict[str, bool]:
-    """Cluster -> whether all of its questions are right; clusters of one question (its mate left out) are dropped."""
+    """Cluster -> whether all of its questions are correct; clusters of one question (its mate left out) are dropped."""
     found: dict[str, list[bool]] = {}
     for record in records:
         found.setdefault(str(record.details["cluster"]), []).append(record.correct)

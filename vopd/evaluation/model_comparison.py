@@ -67,7 +67,7 @@ def compare(
 
 
 def _scored(folder: Path, scorer: str, judged: bool) -> dict[tuple[str, str], list[Record]]:
-    """(benchmark, view) -> records, read anew by the present parser."""
+    """(benchmark, view) -> records, parsed again by the current parser."""
     found: dict[tuple[str, str], list[Record]] = {}
     for file in sorted(folder.glob("*/records.jsonl")):
         name, spec = benchmark.find(file.parent.name)
@@ -126,19 +126,19 @@ def table(rows: Sequence[Row], names: tuple[str, str], scorer: str) -> Table:
 
 
 @reports_errors()
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
-    if len(words) < 2 or "--help" in words:
+    if len(arguments) < 2 or "--help" in arguments:
         print(__doc__)
         return 0
     options = {"scorer": "strict", "judge": "false"} | dict(
-        word.split("=", 1) for word in words[2:] if "=" in word
+        argument.split("=", 1) for argument in arguments[2:] if "=" in argument
     )
     if set(options) != {"scorer", "judge"} or options["scorer"] not in metrics.SCORERS:
         raise UserError(
-            f"'{' '.join(words[2:])}' is not understood; known are scorer=strict|official and judge=true."
+            f"'{' '.join(arguments[2:])}' is not understood; known are scorer=strict|official and judge=true."
         )
-    first, second = ([Path(p) for p in side.split(",")] for side in words[:2])
+    first, second = ([Path(p) for p in side.split(",")] for side in arguments[:2])
     rows = compare(first, second, options["scorer"], options["judge"] == "true")
     console = Terminal()
     console = console if console.is_terminal else Terminal(width=140)

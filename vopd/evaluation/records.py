@@ -123,7 +123,7 @@ def _record(fields: Any, where: str) -> Record:
         if key not in fields:
             raise UserError(f"{where} has no key '{key}'.")
         value = fields[key]
-        # bool is an int in Python; a token count of `true` is a mistake all the same.
+        # bool is an int in Python; a token count of `true` is a mistake nevertheless.
         if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
             raise UserError(f"{where}: key '{key}' holds {value!r}, which is of the wrong type.")
     details = {key: value for key, value in fields.items() if key not in _TYPES}
@@ -146,7 +146,9 @@ def read_packed(path: Path) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise UserError(f"{packed} is not a whole gzip file ({error}); get it again.") from error
     if len(content) > MAX_UNPACKED:
-        raise UserError(f"{packed} holds more than {MAX_UNPACKED >> 20} MiB; it is no record file of ours.")
+        raise UserError(
+            f"{packed} holds more than {MAX_UNPACKED >> 20} MiB; it is not a record file of vopd."
+        )
     return content
 
 
@@ -186,7 +188,7 @@ def read_answers(path: Path) -> RecordFile:
             value = record.details.get(key)
             if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
                 raise UserError(
-                    f"{path}: the record of question '{record.id}' is none of an evaluation: {key} holds "
+                    f"{path}: the record of question '{record.id}' is not from an evaluation: {key} holds "
                     f"{value!r}; remove the line or the file."
                 )
         if record.details["answer_type"] not in ANSWER_TYPES:
@@ -203,7 +205,7 @@ def select(records: Iterable[Record], *, view: str | None = None, split: str | N
 
 
 def answers(records: Iterable[Record]) -> dict[str, bool]:
-    """Question id -> right/wrong, the form `statistics` takes; UserError when an id occurs twice."""
+    """Question id -> correct or not, the form `statistics` takes; UserError when an id occurs twice."""
     result: dict[str, bool] = {}
     for record in records:
         if record.id in result:

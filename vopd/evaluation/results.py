@@ -136,7 +136,7 @@ def table(summaries: Sequence[Mapping[str, Any]], model: str) -> Table:
 
 
 def plain(text: str) -> str:
-    """Text from a file or a person for a table of the terminal, which takes no markup: one line of it."""
+    """Text from a file or the user for a table of the terminal, which takes no markup: one line of it."""
     return one_line(text)
 
 

@@ -139,7 +139,7 @@ def settings(device: str, concurrency: int, seed: int) -> dict[str, Any]:
 
 
 def check_model(model: str) -> None:
-    """Refuse a folder that is no whole model, and an id that the hub (or its cache here) does not have."""
+    """Refuse a folder that is not a whole model, and an id that the hub (or its cache here) does not have."""
     if Path(model).is_dir():
         model_folder.check(Path(model))
         return

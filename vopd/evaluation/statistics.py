@@ -1,6 +1,6 @@
-"""Intervals and tests on right/wrong answers: accuracy, paired differences, the gap, several seeds.
+"""Intervals and tests on correct/incorrect answers: accuracy, paired differences, the gap, several seeds.
 
-Every function takes answers as a mapping from question id to right/wrong and, where rows are copies or
+Every function takes answers as a mapping from question id to correct or not and, where rows are copies or
 neighbours of one another (HR-Bench's cyclic copies, MMVP's pairs, POPE's images), a mapping from id to cluster.
 Comparisons are paired: both sides must have answered the same questions. Fractions, not points: 0.05 is five
 points. Bootstraps are percentile bootstraps over clusters (single questions where there are none), seeded.
@@ -18,7 +18,7 @@ import numpy as np
 
 from vopd.errors import UserError
 
-Answers = Mapping[str, bool]  # question id -> right
+Answers = Mapping[str, bool]  # question id -> correct
 Clusters = Mapping[str, Hashable]  # question id -> cluster
 SeedValues = Mapping[int, Mapping[str, float]]  # training seed -> question id -> value
 
@@ -120,7 +120,7 @@ def _bootstrap_p(distribution: np.ndarray) -> float:
 def accuracy(
     answers: Answers, clusters: Clusters | None = None, *, seed: int = 0, level: float = 0.95
 ) -> Interval:
-    """Share right with its interval: Wilson (1927) for independent rows, cluster bootstrap given clusters.
+    """Share correct with its interval: Wilson (1927) for independent rows, cluster bootstrap given clusters.
 
     UserError when there are no answers or fewer than two clusters.
     """
@@ -236,7 +236,7 @@ def two_level(
 ) -> Difference:
     """Mean over training seeds and questions, both resampled (crossed: every seed answers every question).
 
-    values: training seed -> question id -> a right/wrong (0, 1) or a paired difference (-1, 0, 1); the p-value
+    values: training seed -> question id -> correct or not (1, 0) or a paired difference (-1, 0, 1); the p-value
     (against zero) speaks only of differences. With few seeds the seeds' share of the interval is rough, and with
     one it is none at all. UserError when the seeds did not answer the same questions.
     """
@@ -290,7 +290,7 @@ def _resample_seeds(totals_RK: np.ndarray, n_columns: int, seed: int) -> np.ndar
 def answer_differences(
     first: Mapping[str, float], second: Mapping[str, float], names: tuple[str, str] = ("first", "second")
 ) -> dict[str, float]:
-    """Per question second - first (right counts 1); UserError naming some ids when the id sets differ."""
+    """Per question second - first (correct counts 1); UserError naming some ids when the id sets differ."""
     return {i: float(second[i]) - float(first[i]) for i in _questions({names[0]: first, names[1]: second})}
 
 

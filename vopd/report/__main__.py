@@ -3,8 +3,8 @@
 RUNS are run folders, or folders that contain them, grouped by recipe over seeds. Writes table.md, report.html (one
 file, opens from disk) and report.json to FOLDER (default: runs/report) and prints the main table.
 
-  mixed=true   put runs together that do not compare (other data, base model, budget, judge, parser or questions); the
-               table then says so. Without it the first difference is an error.
+  mixed=true   put runs together that are not comparable (other data, base model, budget, judge, parser or questions);
+               the table then names the differences. Without it the first difference is an error.
   keep=FOLDER  also write each run's small record there (summary, packed answers and metrics), which can be given as
                RUNS later.
 
@@ -40,11 +40,11 @@ NAMES = {
     "report.html": b"<title>Comparison of ",
     "report.json": b'"verdict": ',
 }
-"""Files that are written, each with what stands at its beginning."""
+"""Files that are written, each with its first bytes."""
 
 
 @dataclass(frozen=True)
-class Words:
+class Arguments:
     """The command line."""
 
     runs: list[Path]
@@ -53,32 +53,34 @@ class Words:
     keep: Path | None
 
 
-def words(arguments: Sequence[str]) -> Words:
-    """Read the command line; UserError for a word that is neither a folder nor a known key."""
+def parse_arguments(arguments: Sequence[str]) -> Arguments:
+    """Read the command line; UserError for an argument that is neither a folder nor a known key."""
     options = {
         "out": str(ROOT / os.environ.get("VOPD_RUNS", "runs") / "report"),
         "mixed": "false",
         "keep": "",
     }
     runs = []
-    for word in arguments:
-        key, equals, value = word.partition("=")
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
         if equals and key in options:
             options[key] = value
-        elif equals and not Path(word).exists():
-            raise UserError(f"'{word}' is not understood; known are {', '.join(f'{k}=' for k in options)}.")
+        elif equals and not Path(argument).exists():
+            raise UserError(
+                f"'{argument}' is not understood; known are {', '.join(f'{k}=' for k in options)}."
+            )
         else:
-            runs.append(Path(word))
+            runs.append(Path(argument))
     if options["mixed"] not in ("true", "false"):
         raise UserError(f"mixed={options['mixed']} is not understood; it is true or false.")
     if not runs:
         raise UserError("No runs were named; give run folders, or a folder that contains them.")
     kept = Path(options["keep"]) if options["keep"] else None
-    return Words(runs, Path(options["out"]), options["mixed"] == "true", kept)
+    return Arguments(runs, Path(options["out"]), options["mixed"] == "true", kept)
 
 
 def write(c: Comparison, out: Path) -> None:
-    """table.md, report.html and report.json; `UserError` where files by these names are someone's, or were edited."""
+    """table.md, report.html and report.json; `UserError` where files of these names are the user's, or were edited."""
     results_folder(out, "out=...")
     owned = ownership.claim(out, MAKER, tuple(NAMES), recognise=_made_before)
     sheets = tables.sheets(c)
@@ -129,7 +131,7 @@ def main(arguments: Sequence[str]) -> int:
         print(__doc__)
         return 0 if arguments else 2
     console = Terminal()
-    given = words(arguments)
+    given = parse_arguments(arguments)
     ownership.check(given.out, MAKER, tuple(NAMES), recognise=_made_before)
     c = comparison.make(given.runs, given.mixed)
     kept = keep(c.runs, given.keep) if given.keep else []

@@ -2,7 +2,7 @@
 
 summary.json, evaluations.jsonl, and the metrics and records packed with gzip; no weights, checkpoints or logs. The
 report reads it like the run folder itself. Packing is deterministic, so keeping a run again changes nothing; paths of
-the machine are cut to what lies in the repository.
+the machine are cut to the part inside the repository.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
     """Write each run to <folder>/<profile>/[ablations|controls/]<recipe>/seed<k>; returns those folders.
 
     Raises:
-        UserError: a run's recipe or profile is no name of a folder; two runs would land in one place (one recipe and
-            seed with different settings), or a run lies there itself, or something else than this run's record, which
+        UserError: a run's recipe or profile is not a name of a folder; two runs would land in one place (one recipe and
+            seed with different settings), or a run is there itself, or something other than this run's record, which
             is not written over.
     """
     targets: dict[Path, Run] = {}
@@ -35,7 +35,7 @@ def keep(runs: Sequence[Run], folder: Path) -> list[Path]:
         for name in (str(run.facts["profile"]), run.recipe):
             if Path(name).name != name or name in ("", "..") or not name.isprintable():
                 raise UserError(
-                    f"{run.folder}: its summary names a recipe or profile {name!r}; that is no name."
+                    f"{run.folder}: its summary names a recipe or profile {name!r}; that is not a valid name."
                 )
         kind = "" if run.kind == METHODS else run.kind
         target = folder / str(run.facts["profile"]) / kind / run.recipe / f"seed{run.seed}"
@@ -61,13 +61,13 @@ def _keep(run: Run, target: Path) -> None:
             packed.rename(target)
         elif _contents(target) != _contents(packed):
             raise UserError(
-                f"{target}: holds something else than the record of {run.folder}; remove it or give another "
+                f"{target}: holds something other than the record of {run.folder}; remove it or give another "
                 "keep=FOLDER."
             )
 
 
 def _contents(folder: Path) -> dict[str, bytes] | None:
-    """What the files below hold, unpacked; None if it is no folder or cannot be read."""
+    """What the files below hold, unpacked; None if it is not a folder or cannot be read."""
     try:
         return {
             file.relative_to(folder).as_posix(): gzip.decompress(content) if file.suffix == ".gz" else content

@@ -20,7 +20,7 @@ from vopd.report.token_budget import EqualTokens
 class Comparison:
     """All that the pages are written from; groups in the order of the tables' rows, `tokens` of the first table's.
 
-    mixed: sentences on what differs between runs that were to be compared all the same; empty where all compare.
+    mixed: sentences on what differs between runs that were to be compared nevertheless; empty where all are comparable.
     """
 
     groups: list[Group]
@@ -47,7 +47,7 @@ def make(paths: Sequence[Path], mixed: bool = False) -> Comparison:
     """Read and compute.
 
     Raises:
-        UserError: no run could be used, or runs do not compare and `mixed` is not set.
+        UserError: no run could be used, or runs are not comparable and `mixed` is not set.
     """
     folders = run_folders.find(paths)
     with tqdm(total=len(folders), desc="reading runs", unit="run", disable=None) as bar:

@@ -1,8 +1,8 @@
-"""Whether runs may stand in one table: the same data, base model, budget, judge, parser and questions.
+"""Whether runs may share a table: the same data, base model, budget, judge, parser and questions.
 
 A method may differ in its own settings and, as an ablation, in whatever its recipe says; what is listed here may not
 differ between any two rows. Runs of one recipe must also agree in every setting but the seed and in the code that made
-them (the repository's, the recipe's module and what it imports), or they are no seeds of one another.
+them (the repository's, the recipe's module and what it imports), or they are not seeds of one another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BUDGET = (
     "rollout.temperature", "rollout.top_p", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
     "rollout.chat_template", "export",
 )  # fmt: skip
-"""Settings that make a budget or decide how models are asked; DESIGN: equal updates x kept groups."""
+"""Settings that make a budget or decide how models are asked: equal updates x kept groups."""
 PLACES = (
     "seed",
     "run_dir",
@@ -45,11 +45,11 @@ def scorer(run: Run) -> Mapping[str, Any]:
 
 
 def check(runs: Sequence[Run], mixed: bool = False) -> list[str]:
-    """Sentences that name what differs; an empty list where everything compares.
+    """Sentences that name what differs; an empty list where all runs are comparable.
 
     Args:
         runs: at least one.
-        mixed: whether runs that differ are wanted in one table all the same.
+        mixed: whether runs that differ are wanted in one table nevertheless.
 
     Raises:
         UserError: the first difference, unless `mixed`. In any case when one run was given twice.
@@ -64,7 +64,7 @@ def check(runs: Sequence[Run], mixed: bool = False) -> list[str]:
             )
             if not mixed:
                 raise UserError(
-                    f"{found[what]}, so their results do not compare; leave one out, or say mixed=true."
+                    f"{found[what]}, so their results are not comparable; leave one out, or give mixed=true."
                 )
     return [f"{sentence}." for sentence in found.values()]
 

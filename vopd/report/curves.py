@@ -24,7 +24,7 @@ from vopd.report.token_budget import points
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000", "#999933")
 STYLES = ("-", "--", ":", "-.")
 TRAINING = (
-    ("rollout_accuracy", "right answers among rollouts", "%", 100.0),
+    ("rollout_accuracy", "correct answers among rollouts", "%", 100.0),
     ("response_length", "response length", "tokens", 1.0),
     ("entropy", "entropy", "nats a token", 1.0),
     ("divergence", "divergence (methods that have one)", "nats a token", 1.0),
@@ -118,7 +118,7 @@ def _curve(axis: Axes, name: str, lines: Sequence[Line], colour: str, style: str
                 label=label,
             )
         return
-    # Places differ between seeds where they are tokens; then the points stand at their means.
+    # Places differ between seeds where they are tokens; then the points are at their means.
     places = [
         sum(column) / len(column) for column in zip(*([x for x, _ in line] for line in lines), strict=True)
     ]

@@ -124,7 +124,7 @@ def compare(groups: Sequence[Group], seen: Callable[[], Any] = lambda: None) -> 
 
 
 def values(run: Run, when: str, measure: str) -> dict[str, float]:
-    """Question id -> right (1), wrong (0), or their difference for the gap; empty where nothing was asked."""
+    """Question id -> correct (1), incorrect (0), or their difference for the gap; empty where nothing was asked."""
     records = run.before if when == "before" else run.after
     if measure == "gap":
         full, crop = _right(records, "full", TEST), _right(records, "crop", TEST)
@@ -145,7 +145,7 @@ def common(sides: Sequence[Values]) -> list[Values]:
 
 
 def interval(sides: Values, measure: str) -> Interval:
-    """Mean with its 95% interval; Wilson's for one seed of right and wrong answers."""
+    """Mean with its 95% interval; Wilson's for one seed of correct and incorrect answers."""
     (sides,) = common([sides])
     if len(sides) == 1 and measure != "gap":
         return statistics.accuracy(_verdicts(sides))
@@ -154,7 +154,7 @@ def interval(sides: Values, measure: str) -> Interval:
 
 
 def difference(first: Values, second: Values, measure: str) -> Difference:
-    """second - first, paired; McNemar's exact test for one seed of right and wrong answers."""
+    """second - first, paired; McNemar's exact test for one seed of correct and incorrect answers."""
     first, second = common([first, second])
     if len(first) == 1 and measure != "gap":
         return statistics.paired_difference(_verdicts(first), _verdicts(second))

@@ -1,9 +1,9 @@
 """Questions that a method fixed and broke relative to base, with both pictures and both responses.
 
-A question counts as fixed where base was wrong and the method is right in more than half of the method's seeds, and
-as broken the other way round. Which of them are shown is decided by a hash of a seed and the question, not by looks,
-and equally for all methods, so that methods can be compared on the same questions. Pictures come from the data folder
-the runs were trained from, if its hash is still theirs; they are bounded in number, size and bytes.
+A question counts as fixed where base was incorrect and the method is correct in more than half of the method's seeds,
+and as broken the other way round. Which of them are shown is decided by a hash of a seed and the question, not by
+looks, and equally for all methods, so that methods can be compared on the same questions. Pictures come from the data
+folder the runs were trained from, if its hash is still theirs; they are bounded in number, size and bytes.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Pictures of a run: the training curve, and accuracy before and after with the gap.
 
-Colours are Okabe and Ito's (2008), told apart by the colour-blind; views also differ in marker and fill.
+Colours are Okabe and Ito's (2008), distinguishable by the colour-blind; views also differ in marker and fill.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _points(axis: Axes, row: Row, colour: str, marker: str, upper: bool) -> None
         places, values, yerr=[below, above], color=colour, marker=marker, markersize=8, linestyle="none",
         capsize=4, label=f"{row.name} view",
     )  # fmt: skip
-    # Labels stand on the outer sides of the connecting line.
+    # Labels are on the outer sides of the connecting line.
     for place, value, align, away in zip(places, values, ("right", "left"), (-11, 11), strict=True):
         axis.annotate(
             f"{value:.1f}", (place, value), xytext=(away, 6 if upper else -6), textcoords="offset points",

@@ -1,4 +1,4 @@
-"""The paper's own figures (published.yaml) as tables of their own, with ours in columns that say so."""
+"""The paper's own figures (published.yaml) as tables of their own, with ours in columns of their own."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class PublishedRow:
 
 @dataclass(frozen=True)
 class Published:
-    """A table of the paper; the first `fine_grained` columns are its fine-grained benchmarks, the others hold-out."""
+    """A table of the paper; the first `fine_grained` columns are its fine-grained benchmarks, the others held-out."""
 
     table: str
     title: str

@@ -5,7 +5,7 @@ the crop, and that the best method (seed 0) answers correctly on the full image.
 split, not one chosen by its looks. `gap.svg`: accuracy on the full image and on the crop, and the gap between them,
 before and after training, a row a method, mean over its seeds.
 
-The numbers and texts that a figure shows stand in it as JSON too (its description), so that a test can hold it to
+The numbers and texts that a figure shows are in it as JSON too (its description), so that a test can hold it to
 the records. The same records give the same file.
 """
 

@@ -19,14 +19,14 @@ from vopd.report.run_summary import read_metrics
 
 METHODS, KINDS = "methods", ("ablations", "controls")
 REPLACED = "replaced"
-"""Folder into which `vopd compare` moves runs that it had to make anew; not looked into unless it is named itself."""
+"""Folder into which `vopd compare` moves runs that it had to repeat; skipped unless it is named itself."""
 
 
 @dataclass(frozen=True)
 class Run:
     """One finished run.
 
-    kind: METHODS, or the folder below recipes/ that its recipe lies in, a name in KINDS. facts: "run" of its
+    kind: METHODS, or the folder below recipes/ that holds its recipe, a name in KINDS. facts: "run" of its
     summary.json (code, hashes, method, settings, times); cost: "cost" of it; collapse: flag -> steps.
     validation: step -> answers to the validation questions. metrics: lines of metrics.jsonl by step.
     """
@@ -56,7 +56,7 @@ def find(paths: Sequence[Path]) -> list[Path]:
     """The run folders among and below the given ones, each once, in order.
 
     Raises:
-        UserError: a path that is no folder, or a folder without any run.
+        UserError: a path that is not a folder, or a folder without any run.
     """
     found: dict[Path, None] = {}
     for path in paths:

@@ -47,7 +47,7 @@ class Row:
 class Cost:
     """What the training took; seconds in all and by phase (phases may nest).
 
-    Prompts and rollouts are those trained on; those thrown away by a group filter are counted beside them, and their
+    Prompts and rollouts are those trained on; those discarded by a group filter are counted beside them, and their
     tokens are part of `tokens_generated`. `rows_trained` of the rollouts entered a loss. `tokens_scored`: prompt and
     response tokens that teachers and references read.
     """
@@ -186,7 +186,7 @@ def _cost(metrics: Sequence[Mapping[str, Any]]) -> Cost:
             if key.startswith("seconds/"):
                 phase = key.removeprefix("seconds/")
                 phases[phase] = phases.get(phase, 0.0) + float(value)
-    # Where the trainer times the whole step, the other phases lie inside it.
+    # Where the trainer times the whole step, the other phases are inside it.
     seconds = phases["step"] if "step" in phases else sum(phases.values())
 
     def total(*names: str) -> int:
@@ -297,7 +297,7 @@ def render(summary: Summary) -> str:
         f"training            {cost.updates:,} updates, {cost.rollouts:,} rollouts, "
         f"{cost.tokens_generated:,} generated tokens, {cost.seconds:,.0f} s",
         f"                    {cost.prompts:,} prompts, {100 * cost.kept_share:.0f}% of rollouts in a loss, "
-        f"{cost.tokens_thrown:,} tokens thrown away, {cost.tokens_scored:,} scored",
+        f"{cost.tokens_thrown:,} tokens discarded, {cost.tokens_scored:,} scored",
         "seconds by phase    " + ", ".join(f"{name} {value:,.0f}" for name, value in phases),
     ]
     for flag, steps in summary.collapse.items():

@@ -31,7 +31,7 @@ def sheets(c: Comparison) -> list[Sheet]:
 
 
 def verdict(c: Comparison) -> str:
-    """What a reader would conclude, in at most three sentences; every figure stands in the tables."""
+    """What a reader would conclude, in at most three sentences; every figure is in the tables."""
     best = c.main.rows[0]
     full = best.measures["full"]
     sentences = [
@@ -43,9 +43,9 @@ def verdict(c: Comparison) -> str:
     alike = [row.name for row in rivals if row.against and row.against.p_holm >= SIGNIFICANT]
     behind = [row.name for row in rivals if row.name not in alike]
     if behind:
-        sentences.append(f"Behind it by more than chance: {', '.join(behind)}.")
+        sentences.append(f"Significantly below it: {', '.join(behind)}.")
     if alike:
-        sentences.append(f"Not told apart from it: {', '.join(alike)}.")
+        sentences.append(f"Not significantly different from it: {', '.join(alike)}.")
     return " ".join(sentences)
 
 
@@ -134,7 +134,7 @@ def _accuracy_notes(c: Comparison, table: Table) -> list[str]:
 
 
 def mixed_notes(c: Comparison) -> list[str]:
-    """That and how the runs differ, where the caller wanted them in one table all the same."""
+    """That and how the runs differ, where the caller wanted them in one table nevertheless."""
     return [f"NOT COMPARABLE, put together on request: {sentence}" for sentence in c.mixed]
 
 
@@ -196,8 +196,8 @@ def _tokens(c: Comparison) -> Sheet:
             for name in ranked
         ],
         notes=[
-            "The largest number of tokens that lies between two validation points of every run; between points values "
-            "are interpolated. Thrown-away answers count. The validation questions are few: the intervals are wide.",
+            "The largest number of tokens between two validation points of every run; between points values "
+            "are interpolated. Discarded answers count. The validation questions are few: the intervals are wide.",
             *notes,
         ],
     )
@@ -224,8 +224,8 @@ def _seconds_of(phase: str) -> Callable[[Run], Any]:
 
 
 COSTS = {
-    "updates": "updates", "prompts": "prompts", "thrown": "prompts_thrown", "rollouts": "rollouts",
-    "in a loss": "rows_trained", "generated tokens": "tokens_generated", "of them thrown": "tokens_thrown",
+    "updates": "updates", "prompts": "prompts", "discarded": "prompts_thrown", "rollouts": "rollouts",
+    "in a loss": "rows_trained", "generated tokens": "tokens_generated", "of them discarded": "tokens_thrown",
     "scored tokens": "tokens_scored",
 }  # fmt: skip
 
@@ -247,7 +247,7 @@ def _cost(c: Comparison) -> Sheet:
         columns=["method", *COSTS, "seconds, training", "seconds, whole run", "peak memory, GiB"],
         rows=[row(g) for g in c.groups],
         notes=[
-            "Prompts and rollouts are those trained on; thrown: prompts drawn in vain by a group filter. Scored "
+            "Prompts and rollouts are those trained on; discarded: prompts dropped by a group filter. Scored "
             "tokens: prompt and response tokens that teachers and references read. The whole run holds start-up and "
             "both evaluations.",
             _machines(c.runs),
@@ -259,7 +259,7 @@ def _machines(runs: Sequence[Run]) -> str:
     kinds = sorted({str(run.facts.get("machine", "a machine that was not recorded")) for run in runs})
     if len(kinds) == 1:
         return f"Seconds are of {kinds[0]}, and depend on what ran beside it."
-    return f"Seconds are of different machines and do not compare: {'; '.join(kinds)}."
+    return f"Seconds are of different machines and not comparable: {'; '.join(kinds)}."
 
 
 def _phases(c: Comparison) -> Sheet:
@@ -280,7 +280,7 @@ def _phases(c: Comparison) -> Sheet:
         title="Seconds by phase, mean over seeds (range)",
         columns=["method", *phases],
         rows=[row(g) for g in c.groups],
-        notes=["Phases as the trainer names them, the largest ones; they may lie inside one another."],
+        notes=["Phases as the trainer names them, the largest ones; they may be nested."],
     )
 
 
@@ -312,7 +312,9 @@ def _failures(c: Comparison) -> Sheet:
             "collapse flags in training",
         ],
         rows=rows,
-        notes=["Unparsed: the parser found no answer, counted as wrong. Truncated: no end within the limit."],
+        notes=[
+            "Unparsed: the parser found no answer, counted as incorrect. Truncated: no end within the limit."
+        ],
     )
 
 

@@ -15,7 +15,7 @@ from vopd.common.terminal import Terminal
 
 @dataclass(frozen=True)
 class Sheet:
-    """A titled table; the first column names the row. `notes` stand under it; `published`: the paper's figures, not
+    """A titled table; the first column names the row. `notes` go below it; `published`: the paper's figures, not
     ours. key: its anchor in the page."""
 
     key: str

@@ -1,9 +1,8 @@
 """Accuracy at equal generated tokens: what methods reach on the validation questions for the same sampling.
 
-Methods have equal updates, but some generate more: longer answers, groups that are thrown away. Runs answer the
-validation questions every so many steps; tokens_generated of metrics.jsonl says what had been sampled by then, thrown
-away ones included. Between two such points a question's value is interpolated linearly in tokens; nothing is
-extrapolated.
+Methods have equal updates, but some generate more: longer answers, discarded groups. Runs answer the validation
+questions every so many steps; tokens_generated of metrics.jsonl says what had been sampled by then, discarded ones
+included. Between two such points a question's value is interpolated linearly in tokens; nothing is extrapolated.
 """
 
 from __future__ import annotations
@@ -52,7 +51,7 @@ def points(run: Run) -> list[Point]:
 
 
 def equal_tokens(groups: Sequence[Group]) -> EqualTokens:
-    """Every method at the largest number of tokens that lies between two validation points of every run."""
+    """Every method at the largest number of tokens between two validation points of every run."""
     runs = [run for g in groups for run in g.runs]
     without = [str(run.folder) for run in runs if not points(run)]
     spans = [(found[0].tokens, found[-1].tokens) for run in runs if (found := points(run))]

@@ -35,7 +35,7 @@ def held(folder: Path, say: Callable[[str], Any]) -> Iterator[int | None]:
 
     Args:
         folder: of the run; it is there.
-        say: is given what a person should know: leftovers that were ended, a file system without locks.
+        say: is given what the user should know: leftovers that were ended, a file system without locks.
 
     Yields:
         The descriptor that holds the lock, to be inherited by the run's processes; None without locks.
@@ -123,8 +123,12 @@ def _end_leftovers(folder: Path, say: Callable[[str], Any]) -> None:
     left = processes.Marked(folder).look()
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error):
-            words = process.cmdline()
-            if TRAINER not in words or Path(words[-1]).resolve() != folder.resolve() or process in left:
+            arguments = process.cmdline()
+            if (
+                TRAINER not in arguments
+                or Path(arguments[-1]).resolve() != folder.resolve()
+                or process in left
+            ):
                 continue
             parent = process.parent()
             if parent and TERMINAL in parent.cmdline():
@@ -136,4 +140,4 @@ def _end_leftovers(folder: Path, say: Callable[[str], Any]) -> None:
     if left:
         processes.end(left)
         pids = ", ".join(str(process.pid) for process in left)
-        say(f"ended what an earlier start had left running in {folder} (pid {pids})")
+        say(f"ended processes that an earlier start had left running in {folder} (pid {pids})")

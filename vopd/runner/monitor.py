@@ -1,12 +1,12 @@
-"""Judges a run's processes from outside: which are gone, which are stopped, which do not get on.
+"""Judges a run's processes from outside: which are gone, stopped or stuck.
 
-The terminal's process looks every second at the process table and at the signs of life of `vitals`. A process that is
-gone ends the run: what it was is said, and how it ended where that is known. Everything else is said and waited for,
-because a stopped process may be continued and a slow call may come back: stopped (SIGSTOP), no sign of life for 20 s,
+The terminal's process looks every second at the process table and at the heartbeats in `vitals`. A process that is gone
+ends the run: the message says what it was, and how it ended where that is known. Everything else is reported and waited
+for, because a stopped process may be continued and a slow call may come back: stopped (SIGSTOP), no heartbeat for 20 s,
 an event loop or a call of the recipe that stands still for 20 s, no process that computes for 20 s (they wait for each
 other). Where all of that is in order but nothing has been finished for two minutes and for five times the run's longest
-step, and every process has stood in one place for a minute, that is said with these places: nobody outside can tell
-busy waiting from slow work.
+step, and every process has stood in one place for a minute, that is said with these places: from outside
+busy waiting cannot be distinguished from slow work.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ REPEAT_SECONDS, REPEAT_FACTOR = 30.0, 2.0
 END_SECONDS = 60.0
 PATIENCE_SECONDS = 12.0
 """How long the driver has to say itself why a process is gone, from then or its last note: it knows more, and may be
-saving what it has. Finished steps don't count: a run goes on for a minute without some of Ray's processes."""
+saving what it has. Finished steps don't count: a run continues for a minute without some of Ray's processes."""
 
 
 @dataclass
 class Trouble:
-    """Something that is said, again after ever longer times, and taken back."""
+    """Something that is reported, again after ever longer times, and withdrawn."""
 
     began: float
     who: str
@@ -46,7 +46,7 @@ class Trouble:
 
 
 class Monitor:
-    """See the module's docstring.
+    """Reports processes of a run that are gone, stopped or stuck.
 
     Args:
         folder: of the run.
@@ -161,7 +161,7 @@ class Monitor:
                 continue
             who = f"the {role} (pid {process.pid})"
             if _stopped(process):
-                what = f"is stopped (kill -CONT {process.pid} lets it go on)"
+                what = f"is stopped (kill -CONT {process.pid} resumes it)"
                 found[process.pid, "stopped"] = who, what
             elif process.pid in signs:
                 found |= {(process.pid, k): (who, v) for k, v in self._stuck(signs[process.pid], now)}
@@ -179,7 +179,7 @@ class Monitor:
     def _stuck(self, signs: dict[str, Any], now: float) -> list[tuple[str, str]]:
         limit, stacks = heartbeat.SILENCE_SECONDS, self.folder / heartbeat.STACKS
         if (silent := now - signs["beat"]) > limit:
-            what = f"shows no sign of life for {silent:.0f} s, last {_at(signs)}; see {stacks}"
+            what = f"has sent no heartbeat for {silent:.0f} s, last {_at(signs)}; see {stacks}"
             return [("silent", what)]
         if signs["call"] and now - signs["call"][1] > limit:
             what, since = signs["call"]
@@ -194,7 +194,7 @@ class Monitor:
         for key in [key for key in self.troubles if key not in found]:
             trouble = self.troubles.pop(key)
             if trouble.said and not self.gone:
-                said.append(f"{trouble.who} goes on after {now - trouble.began:.0f} s")
+                said.append(f"{trouble.who} continues after {now - trouble.began:.0f} s")
         for key, (who, what) in found.items():
             trouble = self.troubles.setdefault(key, Trouble(now, who))
             settled = key[1] != "stopped" or now - trouble.began >= STOPPED_SECONDS

@@ -16,7 +16,7 @@ from pathlib import Path
 from vopd.common.command import reports_errors
 from vopd.errors import UserError
 
-YAML = """# {name}: what the run sets beside the profile; the defaults of `method` stand in {name}.py.
+YAML = """# {name}: what the run sets beside the profile; the defaults of `method` are in {name}.py.
 method:
   module: {name}.py
 """
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class {klass}(Method):
-    """See the module's docstring."""
+    """The teacher sees another view than the student; the loss is the mean over each response."""
 
     def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
         """Shapes: C tokens of the chunk, V vocabulary. Logits are float32, temperature 1, not normalised."""
@@ -103,7 +103,7 @@ def new(name: str, folder: Path) -> list[Path]:
     """Write the skeleton's three files into `folder` and return their paths.
 
     Raises:
-        UserError: a name that is no Python identifier, a file that exists, or a folder that cannot be written to.
+        UserError: a name that is not a Python identifier, a file that exists, or a folder that cannot be written to.
     """
     if not name.isidentifier() or keyword.iskeyword(name) or name != name.lower():
         raise UserError(

@@ -18,7 +18,7 @@ def check_attention(packed: bool, attention: str) -> None:
     """Padded rows share one copy of a prompt by a mask per row, which not every implementation of attention takes.
 
     Raises:
-        UserError: such a one without packing.
+        UserError: another implementation without packing.
     """
     if not packed and attention not in MASKED_ATTENTION:
         raise UserError(
@@ -30,10 +30,10 @@ def check_attention(packed: bool, attention: str) -> None:
 def check_parquet(
     path: Path, columns: Iterable[str], image_columns: Sequence[str] = schema.IMAGES, sample: int = 16
 ) -> None:
-    """Refuse a split that is unreadable, empty, lacks a column, or holds something that is no image.
+    """Refuse a split that is unreadable, empty, lacks a column, or holds something that is not an image.
 
     `path` names a parquet file, or shards of it (`data/schema.py`). Images are decoded in `sample` rows spread evenly
-    over the split, none above `pictures.MAX_PIXELS`. That every row is as it should be is told by the stamp of
+    over the split, none above `pictures.MAX_PIXELS`. That every row is valid is recorded by the stamp of
     `data.validate`.
     """
     columns = list(dict.fromkeys(("id", *columns, *image_columns)))

@@ -14,11 +14,11 @@ AFTER = "after"
 
 
 def troubles(folder: Path, score: str = "") -> list[str]:
-    """What a person must know before reading the run's table, a sentence each; usually nothing.
+    """What the user must know before reading the run's table, a sentence each; usually nothing.
 
     Args:
         folder: of a run that has come to its end.
-        score: where the method's `score` stands.
+        score: the place of the method's `score`.
     """
     from vopd.report.run_summary import read_metrics  # pulls in scipy
 

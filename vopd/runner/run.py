@@ -1,6 +1,6 @@
 """`vopd run RECIPE [key=value ...]`: check, prepare, train, evaluate, print the result.
 
-RECIPE is a name below recipes/ or the path of a YAML file. The words are Hydra overrides; `profile=NAME` chooses
+RECIPE is a name below recipes/ or the path of a YAML file. The rest are Hydra overrides; `profile=NAME` chooses
 hardware, model and data size. Results land in runs/<profile>/<recipe>/seed<k>/. The same command resumes an interrupted
 run from its last checkpoint (docs/resuming.md); a finished one is shown again. Either is refused if what it was made
 from has changed.
@@ -48,7 +48,7 @@ INTERRUPTED = 130
 
 
 def _interrupt(*_: Any) -> None:
-    """SIGTERM ends a run the way Ctrl-C does: the training process must not go on alone."""
+    """SIGTERM ends a run the way Ctrl-C does: the training process must not continue alone."""
     raise KeyboardInterrupt
 
 
@@ -89,8 +89,8 @@ def help_text() -> str:
 class Run:
     """One run, from settings to the printed result."""
 
-    def __init__(self, recipe: str, words: list[str], console: Console) -> None:
-        self.config = _absolute(load(recipe, words))
+    def __init__(self, recipe: str, overrides: list[str], console: Console) -> None:
+        self.config = _absolute(load(recipe, overrides))
         self.folder = Path(self.config.run_dir)
         self.files = RunFolder(self.folder)
         self.console = console
@@ -99,7 +99,7 @@ class Run:
 
     def go(self) -> int:
         """Train and evaluate unless that is done already; print the result. The folder is this run's meanwhile."""
-        self.files.settings()  # nothing is written into what is somebody else's, not even a lock
+        self.files.settings()  # nothing is written into what is not a run's, not even a lock
         with lock.held(caches.results_folder(self.folder), self._say) as self.lock:
             return self._go()
 
@@ -154,7 +154,7 @@ class Run:
         return int(steps) if finished and now["train"]["steps"] != steps else 0
 
     def left(self) -> str:
-        """What an interrupted run can do next, in words."""
+        """What an interrupted run can do next, as a sentence."""
         found = checkpoints.found(self.files.checkpoints)
         if not found:
             return "there is no checkpoint yet: the same command starts it again"
@@ -183,7 +183,7 @@ class Run:
             files.write_text(self.files.summary_text, render(summarise(self.folder, facts)))
 
     def _begin(self) -> None:
-        """Go on with what is in the folder only if it was started with the inputs of now; write these down."""
+        """Resume what is in the folder only if it was started with the inputs of now; write these down."""
         now = run_fingerprint.of(self)
         why = fingerprint.why(self.files.inputs(), now)
         if why or self.other_settings:
@@ -195,7 +195,7 @@ class Run:
             # No update was made yet: the base model's answers are asked anew, or taken from where they are kept.
             self.files.forget_evaluations()
             fingerprint.write(self.folder, now)
-        self.origin = {  # as it is now: what is edited while the run goes on has no part in it
+        self.origin = {  # as it is now: edits during the run have no part in it
             "code": provenance.code_version(ROOT),
             "code_hash": provenance.code_hash(ROOT),
             "scorer": provenance.scorer(ROOT),
@@ -254,7 +254,7 @@ class Run:
         if prepare is None or not folders.needs_preparing(place, prepare):
             return
         command = supervisor.python("-m", self.config.data.prepare, "--out", self.config.data.folder)
-        # Its progress bars are for a person; the file is read for what went wrong, which stands last.
+        # Its progress bars are for the user; the file is read for the error, which comes last.
         with tempfile.TemporaryFile() as file:
             errors = None if self.console.is_terminal else file
             done = subprocess.run(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors)
@@ -296,7 +296,7 @@ class Run:
         caches.store("checked_prompts", key)
 
     def splits(self) -> list[str]:
-        """Names of the splits of this run: the hold-out is one of them if the data has it."""
+        """Names of the splits of this run: the held-out one too if the data has it."""
         from data import schema
 
         there = {path.stem for path in schema.splits(Path(self.config.data.folder))}
@@ -352,7 +352,7 @@ class Run:
 
     def _tell(self, failure: Failure) -> None:
         raised = f"raised in the {failure.process}; " if failure.process else ""
-        say(f"vopd: {failure.line()}", f"vopd: {raised}the whole story is in {self.files.log}")
+        say(f"vopd: {failure.line()}", f"vopd: {raised}full log: {self.files.log}")
 
     def _summarise(self, outcome: supervisor.Outcome) -> None:
         from vopd.report.plots import plot_run  # pulls in matplotlib and scipy

@@ -1,4 +1,4 @@
-"""What a run's result is made from, as named parts with a hash each, so that no old result stands for new inputs.
+"""What a run's result is made from, as named parts with a hash each, so that no old result is shown for new inputs.
 
 The parts: every file of this repository that the training process imports (views, rollout, trainer, scoring, the
 method's module); every file of the user's own that the recipe's module imports or names, beside it or in packages of
@@ -6,7 +6,7 @@ theirs; the data, the base model, a recording that is replayed, the libraries, t
 of the machine, so a run of another checkout, folder or run_dir has the same parts.
 
 What the recipe's and the profile's YAML say is compared by the resolved settings (`settings`), key by key: a comment
-is no difference, and a key that an override replaces is none either.
+is not a difference, and a key that an override replaces is none either.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ class Run(Protocol):
     config: Any
 
     def data_hash(self) -> str:
-        """Hash of the splits."""
+        """Hash over the splits in the data folder."""
 
     def model_hash(self) -> str:
-        """Hash of the base model."""
+        """Hash over the base model's files."""
 
 
 def of(run: Run) -> Parts:

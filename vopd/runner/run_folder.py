@@ -36,7 +36,7 @@ FREE = (
     "hardware.devices_per_node",
     "hardware.nodes",
 )
-"""Keys, or sections, that a resumed run may be given anew. What model and data are is told by their hashes."""
+"""Keys, or sections, that may differ in a resumed run. Model and data are identified by their hashes."""
 
 
 def differences(first: Any, second: Any, prefix: str = "") -> set[str]:
@@ -121,7 +121,7 @@ class RunFolder:
         """The settings of the run that lives here; None for a folder without one.
 
         Raises:
-            UserError: the folder is somebody else's: it holds files, and no run's config.yaml.
+            UserError: the folder is not a run's: it holds files, and no config.yaml of a run.
         """
         if not self.path.exists():
             return None
@@ -167,7 +167,7 @@ class RunFolder:
         ahead: whether all rollouts are generated before the first update.
 
         Raises:
-            UserError: as said.
+            UserError: the run has made more updates, or recorded fewer rollouts.
         """
         made = max(
             (checkpoint.step for checkpoint in checkpoints.found(self.path / "checkpoints")), default=0
@@ -187,7 +187,7 @@ class RunFolder:
             )
 
     def reopen(self, steps: int) -> None:
-        """Let a finished run be trained further: its results stay, under names that tell after how many updates.
+        """Let a finished run be trained further: its results stay, under names with the number of updates.
 
         Raises:
             UserError: its last checkpoint is gone.

@@ -2,9 +2,9 @@
 
 Without recipes: all methods. Each run is what `bash scripts/run_recipe.sh RECIPE seed=K key=value ...` does, in a
 process and a run folder of its own, one after the other. A finished run is reused if its settings and all that it was
-made from (`vopd/common/fingerprint.py`) are those of now; otherwise it is said what differs, the old folder is moved to
+made from (`vopd/common/fingerprint.py`) are those of now; otherwise the difference is named, the old folder is moved to
 `replaced/` beside it, and the run is made again. A run that fails does not stop the others. After Ctrl-C the same
-command goes on.
+command resumes.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Job:
 
     recipe: str
     seed: int
-    words: list[str]
+    arguments: list[str]
     folder: Path
     settings: dict[str, Any]
     origin: dict[str, str]
@@ -52,7 +52,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be done for a job. state: `reuse`, `go on`, `run` or `run again`; why: what differs."""
+    """What is to be done for a job. state: `reuse`, `resume`, `run` or `run again`; why: what differs."""
 
     job: Job
     state: str
@@ -63,25 +63,25 @@ Start = Callable[[Job], int]
 """Runs a job to its end and returns its exit code."""
 
 
-def words(arguments: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
+def parse_arguments(arguments: Sequence[str]) -> tuple[list[str], list[int], list[str]]:
     """Recipes, seeds and the settings for every run.
 
     Raises:
-        UserError: seeds that are no numbers, or a setting that every run must have for itself.
+        UserError: seeds that are not numbers, or a setting that every run must have for itself.
     """
-    recipes = [word for word in arguments if "=" not in word]
-    settings = [word for word in arguments if "=" in word and not word.startswith("seeds=")]
-    for word in settings:
-        if (key := word.split("=", 1)[0]) in KEPT_BACK:
+    recipes = [argument for argument in arguments if "=" not in argument]
+    settings = [argument for argument in arguments if "=" in argument and not argument.startswith("seeds=")]
+    for argument in settings:
+        if (key := argument.split("=", 1)[0]) in KEPT_BACK:
             raise UserError(
-                f"'{word}': every run has its own {key}; say seeds=0,1,2, and VOPD_RUNS for the place."
+                f"'{argument}': every run has its own {key}; use seeds=0,1,2, and VOPD_RUNS for the folder."
             )
     known = sorted(path.stem for path in RECIPES.glob("*.yaml"))
     return list(dict.fromkeys(recipes or known)), _seeds(arguments), settings
 
 
 def _seeds(arguments: Sequence[str]) -> list[int]:
-    named = [word.removeprefix("seeds=") for word in arguments if word.startswith("seeds=")]
+    named = [argument.removeprefix("seeds=") for argument in arguments if argument.startswith("seeds=")]
     if len(named) > 1:
         raise UserError(f"seeds= is given twice ({' and '.join(named)}); give one list.")
     numbers = (named or ["0,1,2"])[0].split(",")
@@ -132,7 +132,7 @@ def plan(job: Job) -> Plan:
         why = _differs(job, OmegaConf.load(config), fingerprint.read(job.folder))
     except (OSError, ValueError, AttributeError, YAMLError):
         return Plan(job, "run again", "unfinished, and its config.yaml cannot be read")
-    return Plan(job, "run again", f"unfinished, {why}") if why else Plan(job, "go on")
+    return Plan(job, "run again", f"unfinished, {why}") if why else Plan(job, "resume")
 
 
 def _differs(job: Job, settings: Any, recorded: dict[str, str] | None) -> str:
@@ -175,13 +175,13 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def run(arguments: Sequence[str], start: Start, console: Console) -> int:
-    """Plan, say so, run what is missing, compare; the exit code.
+    """Plan, print the plan, run what is missing, compare; the exit code.
 
     Raises:
-        UserError: bad words, settings or data; or runs that do not compare.
+        UserError: bad arguments, settings or data; or runs that cannot be compared.
         KeyboardInterrupt: a run was interrupted; what is finished stays.
     """
-    recipes, seeds, settings = words(arguments)
+    recipes, seeds, settings = parse_arguments(arguments)
     plans = [plan(job) for job in jobs(recipes, seeds, settings)]
     for p in plans:
         console.print(
@@ -241,7 +241,7 @@ class Terminated(KeyboardInterrupt):
 
 def start_run(job: Job) -> int:
     """The run as a process of its own. It ends its training tidily when it is interrupted, and is waited for."""
-    child = subprocess.Popen(supervisor.python("-m", "vopd", "run", *job.words))
+    child = subprocess.Popen(supervisor.python("-m", "vopd", "run", *job.arguments))
     try:
         return child.wait()
     except Terminated:
@@ -257,7 +257,7 @@ def _terminate(*_: Any) -> None:
     raise Terminated
 
 
-@reports_errors(interrupted="the same command goes on where it was")
+@reports_errors(interrupted="the same command resumes where it was")
 def main(arguments: Sequence[str]) -> int:
     """Exit code 0, 1 if a run failed, 2 for bad input, 130 after Ctrl-C."""
     if {"-h", "--help"} & set(arguments):

@@ -1,6 +1,6 @@
 """The terminal's side of a run: starts the training process, draws its progress, measures its memory.
 
-The libraries' output goes to log.txt in the run folder; what a person wants to see comes as progress.jsonl.
+The libraries' output goes to log.txt in the run folder; what the user wants to see comes as progress.jsonl.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def run(
 ) -> Outcome:
     """Run `command` to its end. Ctrl-C asks it to keep what it has and end; a second one stops the whole process tree.
 
-    Processes that are gone, stopped or stuck are told of as `monitor` finds them. lock: the descriptor of the run
+    Processes that are gone, stopped or stuck are reported as `monitor` finds them. lock: the descriptor of the run
     folder's lock, which the run's processes hold too. tell: is called once with the failure of a run that fails, as
     soon as it is known; what was started is still ended then.
 
@@ -151,7 +151,7 @@ def _run(
                 child.wait()
                 raise
             asked = True
-            console.print("stopping after a checkpoint; once more (Ctrl-C) stops at once", soft_wrap=True)
+            console.print("stopping after a checkpoint; a second Ctrl-C stops at once", soft_wrap=True)
             child.send_signal(signal.SIGTERM)
     _stop(child, tree)
     failure = _failure(child, run_dir, monitor)
@@ -175,7 +175,7 @@ def _kept(run_dir: Path, lock: int | None) -> Iterator[None]:
         yield
     finally:
         reaper.communicate()
-        processes.end(processes.Marked(run_dir).look())  # should somebody have killed the reaper
+        processes.end(processes.Marked(run_dir).look())  # in case the reaper was killed
         shutil.rmtree(run_dir / heartbeat.FOLDER, ignore_errors=True)
         for file in (run_dir / heartbeat.STACKS).glob("*"):
             if not file.stat().st_size:
@@ -197,7 +197,7 @@ def _failure(child: subprocess.Popen[bytes], run_dir: Path, monitor: Monitor) ->
     driver = ended(code, f"driver (pid {child.pid})", monitor.kills())
     if -code in CRASHES and not monitor.lost():  # else it was ended from here
         return driver
-    if shutil.disk_usage(run_dir).free < FULL_BYTES:  # so it could not say so itself
+    if shutil.disk_usage(run_dir).free < FULL_BYTES:  # so it could not report that itself
         driver = Failure(
             f"no space is left on the disk of {run_dir}; make room and run the same command again"
         )
@@ -209,15 +209,15 @@ def _better(told: Failure, monitor: Monitor) -> Failure:
     return (monitor.death() or told) if told.kind == LOST else told
 
 
-def python(*words: str) -> list[str]:
+def python(*arguments: str) -> list[str]:
     """A command of this interpreter that cannot be shadowed by files in the current folder."""
-    return [sys.executable, "-P", *words]
+    return [sys.executable, "-P", *arguments]
 
 
 class _Events:
     """Events as they are written; None where there is nothing new. Ends after the process has ended.
 
-    Iterating anew, after an interruption, goes on behind the last event.
+    Iterating again, after an interruption, continues after the last event.
     """
 
     def __init__(self, file: Path, child: subprocess.Popen[bytes]) -> None:
@@ -239,7 +239,7 @@ class _Events:
 
 
 class _Drawing:
-    """One progress bar at a time, with a line for what is going on."""
+    """One progress bar at a time, with a line for what is under way."""
 
     def __init__(self, console: Console) -> None:
         columns = [

@@ -57,7 +57,7 @@ def unreachable(server: str, seconds: float = SECONDS) -> str | None:
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(2 * seconds)
-    return (said[0] or None) if said else f"no word in {2 * seconds:g} seconds"
+    return (said[0] or None) if said else f"no answer in {2 * seconds:g} seconds"
 
 
 def _has_key(server: str) -> bool:

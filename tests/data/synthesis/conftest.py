@@ -1,4 +1,4 @@
-"""Photographs that come inside a package, a stand-in server, and the words of a small synthesis."""
+"""Photographs that come inside a package, a stand-in server, and the overrides for a small synthesis."""
 
 import importlib.util
 import shutil
@@ -40,10 +40,10 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def words_in(photographs: Path) -> Callable[..., list[str]]:
-    """Words of a synthesis into a folder that asks little and does not wait long; `more` go before these."""
+def overrides_in(photographs: Path) -> Callable[..., list[str]]:
+    """Overrides for a short synthesis into a folder; `more` take precedence."""
 
-    def words(out: Path, url: str, *more: str) -> list[str]:
+    def overrides(out: Path, url: str, *more: str) -> list[str]:
         usual = [
             f"images={photographs}",
             f"out={out}",
@@ -58,13 +58,13 @@ def words_in(photographs: Path) -> Callable[..., list[str]]:
             "propose.per_image=1",
             "answer.samples=4",
         ]
-        given = {word.split("=")[0] for word in more}
-        return [*(word for word in usual if word.split("=")[0] not in given), *more]
+        given = {override.split("=")[0] for override in more}
+        return [*(override for override in usual if override.split("=")[0] not in given), *more]
 
-    return words
+    return overrides
 
 
 @pytest.fixture
-def words_for(words_in: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
+def overrides_for(overrides_in: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
     """The same, into `out` in the test's own folder."""
-    return partial(words_in, tmp_path / "out")
+    return partial(overrides_in, tmp_path / "out")

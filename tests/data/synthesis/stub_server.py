@@ -170,7 +170,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def fault_no_protocol(self) -> None:
-        """A body that is not JSON although it says so."""
+        """A body that is not JSON although its type says JSON."""
         self._send(200, b'{"id": "stub", "choices": [')
 
     def fault_other_shape(self) -> None:
@@ -178,7 +178,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(200, {"hello": "world"})
 
     def fault_no_json(self) -> None:
-        """Words in place of the JSON asked for."""
+        """Prose in place of the JSON asked for."""
         self._say('{"questions": ["What is')
 
     def fault_wrong_shape(self) -> None:
@@ -190,7 +190,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._say(None, refusal="I will not.")
 
     def fault_sorry(self) -> None:
-        """A refusal in words."""
+        """A refusal in prose."""
         self._say("I'm sorry, but I cannot help with this image.")
 
     def fault_cut_off(self) -> None:

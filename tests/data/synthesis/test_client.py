@@ -110,7 +110,7 @@ def test_a_useless_reply_is_a_reason_and_not_asked_again(
 @pytest.mark.parametrize(
     ("fault", "sentence"),
     [
-        ("no_protocol", 'no chat completion .*begins \'{"id"'),
+        ("no_protocol", 'not a chat completion .*begins \'{"id"'),
         ("other_shape", "choices: Field required"),
         ("unknown_model", "status 404: .*no such model.*check the server's address, the model's name"),
     ],

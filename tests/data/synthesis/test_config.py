@@ -25,7 +25,7 @@ def test_the_papers_figures_are_the_defaults() -> None:
     assert (c.difficulty.samples, c.difficulty.drop_at) == (4, 2)
 
 
-def test_a_file_goes_before_words(tmp_path: Path) -> None:
+def test_overrides_win_over_a_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("seed: 3\nanswer:\n  samples: 6\n")
     c = config.load([str(file), *NEEDED, "seed=4"])
@@ -33,32 +33,32 @@ def test_a_file_goes_before_words(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("word", "sentence"),
+    ("override", "sentence"),
     [
         ("answer.sample=3", "sample"),
         ("seed=many", "many"),
         ("resume", "'resume' is not a setting"),
         ("answer.consensus=75", "answer.consensus=75"),
-        ("server.concurrency=0", "server.concurrency=0 cannot be; give a number of at least 1 "),
+        ("server.concurrency=0", "server.concurrency=0 is not allowed; give a number of at least 1 "),
         ("propose.proposer=sam", "sam is unknown"),
         ("propose.proposer=zero_shot_detection", "propose.detector has no value"),
         ("server.model=???", "'server.model' has no value"),
         ("seed=1.5", "seed"),
-        ("seed=-1", "seed=-1 cannot be"),
+        ("seed=-1", "seed=-1 is not allowed"),
         ("server.model=''", "server.model is empty"),
-        ("answer.temperature=nan", "answer.temperature=nan cannot be"),
+        ("answer.temperature=nan", "answer.temperature=nan is not allowed"),
         ("server.timeout_s=.inf", "could not be converted to Float"),
-        ("ask.top_p=0", "ask.top_p=0.0 cannot be; give a number of more than 0"),
-        ("crop.enlarge=1000", "crop.enlarge=1000 cannot be"),
+        ("ask.top_p=0", "ask.top_p=0.0 is not allowed; give a number of more than 0"),
+        ("crop.enlarge=1000", "crop.enlarge=1000 is not allowed"),
         ("server.tries=true", "server.tries"),
         ("ask={questions: 3", "put such a value in quotes"),
         ("3]", "'3]' is not a setting"),
         ("=3", "write key=value without spaces"),
     ],
 )
-def test_a_wrong_word_is_a_sentence(word: str, sentence: str) -> None:
+def test_a_bad_override_is_refused(override: str, sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
-        config.load([*(given for given in NEEDED if given.split("=")[0] != word.split("=")[0]), word])
+        config.load([*(given for given in NEEDED if given.split("=")[0] != override.split("=")[0]), override])
 
 
 def test_a_key_given_twice_is_a_sentence() -> None:

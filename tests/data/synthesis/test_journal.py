@@ -24,7 +24,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @given(data=st.data())
-def test_cut_anywhere_it_goes_on(
+def test_cut_anywhere_it_resumes(
     whole: bytes, tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     cut = data.draw(st.integers(0, len(whole)))

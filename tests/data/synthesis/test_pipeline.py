@@ -25,7 +25,7 @@ from vopd.common import fingerprint, ownership
 from vopd.config import ROOT
 from vopd.errors import UserError
 
-Words = Callable[..., list[str]]
+Overrides = Callable[..., list[str]]
 
 
 def records(out: Path, stage: str) -> list[dict[str, Any]]:
@@ -42,16 +42,18 @@ def rows(out: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def whole(
-    stub_server: ModuleType, words_in: Words, tmp_path_factory: pytest.TempPathFactory
+    stub_server: ModuleType, overrides_in: Overrides, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, int]:
     """The folder of an uninterrupted run, and how many requests it sent."""
     out = tmp_path_factory.mktemp("whole")
     with stub_server.StubServer() as stub:
-        assert synthesize.main(words_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
+        assert synthesize.main(overrides_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
         return out, len(stub.bodies)
 
 
-def test_nothing_is_done_twice(stub_server: ModuleType, words_in: Words, whole: tuple[Path, int]) -> None:
+def test_nothing_is_done_twice(
+    stub_server: ModuleType, overrides_in: Overrides, whole: tuple[Path, int]
+) -> None:
     out, _ = whole
     before = {file: file.stat().st_mtime_ns for file in out.rglob("*.jp*g")}
     rows_before, stages = (
@@ -59,7 +61,7 @@ def test_nothing_is_done_twice(stub_server: ModuleType, words_in: Words, whole: 
         {f: f.read_bytes() for f in (out / "stages").iterdir()},
     )
     with stub_server.StubServer() as stub:
-        assert synthesize.main(words_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
+        assert synthesize.main(overrides_in(out, stub.url, "server.price_in=2", "server.price_out=30")) == 0
         assert stub.bodies == []
     assert (out / "train.parquet").read_bytes() == rows_before
     assert {file: file.stat().st_mtime_ns for file in out.rglob("*.jp*g")} == before
@@ -109,21 +111,23 @@ def test_counts_of_stages_and_datasheet_add_up(whole: tuple[Path, int]) -> None:
     assert lines["row"][1] == str(len(rows(out))) and "see the packages" in sheet
 
 
-def test_rows_do_not_depend_on_concurrency(stub_server: ModuleType, words_for: Words, tmp_path: Path) -> None:
+def test_rows_do_not_depend_on_concurrency(
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path
+) -> None:
     found = []
     for concurrency in (1, 8):
         out = tmp_path / str(concurrency)
         with stub_server.StubServer(delay_s=0.002) as stub:
-            words = words_for(
+            overrides = overrides_for(
                 stub.url, f"out={out}", f"server.concurrency={concurrency}", "transforms.overlay=0.5"
             )
-            assert synthesize.main(words) == 0
+            assert synthesize.main(overrides) == 0
         found.append(rows(out))
     assert found[0] == found[1] and len(found[0]) >= 2
 
 
 def test_every_fault_ends_as_a_retry_or_a_reason(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     kinds = (
@@ -138,8 +142,10 @@ def test_every_fault_ends_as_a_retry_or_a_reason(
         "no_protocol",
     )
     with stub_server.StubServer(faults=dict(enumerate(kinds))) as stub:
-        words = words_for(stub.url, "server.concurrency=1", "server.timeout_s=1", "propose.per_image=2")
-        assert synthesize.main(words) == 1
+        overrides = overrides_for(
+            stub.url, "server.concurrency=1", "server.timeout_s=1", "propose.per_image=2"
+        )
+        assert synthesize.main(overrides) == 1
         # Six crops: the faults all fall on the stage that asks.
         assert reasons(out, "ask") == {
             "reply is not the JSON asked for": 1,
@@ -147,13 +153,13 @@ def test_every_fault_ends_as_a_retry_or_a_reason(
             "reply cut off at max_tokens": 1,
         }
         assert len(records(out, "ask")) == 5
-        assert synthesize.main(words) == 0  # what was no reply at all is asked again
+        assert synthesize.main(overrides) == 0  # what was no reply at all is asked again
     assert len(records(out, "ask")) == 6
     assert len({r["id"].rsplit("-", 1)[0] for r in rows(out)}) == 2
 
 
 def test_json_of_another_shape_is_a_reason_at_every_stage(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path
 ) -> None:
     wrong = '{"questions": "none", "valid": "perhaps", "distractors": [1]}'
     for stage, mark in (("ask", '"questions"'), ("validate", '"valid"'), ("options", '"distractors"')):
@@ -163,7 +169,7 @@ def test_json_of_another_shape_is_a_reason_at_every_stage(
             return wrong if mark in text else str(stub_server.answer(image, text, seed))
 
         with stub_server.StubServer(reply=reply) as stub:
-            assert synthesize.main(words_for(stub.url, f"out={out}")) == 0
+            assert synthesize.main(overrides_for(stub.url, f"out={out}")) == 0
         assert set(reasons(out, stage)) == {"reply is not the JSON asked for"}
         assert not (out / "train.parquet").exists() and (out / "datasheet.md").exists()
 
@@ -173,7 +179,7 @@ def test_json_of_another_shape_is_a_reason_at_every_stage(
     [["teal", "Teal.", "beige"], ["violet", "teal"], ["red", "green", "blue"], ["a", "b", "c", "d"]],
 )
 def test_options_that_are_not_three_and_distinct_are_rejected(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path, distractors: list[str]
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path, distractors: list[str]
 ) -> None:
     def reply(image: Image.Image, text: str, seed: int) -> str:
         if '"distractors"' in text:
@@ -181,18 +187,18 @@ def test_options_that_are_not_three_and_distinct_are_rejected(
         return str(stub_server.answer(image, text, seed))
 
     with stub_server.StubServer(reply=reply) as stub:
-        assert synthesize.main(words_for(stub.url)) == 0
+        assert synthesize.main(overrides_for(stub.url)) == 0
     assert set(reasons(tmp_path / "out", "options")) == {"options not three or not distinct"}
 
 
 def test_a_killed_run_loses_only_what_was_in_flight(
-    stub_server: ModuleType, words_for: Words, whole: tuple[Path, int], tmp_path: Path
+    stub_server: ModuleType, overrides_for: Overrides, whole: tuple[Path, int], tmp_path: Path
 ) -> None:
     out, needed = whole
     with stub_server.StubServer(delay_s=0.03) as stub:
-        words = words_for(stub.url, "server.concurrency=4")
+        overrides = overrides_for(stub.url, "server.concurrency=4")
         process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "vopd", "data", "synthesize", *words],
+            [sys.executable, "-P", "-m", "vopd", "data", "synthesize", *overrides],
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stderr=subprocess.DEVNULL,
         )
@@ -202,63 +208,63 @@ def test_a_killed_run_loses_only_what_was_in_flight(
         assert process.wait() == -signal.SIGKILL
         with (tmp_path / "out" / "stages" / "answer.jsonl").open("ab") as file:
             file.write(b'{"id": "torn')
-        assert synthesize.main(words) == 0
+        assert synthesize.main(overrides) == 0
         assert needed <= len(stub.bodies) <= needed + 4
     assert rows(tmp_path / "out") == rows(out)
 
 
 def test_unanswered_requests_end_in_exit_code_1_and_a_second_start_completes(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with stub_server.StubServer(faults={2: "broken"}) as stub:
-        words = words_for(stub.url, "server.concurrency=1", "server.tries=1")
-        assert synthesize.main(words) == 1
+        overrides = overrides_for(stub.url, "server.concurrency=1", "server.tries=1")
+        assert synthesize.main(overrides) == 1
         assert "stayed unanswered" in capsys.readouterr().err
         first = {row["id"] for row in rows(tmp_path / "out")}
-        assert synthesize.main(words) == 0
+        assert synthesize.main(overrides) == 0
     assert first < {row["id"] for row in rows(tmp_path / "out")}
 
 
 def test_a_folder_belongs_to_one_run_and_its_settings(
-    words_for: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides_for: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = words_for("http://127.0.0.1:9/v1")
-    with pipeline.Pipeline(config.load(words)):
-        assert synthesize.main(words) == 2
+    overrides = overrides_for("http://127.0.0.1:9/v1")
+    with pipeline.Pipeline(config.load(overrides)):
+        assert synthesize.main(overrides) == 2
         assert "another process is writing here" in capsys.readouterr().err
-    assert synthesize.main([*words, "crop.enlarge=3"]) == 2
+    assert synthesize.main([*overrides, "crop.enlarge=3"]) == 2
     assert "another crop.enlarge" in capsys.readouterr().err
 
 
 def test_results_of_other_code_or_of_a_changed_image_are_not_gone_on_with(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, out = tmp_path / "own", tmp_path / "out"
     folder.mkdir()
     Image.new("RGB", (400, 400)).save(folder / "blank.png")
     with stub_server.StubServer() as stub:
-        words = words_for(stub.url, f"images={folder}")
-        assert synthesize.main(words) == 0 == synthesize.main(words)
+        overrides = overrides_for(stub.url, f"images={folder}")
+        assert synthesize.main(overrides) == 0 == synthesize.main(overrides)
         recorded = fingerprint.read(out)
         assert recorded and "code data/synthesis/prompts.py" in recorded
         fingerprint.write(out, {**recorded, "code data/synthesis/prompts.py": "edited"})
-        assert synthesize.main(words) == 2
+        assert synthesize.main(overrides) == 2
         assert "a synthesis with another code data/synthesis/prompts.py" in capsys.readouterr().err
         (out / fingerprint.FILE).unlink()  # the way on that the sentence names
-        assert synthesize.main(words) == 0
+        assert synthesize.main(overrides) == 0
         Image.new("RGB", (400, 400), "red").save(folder / "blank.png")
-        assert synthesize.main(words) == 2
+        assert synthesize.main(overrides) == 2
         assert "blank.png: was changed since it was scanned" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("images", ["absent", "empty"])
-def test_a_folder_without_images_is_a_sentence(tmp_path: Path, words_for: Words, images: str) -> None:
+def test_a_folder_without_images_is_a_sentence(tmp_path: Path, overrides_for: Overrides, images: str) -> None:
     (tmp_path / "empty").mkdir()
-    assert synthesize.main(words_for("http://127.0.0.1:9/v1", f"images={tmp_path / images}")) == 2
+    assert synthesize.main(overrides_for("http://127.0.0.1:9/v1", f"images={tmp_path / images}")) == 2
 
 
 def test_a_small_model_that_is_right_too_often_drops_the_row(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path
 ) -> None:
     def reply(image: Image.Image, text: str, seed: int) -> str:
         if not re.search(r"^A\) ", text, re.M):
@@ -268,7 +274,7 @@ def test_a_small_model_that_is_right_too_often_drops_the_row(
         return next(f"{m[1]}" for m in re.finditer(r"^([A-D])\) (\w+)$", text, re.M) if m[2] in COLOURS)
 
     with stub_server.StubServer(reply=reply) as stub:
-        assert synthesize.main(words_for(stub.url, "difficulty.model=small")) == 0
+        assert synthesize.main(overrides_for(stub.url, "difficulty.model=small")) == 0
         tries = [body for body in stub.bodies if body["model"] == "small"]
     made = rows(tmp_path / "out")
     assert made and all("darkest" in row["question"] for row in made)
@@ -279,7 +285,7 @@ COLOURS = ("red", "green", "blue")
 
 
 def test_a_detector_is_told_what_the_model_listed(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = []
 
@@ -290,7 +296,7 @@ def test_a_detector_is_told_what_the_model_listed(
 
     monkeypatch.setattr(proposers, "build", lambda *_: proposers.Proposer(propose, needs_labels=True))
     with stub_server.StubServer() as stub:
-        assert synthesize.main(words_for(stub.url)) == 0
+        assert synthesize.main(overrides_for(stub.url)) == 0
     assert told == [["sign", "window"]] * 3
     against = Counter()
     for record in records(tmp_path / "out", "filter"):
@@ -300,7 +306,7 @@ def test_a_detector_is_told_what_the_model_listed(
 
 
 def test_unusable_images_are_left_out_with_a_reason(
-    stub_server: ModuleType, words_for: Words, photographs: Path, tmp_path: Path
+    stub_server: ModuleType, overrides_for: Overrides, photographs: Path, tmp_path: Path
 ) -> None:
     """A bomb, a cut-off file, another format under a known name, a small one; what was made before is not read."""
     folder = tmp_path / "mixed"
@@ -314,7 +320,7 @@ def test_unusable_images_are_left_out_with_a_reason(
     Image.new("RGB", (400, 400)).save(folder / "blank.png")
     (folder / "out" / "crops" / "made.jpg").write_bytes(whole)
     with stub_server.StubServer() as stub:
-        assert synthesize.main(words_for(stub.url, f"images={folder}", f"out={folder / 'out'}")) == 0
+        assert synthesize.main(overrides_for(stub.url, f"images={folder}", f"out={folder / 'out'}")) == 0
         assert stub.bodies == []
     scanned = {r["id"]: r["reason"] for r in records(folder / "out", "scan")}
     assert scanned == {
@@ -327,12 +333,12 @@ def test_unusable_images_are_left_out_with_a_reason(
 
 
 def test_pictures_are_turned_upright_once(
-    stub_server: ModuleType, words_for: Words, photographs: Path, tmp_path: Path
+    stub_server: ModuleType, overrides_for: Overrides, photographs: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "turned"
     folder.mkdir()
     with Image.open(
-        next(iter(sorted(Path(words_for("x")[0].removeprefix("images=")).glob("coffee.png"))))
+        next(iter(sorted(Path(overrides_for("x")[0].removeprefix("images=")).glob("coffee.png"))))
     ) as coffee:
         exif = Image.Exif()
         exif[0x0112] = 6
@@ -343,7 +349,7 @@ def test_pictures_are_turned_upright_once(
         Image.fromarray(grey.astype(np.uint16) * 256).save(folder / "sixteen_bits.png")
         expected = np.asarray(coffee).astype(int)
     with stub_server.StubServer() as stub:
-        assert synthesize.main(words_for(stub.url, f"images={folder}")) == 0
+        assert synthesize.main(overrides_for(stub.url, f"images={folder}")) == 0
     scanned = {r["id"]: r for r in records(tmp_path / "out", "scan")}
     for name, record in scanned.items():
         with Image.open(tmp_path / "out" / record["original"]) as kept:
@@ -370,7 +376,7 @@ def test_most_common_counts_equal_answers(answers: list[str | None]) -> None:
 
 @pytest.mark.parametrize(("right", "agreed"), [(6, True), (5, False)])
 def test_consensus_is_over_all_samples(
-    stub_server: ModuleType, words_for: Words, tmp_path: Path, right: int, agreed: bool
+    stub_server: ModuleType, overrides_for: Overrides, tmp_path: Path, right: int, agreed: bool
 ) -> None:
     """Two or three of eight answers are refusals: they count against the others."""
     said: Counter[str] = Counter()
@@ -383,7 +389,7 @@ def test_consensus_is_over_all_samples(
         return str(stub_server.answer(image, text, seed))
 
     with stub_server.StubServer(reply=reply) as stub:
-        synthesize.main(words_for(stub.url, "answer.samples=8"))
+        synthesize.main(overrides_for(stub.url, "answer.samples=8"))
     found = [r for r in records(tmp_path / "out", "consensus") if r.get("right") == "teal blue"]
     assert bool(found) == agreed and all(r["votes"] == right for r in found)
 
@@ -418,10 +424,10 @@ def test_the_frame_surrounds_the_box_and_stays_out_of_it(
 
 @pytest.mark.parametrize("transform", ["overlay", "rendered_text"])
 def test_transforms_replace_rows_one_for_one(
-    stub_server: ModuleType, words_for: Words, whole: tuple[Path, int], tmp_path: Path, transform: str
+    stub_server: ModuleType, overrides_for: Overrides, whole: tuple[Path, int], tmp_path: Path, transform: str
 ) -> None:
     with stub_server.StubServer() as stub:
-        synthesize.main(words_for(stub.url, f"transforms.{transform}=1.0"))
+        synthesize.main(overrides_for(stub.url, f"transforms.{transform}=1.0"))
     plain, changed = rows(whole[0]), rows(tmp_path / "out")
     assert [row["id"] for row in changed] == [row["id"] for row in plain]
     assert schema.check_split(tmp_path / "out" / "train.parquet") == len(plain)

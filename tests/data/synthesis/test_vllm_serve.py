@@ -1,4 +1,4 @@
-"""Once against a real `vllm serve` of the miniature model: the protocol, images included. Its words mean little."""
+"""Once against a real `vllm serve` of the miniature model: the protocol, images included. Its text means little."""
 
 import asyncio
 import json
@@ -112,16 +112,16 @@ def test_pictures_arrive_the_model_reads_crops(url: str, tmp_path: Path) -> None
 
 
 def test_the_pipeline_speaks_to_it_and_rejects_what_it_says(
-    url: str, words_in: Callable[..., list[str]], tmp_path: Path
+    url: str, overrides_in: Callable[..., list[str]], tmp_path: Path
 ) -> None:
-    words = [
+    overrides = [
         "propose.per_image=2",
         f"server.model={MODEL}",
         "server.max_tokens=64",
         "server.concurrency=4",
         "server.timeout_s=120",
     ]
-    assert synthesize.main(words_in(tmp_path / "out", url, *words)) == 0
+    assert synthesize.main(overrides_in(tmp_path / "out", url, *overrides)) == 0
     asked = [
         json.loads(line) for line in (tmp_path / "out" / "stages" / "ask.jsonl").read_text().splitlines()
     ]

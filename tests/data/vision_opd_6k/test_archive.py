@@ -54,7 +54,7 @@ def test_parts_are_ordered_as_numbers(tmp_path: Path) -> None:
     (tmp_path / "x.tar.gz").touch()
     with pytest.raises(UserError, match="split parts of it as well"):
         parts_of(tmp_path, "x.tar.gz")
-    with pytest.raises(UserError, match="neither this file nor split parts"):
+    with pytest.raises(UserError, match="neither this file nor its split parts"):
         parts_of(tmp_path, "y.tar.gz")
 
 
@@ -87,9 +87,9 @@ def test_a_file_of_someone_is_not_replaced(good: Path, tmp_path: Path) -> None:
         (member("images/a\n.jpg"), "hidden signs"),
         (member("images/gpj.\u202ea.exe"), "hidden signs"),
         (member("images/\udcff.jpg"), "no known encoding"),
-        (member("first.jpg"), "there before"),
-        (member("./first.jpg"), "there before"),
-        (member("FIRST.jpg"), "there before"),
+        (member("first.jpg"), "occurred before"),
+        (member("./first.jpg"), "occurred before"),
+        (member("FIRST.jpg"), "occurred before"),
         (member("n" * 300), "too long"),
         (member("/".join("d" * 20)), "too deep"),
         (member("link.jpg", tarfile.SYMTYPE, "../../evil.jpg"), "a link"),

@@ -121,7 +121,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("at", ["extract", "rows", "half a line", "parquet", "validate"])
-def test_a_killed_run_goes_on_and_ends_the_same(
+def test_a_killed_run_resumes_and_ends_the_same(
     at: str, prepared: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
@@ -300,7 +300,7 @@ def test_a_folder_made_locally_does_not_ask_the_hub(
 
 
 def test_command_line(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = [
+    arguments = [
         "--source",
         str(published),
         "--out",
@@ -310,7 +310,7 @@ def test_command_line(published: Path, tmp_path: Path, capsys: pytest.CaptureFix
         "--test-rows",
         "7",
     ]
-    assert prepare.main(words) == 0
+    assert prepare.main(arguments) == 0
     said = capsys.readouterr().out.splitlines()
     assert said[-1].startswith(
         "train 28, validation 5, test 7 rows; 0 left out; bbox is x0, y0, x1, y1 in pixels"

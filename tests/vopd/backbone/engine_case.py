@@ -187,14 +187,14 @@ def make_methods() -> dict[str, Any]:
 
     @dataclass(frozen=True)
     class MicroBatchMean(Probe):
-        """The defect of pitfall 5: the mean over whatever rows the micro-batch happens to hold."""
+        """A defect: the mean over whatever rows the micro-batch happens to hold."""
 
         def loss(self, per_token: Any, mask_BT: torch.Tensor, batch: Any) -> torch.Tensor:
             return (per_token["divergence"] * mask_BT).sum() / mask_BT.sum()
 
     @dataclass(frozen=True)
     class Ratio(Method):
-        """Importance ratio to the policy before the update; `own` is the defect of pitfall 4."""
+        """Importance ratio to the policy before the update; `own`, the policy itself, is the defect."""
 
         outputs: tuple[str, ...] = ("log_prob",)
         needs_old_log_probs: bool = True
@@ -271,7 +271,7 @@ def shards(engine: Any) -> dict[str, torch.Tensor]:
 
 @contextmanager
 def root_unit_forgotten(engine: Any) -> Iterator[None]:
-    """The defect of pitfall 1: the moving average walks the inner FSDP units only."""
+    """A defect: the moving average walks the inner FSDP units only."""
     from vopd.backbone import verl_internals
     from vopd.teacher import TeacherWeights
 
@@ -292,7 +292,7 @@ def root_unit_forgotten(engine: Any) -> Iterator[None]:
 
 @contextmanager
 def packed_boundaries_withheld() -> Iterator[None]:
-    """The defect of pitfall 6: GatedDeltaNet does not learn where a packed sequence ends."""
+    """A defect: GatedDeltaNet does not learn where a packed sequence ends."""
     from verl.models.transformers import qwen3_5
 
     original = qwen3_5._packed_chunk_gated_delta_rule
@@ -305,7 +305,7 @@ def packed_boundaries_withheld() -> Iterator[None]:
 
 
 def inherit_positions(fields: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The defect of pitfall 7: the teacher's prompt takes the student's rotary positions."""
+    """A defect: the teacher's prompt takes the student's rotary positions."""
     changed = []
     for row in fields:
         full, crop = row["rendered"]["full"], row["rendered"]["crop"]
@@ -530,7 +530,7 @@ def case_checkpoint(s: Setting) -> dict[str, Any]:
         engine.attach(method, chunk=64)
         fresh = {k: v.clone() for k, v in engine.teachers.shards["ema:0.3"].items()}
         engine.load_checkpoint(str(merged) if name.endswith("one_rank") else path, del_local_after_load=False)
-        if name.endswith("_defect"):  # pitfall 3: the teacher starts again
+        if name.endswith("_defect"):  # the teacher starts again
             for key, shard in engine.teachers.shards["ema:0.3"].items():
                 shard.copy_(fresh[key])
         update(engine, mini_batch(s.fields))

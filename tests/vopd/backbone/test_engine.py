@@ -71,11 +71,11 @@ def check_projection_noise_below_signal() -> None:
     assert error < 0.01 * signal
 
 
-def test_pitfall_12_half_precision_operands_are_projected_in_float32() -> None:
+def test_half_precision_operands_are_projected_in_float32() -> None:
     check_projection_noise_below_signal()
 
 
-def test_pitfall_12_twin_logits_rounded_to_bfloat16_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_twin_logits_rounded_to_bfloat16_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = head_module._Projection.logits
     monkeypatch.setattr(
         head_module._Projection, "logits", lambda self, rows: exact(self, rows).bfloat16().float()
@@ -91,11 +91,11 @@ def check_first_rate(factor: Callable[[int, int], float]) -> None:
         assert factors == sorted(factors) and factors[-1] == 1.0
 
 
-def test_pitfall_13_warm_up_never_starts_at_zero() -> None:
+def test_warm_up_never_starts_at_zero() -> None:
     check_first_rate(warmup_factor)
 
 
-def test_pitfall_13_twin_a_schedule_that_starts_at_zero_is_seen() -> None:
+def test_warm_up_twin_a_schedule_that_starts_at_zero_is_seen() -> None:
     with pytest.raises(AssertionError):
         check_first_rate(lambda step, warmup: min(1.0, step / max(warmup, 1)))
 
@@ -173,12 +173,12 @@ def test_reading_one_position_later_is_seen(one_rank: Results, alone: dict[str, 
 
 
 @pytest.mark.distributed
-def test_pitfall_07_teacher_view_scores_as_alone(one_rank: Results, alone: dict[str, Any]) -> None:
+def test_teacher_view_scores_as_alone(one_rank: Results, alone: dict[str, Any]) -> None:
     check_scored_as_alone(one_rank("positions")["own"], alone, "teacher_log_prob")
 
 
 @pytest.mark.distributed
-def test_pitfall_07_twin_positions_of_the_students_prompt_are_seen(
+def test_positions_twin_positions_of_the_students_prompt_are_seen(
     one_rank: Results, alone: dict[str, Any]
 ) -> None:
     inherited = one_rank("positions")["inherited_defect"]
@@ -214,7 +214,7 @@ def test_second_update_of_a_batch_is_scored_by_the_moved_teacher(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", ["tied", "untied"])
-def test_pitfall_01_teacher_at_rate_one_is_the_student_in_every_tensor(
+def test_teacher_at_rate_one_is_the_student_in_every_tensor(
     one_rank: Results, check_teacher_is_student: Any, model: str
 ) -> None:
     check_teacher_is_student(one_rank("ema_one")[model])
@@ -222,7 +222,7 @@ def test_pitfall_01_teacher_at_rate_one_is_the_student_in_every_tensor(
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("model", ["tied", "untied"])
-def test_pitfall_01_twin_a_forgotten_root_unit_is_seen(
+def test_teacher_twin_a_forgotten_root_unit_is_seen(
     one_rank: Results, check_teacher_is_student: Any, model: str
 ) -> None:
     with pytest.raises(AssertionError):
@@ -230,18 +230,18 @@ def test_pitfall_01_twin_a_forgotten_root_unit_is_seen(
 
 
 @pytest.mark.distributed
-def test_pitfall_02_teachers_are_kept_in_float32(one_rank: Results) -> None:
+def test_teachers_are_kept_in_float32(one_rank: Results) -> None:
     for model in ("tied", "untied"):
         assert one_rank("ema_one")[model]["dtypes"] == ["torch.float32"]
 
 
 @pytest.mark.distributed
-def test_pitfall_03_a_resumed_engine_goes_on_bit_by_bit(one_rank: Results, check_resumed: Any) -> None:
+def test_resume_continues_the_engine_bit_by_bit(one_rank: Results, check_resumed: Any) -> None:
     check_resumed(one_rank("checkpoint"), "resumed")
 
 
 @pytest.mark.distributed
-def test_pitfall_03_twin_a_teacher_that_starts_again_is_seen(one_rank: Results, check_resumed: Any) -> None:
+def test_resume_twin_a_teacher_that_starts_again_is_seen(one_rank: Results, check_resumed: Any) -> None:
     with pytest.raises(AssertionError):
         check_resumed(one_rank("checkpoint"), "resumed_defect")
 
@@ -253,12 +253,12 @@ def check_ratio_reads_old_log_probs(losses: dict[str, Any], suffix: str) -> None
 
 
 @pytest.mark.distributed
-def test_pitfall_04_perturbed_old_log_probs_change_the_loss(one_rank: Results) -> None:
+def test_perturbed_old_log_probs_change_the_loss(one_rank: Results) -> None:
     check_ratio_reads_old_log_probs(one_rank("old_log_probs"), "")
 
 
 @pytest.mark.distributed
-def test_pitfall_04_twin_old_set_to_current_is_seen(one_rank: Results) -> None:
+def test_old_log_probs_twin_old_set_to_current_is_seen(one_rank: Results) -> None:
     with pytest.raises(AssertionError):
         check_ratio_reads_old_log_probs(one_rank("old_log_probs"), "_defect")
 
@@ -269,27 +269,25 @@ def test_a_method_that_returns_the_log_prob_itself_gets_its_gradient(one_rank: R
 
 
 @pytest.mark.distributed
-def test_pitfall_05_loss_and_gradient_do_not_depend_on_the_split(
-    one_rank: Results, check_same_update: Any
-) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_split(one_rank: Results, check_same_update: Any) -> None:
     played = one_rank("micro_batches")
     check_same_update(played, played["packed/4096"], "")
 
 
 @pytest.mark.distributed
-def test_pitfall_05_twin_a_mean_per_micro_batch_is_seen(one_rank: Results, check_same_update: Any) -> None:
+def test_split_twin_a_mean_per_micro_batch_is_seen(one_rank: Results, check_same_update: Any) -> None:
     played = one_rank("micro_batches")
     with pytest.raises(AssertionError):
         check_same_update(played, played["packed/4096_defect"], "_defect")
 
 
 @pytest.mark.distributed
-def test_pitfall_06_packed_sequences_score_as_padded_ones(one_rank: Results, check_packing: Any) -> None:
+def test_packed_sequences_score_as_padded_ones(one_rank: Results, check_packing: Any) -> None:
     check_packing(one_rank("packing"), "packed")
 
 
 @pytest.mark.distributed
-def test_pitfall_06_twin_a_leaking_state_is_seen(one_rank: Results, check_packing: Any) -> None:
+def test_packing_twin_a_leaking_state_is_seen(one_rank: Results, check_packing: Any) -> None:
     with pytest.raises(AssertionError):
         check_packing(one_rank("packing"), "packed_defect")
 
@@ -301,12 +299,12 @@ def check_nothing_to_learn(played: dict[str, float]) -> None:
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("context", ["same_view", "same_picture"])
-def test_pitfall_09_identical_contexts_give_no_loss(one_rank: Results, context: str) -> None:
+def test_identical_contexts_give_no_loss(one_rank: Results, context: str) -> None:
     check_nothing_to_learn(one_rank("same_context")[context])
 
 
 @pytest.mark.distributed
-def test_pitfall_09_twin_a_teacher_prompt_without_template_is_seen(one_rank: Results) -> None:
+def test_context_twin_a_teacher_prompt_without_template_is_seen(one_rank: Results) -> None:
     with pytest.raises(AssertionError):
         check_nothing_to_learn(one_rank("same_context")["no_template_defect"])
 
@@ -317,12 +315,12 @@ def check_first_update_trains(played: dict[str, Any]) -> None:
 
 
 @pytest.mark.distributed
-def test_pitfall_13_first_update_moves_the_weights(one_rank: Results) -> None:
+def test_first_update_moves_the_weights(one_rank: Results) -> None:
     check_first_update_trains(one_rank("first_learning_rate")["ours"])
 
 
 @pytest.mark.distributed
-def test_pitfall_13_twin_verls_own_schedule_is_seen(one_rank: Results) -> None:
+def test_warm_up_twin_verls_own_schedule_is_seen(one_rank: Results) -> None:
     with pytest.raises(AssertionError):
         check_first_update_trains(one_rank("first_learning_rate")["verl_defect"])
 

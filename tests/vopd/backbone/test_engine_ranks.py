@@ -13,37 +13,37 @@ Results = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
-def test_pitfall_01_teacher_at_rate_one_is_the_student_in_every_tensor(
+def test_teacher_at_rate_one_is_the_student_in_every_tensor(
     two_ranks: Results, check_teacher_is_student: Any, model: str
 ) -> None:
     check_teacher_is_student(two_ranks("ema_one")[model])
 
 
 @pytest.mark.parametrize("model", ["tied", "untied"])
-def test_pitfall_01_twin_a_forgotten_root_unit_is_seen(
+def test_teacher_twin_a_forgotten_root_unit_is_seen(
     two_ranks: Results, check_teacher_is_student: Any, model: str
 ) -> None:
     with pytest.raises(AssertionError):
         check_teacher_is_student(two_ranks("ema_one")[f"{model}_defect"])
 
 
-def test_pitfall_03_resumed_ranks_go_on_bit_by_bit(two_ranks: Results, check_resumed: Any) -> None:
+def test_resume_continues_the_ranks_bit_by_bit(two_ranks: Results, check_resumed: Any) -> None:
     check_resumed(two_ranks("checkpoint"), "resumed")
     check_resumed(two_ranks("checkpoint"), "resumed_from_one_rank")
 
 
-def test_pitfall_03_twin_a_teacher_that_starts_again_is_seen(two_ranks: Results, check_resumed: Any) -> None:
+def test_resume_twin_a_teacher_that_starts_again_is_seen(two_ranks: Results, check_resumed: Any) -> None:
     with pytest.raises(AssertionError):
         check_resumed(two_ranks("checkpoint"), "resumed_defect")
 
 
-def test_pitfall_05_two_ranks_make_the_update_of_one(
+def test_two_ranks_make_the_update_of_one(
     one_rank: Results, two_ranks: Results, check_same_update: Any
 ) -> None:
     check_same_update(two_ranks("micro_batches"), one_rank("micro_batches")["packed/4096"], "")
 
 
-def test_pitfall_05_twin_a_mean_per_micro_batch_is_seen(
+def test_split_twin_a_mean_per_micro_batch_is_seen(
     one_rank: Results, two_ranks: Results, check_same_update: Any
 ) -> None:
     with pytest.raises(AssertionError):
@@ -53,14 +53,12 @@ def test_pitfall_05_twin_a_mean_per_micro_batch_is_seen(
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_pitfall_06_packed_sequences_score_as_padded_ones(
-    two_ranks: Results, check_packing: Any, rank: int
-) -> None:
+def test_packed_sequences_score_as_padded_ones(two_ranks: Results, check_packing: Any, rank: int) -> None:
     check_packing(two_ranks("packing", rank), "packed")
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_pitfall_06_twin_a_leaking_state_is_seen(two_ranks: Results, check_packing: Any, rank: int) -> None:
+def test_packing_twin_a_leaking_state_is_seen(two_ranks: Results, check_packing: Any, rank: int) -> None:
     with pytest.raises(AssertionError):
         check_packing(two_ranks("packing", rank), "packed_defect")
 

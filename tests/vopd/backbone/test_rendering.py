@@ -61,14 +61,14 @@ def check_positions_are_the_models(rope_model: Any, mine: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("view", ["full", "crop", "noise"])
-def test_pitfall_07_positions_of_every_view_are_those_of_its_own_picture(
+def test_positions_of_every_view_are_those_of_its_own_picture(
     processor: Any, rows: list[dict[str, Any]], rope_model: Any, view: str
 ) -> None:
     for row in rows:
         check_positions_are_the_models(rope_model, rendered(processor, row, view).for_training())
 
 
-def test_pitfall_07_twin_positions_of_the_students_prompt_are_seen(
+def test_positions_twin_positions_of_the_students_prompt_are_seen(
     processor: Any, rows: list[dict[str, Any]], rope_model: Any
 ) -> None:
     """Row 0 has equally many tokens in both views, so nothing but the numbers tells them apart."""
@@ -92,11 +92,11 @@ def check_long_prompt_refused(processor: Any, row: dict[str, Any]) -> None:
     assert row["id"] in sentence and str(length) in sentence and "max_prompt_tokens" in sentence
 
 
-def test_pitfall_08_a_prompt_over_the_limit_names_its_row(processor: Any, rows: list[dict[str, Any]]) -> None:
+def test_a_prompt_over_the_limit_names_its_row(processor: Any, rows: list[dict[str, Any]]) -> None:
     check_long_prompt_refused(processor, rows[1])
 
 
-def test_pitfall_08_twin_a_prompt_that_is_cut_is_seen(
+def test_prompt_twin_a_prompt_that_is_cut_is_seen(
     processor: Any, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def cutting(processor: Any, messages: Any, row_id: str, limit: int, template: Any) -> Rendered:
@@ -126,7 +126,7 @@ def check_prompts_differ_in_the_picture_alone(processor: Any, full: Rendered, cr
     assert texts[0][: len(wanted)] == wanted
 
 
-def test_pitfall_09_student_and_teacher_prompts_share_template_and_text(
+def test_student_and_teacher_prompts_share_template_and_text(
     processor: Any, rows: list[dict[str, Any]]
 ) -> None:
     for row in rows:
@@ -134,7 +134,7 @@ def test_pitfall_09_student_and_teacher_prompts_share_template_and_text(
         check_prompts_differ_in_the_picture_alone(processor, full, crop)
 
 
-def test_pitfall_09_twin_a_teacher_prompt_without_template_is_seen(
+def test_context_twin_a_teacher_prompt_without_template_is_seen(
     processor: Any, rows: list[dict[str, Any]]
 ) -> None:
     full = rendered(processor, rows[1], "full")
@@ -168,12 +168,12 @@ def check_one_token_per_merged_patch(processor: Any, row: dict[str, Any], size: 
     assert int((prompt_P == processor.image_token_id).sum()) == (width // size) * (height // size)
 
 
-def test_pitfall_10_prompt_ids_count_the_pictures_patches(processor: Any, rows: list[dict[str, Any]]) -> None:
+def test_prompt_ids_count_the_pictures_patches(processor: Any, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         check_one_token_per_merged_patch(processor, row, 16)
 
 
-def test_pitfall_10_twin_another_bound_on_pixels_is_seen(processor: Any, rows: list[dict[str, Any]]) -> None:
+def test_pixels_twin_another_bound_on_pixels_is_seen(processor: Any, rows: list[dict[str, Any]]) -> None:
     sizes = processor.image_processor.size
     smaller = type(sizes)(**{**dict(sizes), "longest_edge": 2048})
     with mock.patch.object(processor.image_processor, "size", smaller), pytest.raises(AssertionError):

@@ -112,11 +112,11 @@ def check_each_view_rendered_once(played: Played, row: dict[str, Any]) -> None:
     assert played.rendered == [row["id"]] * 2  # full and crop
 
 
-def test_pitfall_16_each_view_is_rendered_once_for_all_rollouts(played: Played, row: dict[str, Any]) -> None:
+def test_each_view_is_rendered_once_for_all_rollouts(played: Played, row: dict[str, Any]) -> None:
     check_each_view_rendered_once(played, row)
 
 
-def test_pitfall_16_twin_rendering_per_rollout_is_seen(
+def test_rendering_twin_rendering_per_rollout_is_seen(
     played: Played, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = ViewRolloutWorker._run_agent_loop
@@ -158,13 +158,11 @@ def check_trainer_scores_what_was_sampled_from(played: Played, row: dict[str, An
         assert request["image_data"][0].size == (96, 64)
 
 
-def test_pitfall_10_the_trainer_scores_the_ids_that_were_sampled_from(
-    played: Played, row: dict[str, Any]
-) -> None:
+def test_the_trainer_scores_the_ids_that_were_sampled_from(played: Played, row: dict[str, Any]) -> None:
     check_trainer_scores_what_was_sampled_from(played, row)
 
 
-def test_pitfall_10_twin_a_prompt_rendered_again_with_other_pixels_is_seen(
+def test_pixels_twin_a_prompt_rendered_again_with_other_pixels_is_seen(
     played: Played, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exact = ViewRolloutWorker._training_fields

@@ -64,12 +64,12 @@ def check_order_is_a_function_of_the_seed(trees: dict[int, DictConfig]) -> None:
     assert first[40:] != first[:40]
 
 
-def test_pitfall_15_the_seed_alone_decides_the_order_of_prompts(trees: dict[int, DictConfig]) -> None:
+def test_the_seed_alone_decides_the_order_of_prompts(trees: dict[int, DictConfig]) -> None:
     check_order_is_a_function_of_the_seed(trees)
 
 
 @pytest.mark.parametrize("defect", ["no shuffle", "one seed for all"])
-def test_pitfall_15_twin_another_source_of_order_is_seen(trees: dict[int, DictConfig], defect: str) -> None:
+def test_order_twin_another_source_of_order_is_seen(trees: dict[int, DictConfig], defect: str) -> None:
     changed = {seed: OmegaConf.create(OmegaConf.to_container(tree)) for seed, tree in trees.items()}
     for tree in changed.values():
         if defect == "no shuffle":
@@ -384,7 +384,7 @@ def test_the_prompt_stream_continues_after_a_resume_also_over_epochs(drawn: int)
     assert draws(after, 6) == draws(through, 6)
 
 
-# ---- groups that are thrown away -----------------------------------------------------------------------------------
+# ---- groups that are discarded -------------------------------------------------------------------------------------
 
 
 def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -396,7 +396,9 @@ def test_more_refills_than_allowed_stop_the_run(monkeypatch: pytest.MonkeyPatch)
     )
     for _ in range(2):
         made._add_prompts_to_generate(8)
-    with pytest.raises(TrainingError, match=r"Step 4: 17 more prompts.*2 answers are all right or all wrong"):
+    with pytest.raises(
+        TrainingError, match=r"Step 4: 17 more prompts.*2 answers are all correct or all incorrect"
+    ):
         made._add_prompts_to_generate(1)
     assert submitted == [8, 8]
 
@@ -567,8 +569,8 @@ def test_what_is_no_contract_value_is_refused(advantage: Any, prepared: Any, sen
 
 
 def test_groups_are_filtered_where_the_method_says_so_but_never_in_a_replay() -> None:
-    def filtered(recipe: str, *words: str) -> bool:
-        return bool(verl_config(load(recipe, list(words))).algorithm.filter_groups.enable)
+    def filtered(recipe: str, *overrides: str) -> bool:
+        return bool(verl_config(load(recipe, list(overrides))).algorithm.filter_groups.enable)
 
     assert [filtered(r) for r in ("vision_opd", "grpo", "dapo")] == [False, False, True]
     assert not filtered("dapo", "rollout.replay=somewhere")

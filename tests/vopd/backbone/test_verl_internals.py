@@ -1,6 +1,6 @@
 """Contract with the pinned verl and vLLM: each name and signature that the backbone builds on.
 
-A failure here after an upgrade names the seam; mend vopd/backbone/verl_internals.py or the override it points to.
+A failure here after an upgrade names what changed; fix vopd/backbone/verl_internals.py or the override it points to.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ from vopd.backbone.vllm_worker import WorkerExtension
 from vopd.backbone.worker import MethodWorker, ScoringTrainingWorker
 from vopd.config import ROOT, load
 
-SEAM = f"verl {version('verl')}: the backbone is written against {verl_internals.VERL_VERSION}; this seam differs: "
+SEAM = (
+    f"verl {version('verl')}: the backbone is written against {verl_internals.VERL_VERSION}; this differs: "
+)
 
 # (our class, verl's class, method, verl's arguments that ours must take, in verl's order)
 OVERRIDES = [
@@ -291,17 +293,17 @@ def check_mapping_knows_verls_keys(mapping: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("file", ["verl.yaml", "verl_cpu.yaml", "verl_cuda.yaml"])
-def test_pitfall_14_every_key_we_set_exists_in_verls_tree(file: str) -> None:
+def test_every_key_we_set_exists_in_verls_tree(file: str) -> None:
     path = Path(inspect.getfile(verl_internals)).parent / file
     check_mapping_knows_verls_keys(OmegaConf.to_container(OmegaConf.load(path), resolve=False))
 
 
-def test_pitfall_14_twin_a_mistyped_key_of_verl_is_seen() -> None:
+def test_settings_twin_a_mistyped_key_of_verl_is_seen() -> None:
     with pytest.raises(AssertionError, match="ppo_mini_bacth_size"):
         check_mapping_knows_verls_keys({"actor_rollout_ref": {"actor": {"ppo_mini_bacth_size": 4}}})
 
 
-def test_pitfall_14_an_unknown_verl_word_is_an_error() -> None:
+def test_an_unknown_verl_override_is_an_error() -> None:
     from vopd.backbone.verl_config import verl_config
     from vopd.errors import UserError
 

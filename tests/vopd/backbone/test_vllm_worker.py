@@ -75,11 +75,11 @@ def check_vision_tokens_masked(processor: Any) -> None:
     assert torch.isfinite(probs_BV).all()
 
 
-def test_pitfall_18_vision_tokens_are_masked_in_the_rollout(processor: Any) -> None:
+def test_vision_tokens_are_masked_in_the_rollout(processor: Any) -> None:
     check_vision_tokens_masked(processor)
 
 
-def test_pitfall_18_twin_an_extension_that_drops_the_mask_is_seen(
+def test_vision_tokens_twin_an_extension_that_drops_the_mask_is_seen(
     processor: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CPUWorkerExtension, "monkey_patch_model", lambda self, *_: None)
@@ -128,10 +128,10 @@ def vllm_prompts(
     engine_case: ModuleType, prompts: list[list[int]], options: dict[str, int]
 ) -> list[list[int]]:
     """Prompt ids after vLLM's own processor has put the images in; in a process of its own."""
-    words = json.dumps([str(engine_case.BASE), prompts, options])
+    arguments = json.dumps([str(engine_case.BASE), prompts, options])
     environment = os.environ | {"PYTHONPATH": str(Path(engine_case.__file__).parent)}
     done = subprocess.run(
-        [sys.executable, "-c", COUNT, words], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", COUNT, arguments], env=environment, capture_output=True, text=True, check=False
     )
     if "RESULT" not in done.stdout:  # not an assertion: a broken process is not what the twin looks for
         raise RuntimeError(done.stderr[-3000:])
@@ -153,14 +153,12 @@ def check_vllm_sees_the_trainers_prompt(
 
 
 @pytest.mark.distributed
-def test_pitfall_10_vllm_expands_the_prompt_to_the_ids_that_are_trained(
-    processor: Any, engine_case: ModuleType
-) -> None:
+def test_vllm_expands_the_prompt_to_the_ids_that_are_trained(processor: Any, engine_case: ModuleType) -> None:
     check_vllm_sees_the_trainers_prompt(processor, engine_case, {})
 
 
 @pytest.mark.distributed
-def test_pitfall_10_twin_other_pixel_bounds_in_vllm_are_seen(processor: Any, engine_case: ModuleType) -> None:
+def test_pixels_twin_other_pixel_bounds_in_vllm_are_seen(processor: Any, engine_case: ModuleType) -> None:
     with pytest.raises(AssertionError, match="assert"):
         check_vllm_sees_the_trainers_prompt(processor, engine_case, {"min_pixels": 1024, "max_pixels": 2048})
 

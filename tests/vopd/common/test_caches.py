@@ -77,7 +77,7 @@ def test_a_cache_that_cannot_be_written_is_a_note_once(
     assert caches.read("kind", "first") is None
     said = capsys.readouterr().err
     assert (
-        said == f"vopd: note: the cache {cache} cannot be written (Not a directory); going on without it.\n"
+        said == f"vopd: note: the cache {cache} cannot be written (Not a directory); continuing without it.\n"
     )
     folder = caches.workspace("datasets", "key")
     (folder / "x").write_text("can be used")

@@ -126,8 +126,8 @@ def test_shared_memory() -> None:
 
 
 def test_what_a_run_puts_into_shared_memory_follows_its_settings() -> None:
-    words = ["hardware.devices_per_node=2", "train.rollouts=4"]
-    assert environment_checks.shared_memory_needs(load("grpo", words)) == (2 * 32 * MIB, 300_000_000)
+    overrides = ["hardware.devices_per_node=2", "train.rollouts=4"]
+    assert environment_checks.shared_memory_needs(load("grpo", overrides)) == (2 * 32 * MIB, 300_000_000)
     more = [
         "verl.ray_kwargs.ray_init.object_store_memory=1000",
         "verl.actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=7",
@@ -225,13 +225,13 @@ def test_steering_variables_are_named_and_not_shown() -> None:
     assert environment_checks.steering_note({"PATH": "/"}, {}) is None
 
 
-def prepared(variables: dict[str, str], tmp_path: Path, *words: str, **machine: object) -> list[str]:
+def prepared(variables: dict[str, str], tmp_path: Path, *overrides: str, **machine: object) -> list[str]:
     here = dataclasses.replace(GOOD, **machine)
-    return environment_checks.prepare_run(load("vision_opd", list(words)), variables, {}, tmp_path, here)
+    return environment_checks.prepare_run(load("vision_opd", list(overrides)), variables, {}, tmp_path, here)
 
 
 @pytest.mark.parametrize(
-    ("words", "machine", "sentence"),
+    ("overrides", "machine", "sentence"),
     [
         ([], {"shared_memory_free": 0}, "/dev/shm"),
         ([], {"open_files": 100}, "ulimit -n"),
@@ -240,11 +240,11 @@ def prepared(variables: dict[str, str], tmp_path: Path, *words: str, **machine: 
     ],
 )
 def test_a_run_is_refused_on_a_machine_that_lacks_something(
-    words: list[str], machine: dict[str, object], sentence: str, tmp_path: Path
+    overrides: list[str], machine: dict[str, object], sentence: str, tmp_path: Path
 ) -> None:
     variables = {"HOME": str(tmp_path)}
-    assert prepared(variables, tmp_path, *words) == []
-    assert sentence in said(lambda: prepared(variables, tmp_path, *words, **machine))
+    assert prepared(variables, tmp_path, *overrides) == []
+    assert sentence in said(lambda: prepared(variables, tmp_path, *overrides, **machine))
 
 
 def test_a_run_on_a_cpu_needs_no_proxy_and_one_on_gpus_does(

@@ -1,4 +1,4 @@
-"""What a person is told of an error: the innermost one's own line, the recipe's file and line, the right exit code."""
+"""What the user is told of an error: the innermost one's own line, the recipe's file and line, the exit code."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_an_option_that_vllm_does_not_have_is_found_in_its_log() -> None:
         (3, 0, "ended with code 3"),
     ],
 )
-def test_a_process_that_ended_without_a_word(code: int, kills: int, said: str) -> None:
+def test_a_process_that_ended_without_an_error(code: int, kills: int, said: str) -> None:
     assert ended(code, "driver (pid 1)", kills).sentence == f"the driver (pid 1) {said}"
 
 

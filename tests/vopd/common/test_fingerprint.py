@@ -85,14 +85,14 @@ class Place:
     model: Path
     data: Path
 
-    def run(self, *words: str) -> Run:
+    def run(self, *overrides: str) -> Run:
         profile = self.recipe / "small.yaml"
         given = [f"profile={profile}", f"model.path={self.model}", f"data.folder={self.data}"]
-        return Run(str(self.recipe / "mine.yaml"), [*given, *words], Console(quiet=True))
+        return Run(str(self.recipe / "mine.yaml"), [*given, *overrides], Console(quiet=True))
 
-    def now(self, *words: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def now(self, *overrides: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What the run is made from, and what the base model's answers are."""
-        run = self.run(*words)
+        run = self.run(*overrides)
         answers = run_fingerprint.answers(run, final_views(run.method))
         return {**run_fingerprint.settings(run.config), **run_fingerprint.of(run)}, answers
 
@@ -231,8 +231,8 @@ def test_another_place_and_what_is_not_imported_are_no_difference(
     code("vopd/report/tables.py")(place)
     code("data/synthesis/pipeline.py")(place)
     (place.recipe / "mine.yaml").write_text("# why this rate\n" + YAML)
-    words = ["run_dir=/elsewhere", "hardware.memory_gib=1", "logging.project=other", "train.save_every=3"]
-    assert place.now(*words) == before
+    overrides = ["run_dir=/elsewhere", "hardware.memory_gib=1", "logging.project=other", "train.save_every=3"]
+    assert place.now(*overrides) == before
 
 
 def test_code_that_a_recipe_takes_from_the_repository_counts(place: Place) -> None:
@@ -295,8 +295,8 @@ def test_an_image_that_was_changed_in_place_must_be_validated_again(place: Place
 
 def test_settings_of_verl_make_other_answers(place: Place) -> None:
     answers = [
-        run_fingerprint.answers(place.run(*words), ["full"])
-        for words in (
+        run_fingerprint.answers(place.run(*overrides), ["full"])
+        for overrides in (
             [],
             ["verl.actor_rollout_ref.rollout.dtype=bfloat16"],
             ["rollout.max_batch=3"],

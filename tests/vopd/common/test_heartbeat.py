@@ -1,4 +1,4 @@
-"""Signs of life: written by the process itself, whatever it is doing, and read by another."""
+"""Heartbeats: written by the process itself, whatever it is doing, and read by another."""
 
 from __future__ import annotations
 

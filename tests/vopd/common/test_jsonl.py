@@ -1,4 +1,4 @@
-"""Files of JSON lines on a full disk, torn, or written by somebody else; and words of commands, whatever they are."""
+"""Files of JSON lines on a full disk, torn, or written by somebody else; and arbitrary overrides."""
 
 import json
 import resource
@@ -89,11 +89,11 @@ VALUES = st.sampled_from(
 
 
 @given(st.lists(st.builds("{}={}".format, KEYS, VALUES | st.text()) | st.text(), max_size=6))
-def test_any_words_are_settings_or_a_sentence(words: list[str]) -> None:
+def test_any_overrides_are_applied_or_refused(overrides: list[str]) -> None:
     with suppress(UserError):
-        Tree(OmegaConf.structured(Settings)).override(words)
+        Tree(OmegaConf.structured(Settings)).override(overrides)
     with suppress(UserError):
-        assert settings_of(words).concurrency >= 1
+        assert settings_of(overrides).concurrency >= 1
 
 
 def test_lines_are_plain_json(tmp_path: Path) -> None:

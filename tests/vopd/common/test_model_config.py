@@ -30,7 +30,7 @@ def test_what_cannot_be_read_is_named(content: str | None, tmp_path: Path) -> No
 @pytest.mark.parametrize("name", ["no/such/folder", "nobody/nothing", "/gone"])
 def test_a_name_that_leads_nowhere_is_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(UserError, match=f"model.path={name}: no such folder, and not to be had from the hub"):
+    with pytest.raises(UserError, match=f"model.path={name}: no such folder, and not available from the hub"):
         model_config.read(name)
 
 

@@ -1,4 +1,4 @@
-"""Words: any text is applied or refused in one sentence, and nothing of the environment gets into the settings."""
+"""Overrides: any text is applied or refused in one sentence, and nothing of the environment gets into the settings."""
 
 from pathlib import Path
 
@@ -35,8 +35,8 @@ def test_words_are_handed_on_as_they_are() -> None:
 
 
 def test_open_sections_take_new_keys_with_or_without_a_plus() -> None:
-    for word in ("verl.trainer.x=1", "+verl.trainer.x=1", "++verl.trainer.x=1"):
-        assert TREE.checked([word]) == ["++verl.trainer.x=1"]
+    for override in ("verl.trainer.x=1", "+verl.trainer.x=1", "++verl.trainer.x=1"):
+        assert TREE.checked([override]) == ["++verl.trainer.x=1"]
     config = load("vision_opd", ["rollout.chat_template.enable_thinking=false"])
     assert config.rollout.chat_template == {"enable_thinking": False}
 
@@ -105,7 +105,7 @@ def test_pieces_that_make_a_reference_when_they_are_joined_are_refused(
         "data.prepare='{oc.env:SECRET}'",
         "run_dir='${logging.project}${data.prepare}'",
     ]
-    with pytest.raises(UserError, match="not taken"):
+    with pytest.raises(UserError, match="not allowed"):
         load("vision_opd", pieces)
 
 
@@ -119,10 +119,10 @@ def test_no_variable_gets_into_the_settings(
     recipe, profile = tmp_path / "mine.yaml", tmp_path / "own.yaml"
     own = place % "${oc.env:SECRET}" + "\n"
     recipe.write_text("method: {module: vopd.vision_opd}\n" + own)
-    with pytest.raises(UserError, match=r"mine\.yaml: .*not taken"):
+    with pytest.raises(UserError, match=r"mine\.yaml: .*not allowed"):
         load(str(recipe), [])
     profile.write_text(own)
-    with pytest.raises(UserError, match=r"own\.yaml: .*not taken"):
+    with pytest.raises(UserError, match=r"own\.yaml: .*not allowed"):
         load("vision_opd", [f"profile={profile}"])
 
 
@@ -150,8 +150,8 @@ def test_any_value_is_applied_or_refused_in_a_sentence(key: str, value: str) -> 
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=12))
-def test_any_word_is_applied_or_refused_in_a_sentence(word: str) -> None:
-    assert refusal(word)  # no text this short is a setting of the tree
+def test_any_override_is_applied_or_refused_in_a_sentence(override: str) -> None:
+    assert refusal(override)  # no text this short is a setting of the tree
 
 
 def test_a_profile_is_named_once() -> None:

@@ -26,7 +26,7 @@ def made(folder: Path, **texts: str) -> Path:
 
 
 def content(folder: Path) -> dict[str, str]:
-    """What a person sees in the folder; temporary files too, of which none may be left."""
+    """What a user sees in the folder; temporary files too, of which none may be left."""
     return {f.name: f.read_text() for f in folder.iterdir() if f.name != LEDGER}
 
 

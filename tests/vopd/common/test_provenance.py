@@ -51,7 +51,7 @@ def test_what_has_not_changed_is_not_read_again(tmp_path: Path, counted: list[Pa
     file.write_bytes(b"weights")
     first = provenance.hash_files([file])
     assert provenance.hash_files([file]) == first and counted == [file]
-    assert provenance.hash_contents([file]) != first  # names are no part of it
+    assert provenance.hash_contents([file]) != first  # names are not part of it
     file.rename(tmp_path / "other.safetensors")
     assert provenance.hash_files([tmp_path / "other.safetensors"]) != first
 

@@ -52,7 +52,7 @@ def test_aliases_are_bounded_by_what_they_expand_to(tmp_path: Path) -> None:
         read(tmp_path / "x.yaml", bomb(9, 9))
     with pytest.raises(UserError, match="more than 10,000 values"):
         read(tmp_path / "x.yaml", bomb(30, 100))
-    with pytest.raises(UserError, match="line 1: an alias that holds itself"):
+    with pytest.raises(UserError, match="line 1: an alias that contains itself"):
         read(tmp_path / "x.yaml", "a: &a {b: *a}\n")
 
 
@@ -61,8 +61,8 @@ def test_aliases_are_bounded_by_what_they_expand_to(tmp_path: Path) -> None:
     [
         (b"a: \xff\n", "line 1: not UTF-8"),
         ("a: 1\n".encode("utf-16"), "save it as UTF-8"),
-        ("a: {b: 1, b: 2}\n", "line 1: the key 'b' stands there twice"),
-        ("a:\n  true: 1\n", "line 2: 'true' is a key and no text"),
+        ("a: {b: 1, b: 2}\n", "line 1: the key 'b' is given twice"),
+        ("a:\n  true: 1\n", "line 2: 'true' is a key but not text"),
         ("? [a]\n: 1\n", "a list or mapping is a key"),
         ("a: 2026-02-30\n", None),
         ("a: *gone\n", "found undefined alias"),

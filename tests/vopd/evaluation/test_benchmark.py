@@ -76,14 +76,14 @@ def test_loads_prompts_answers_and_scores(
         return {"text": f"Answer: {gold.get(text, 'A')}"}
 
     server = stub(answer)
-    words = [
+    overrides = [
         "model=stub",
         f"benchmarks=[{name}]",
         f"endpoint={server.url}",
         f"data={published}",
         f"out={tmp_path}",
     ]
-    assert evaluate.main(words) == 0
+    assert evaluate.main(overrides) == 0
     records = read_records(tmp_path / "stub" / name / "records.jsonl").records
     assert len(records) == len(server.asked) == count * len(questions.views)
     right = next(r for r in records if r.id == first.id and r.view == "full")

@@ -30,7 +30,7 @@ def right(body: dict[str, Any]) -> dict[str, Any]:
     return {"text": "Yes." if "dog" in text or "car" in text else "No."}
 
 
-def words(server: Any, data: Path, out: Path, *more: str, name: str = "pope") -> list[str]:
+def overrides(server: Any, data: Path, out: Path, *more: str, name: str = "pope") -> list[str]:
     return [
         "model=stub",
         f"benchmarks=[{name}]",
@@ -56,7 +56,7 @@ def test_killed_and_restarted_it_asks_only_what_is_missing(
     stub: Start, published: Path, tmp_path: Path
 ) -> None:
     server = stub(right, delay=0.4)
-    arguments = words(server, published, tmp_path, "concurrency=2")
+    arguments = overrides(server, published, tmp_path, "concurrency=2")
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-P", "-m", "vopd", "evaluate", *arguments]
     process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, start_new_session=True)
@@ -95,12 +95,12 @@ def test_a_question_without_an_answer_leaves_no_record_and_is_asked_again(
         return 400 if broken["on"] and "bus" in body["messages"][0]["content"][-1]["text"] else right(body)
 
     server = stub(answer)
-    assert evaluate.main(words(server, published, tmp_path)) == 1
+    assert evaluate.main(overrides(server, published, tmp_path)) == 1
     assert "3 questions got no answer" in capsys.readouterr().out
     assert len(records_of(tmp_path)) == 9
     broken["on"] = False
     before = len(server.asked)
-    assert evaluate.main(words(server, published, tmp_path)) == 0
+    assert evaluate.main(overrides(server, published, tmp_path)) == 0
     assert len(server.asked) - before == 3
     assert len(records_of(tmp_path)) == 12
 
@@ -114,7 +114,7 @@ def test_a_server_that_is_gone_ends_the_run_and_keeps_what_it_has(
 ) -> None:
     monkeypatch.setattr(asking, "MOST_FAILURES", 3)
     server = stub(lambda body: right(body) if len(server.asked) <= 4 else 400)
-    assert evaluate.main(words(server, published, tmp_path, "concurrency=1")) == 2
+    assert evaluate.main(overrides(server, published, tmp_path, "concurrency=1")) == 2
     assert "3 questions in a row got no answer" in capsys.readouterr().err
     assert len(records_of(tmp_path)) == 4
 
@@ -123,7 +123,7 @@ def test_several_benchmarks_are_asked_through_one_client(
     stub: Start, published: Path, tmp_path: Path
 ) -> None:
     server = stub(lambda body: {"text": "Answer: B"})
-    assert evaluate.main(words(server, published, tmp_path, name="vstar,mmvp,mmstar")) == 0
+    assert evaluate.main(overrides(server, published, tmp_path, name="vstar,mmvp,mmstar")) == 0
     assert [len(records_of(tmp_path, name)) for name in ("vstar", "mmvp", "mmstar")] == [3, 4, 4]
     assert len(server.asked) == 11  # none was sent twice
 
@@ -132,7 +132,7 @@ def test_several_benchmarks_are_asked_through_one_client(
 
 
 @pytest.mark.parametrize(
-    ("word", "key"),
+    ("override", "key"),
     [
         ("thinking=true", "thinking"),
         ("max_tokens=5", "max_tokens"),
@@ -141,11 +141,11 @@ def test_several_benchmarks_are_asked_through_one_client(
     ],
 )
 def test_records_of_other_settings_are_refused(
-    word: str, key: str, stub: Start, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    override: str, key: str, stub: Start, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = stub(right)
-    assert evaluate.main(words(server, published, tmp_path, "rows=2")) == 0
-    assert evaluate.main(words(server, published, tmp_path, word)) == 2
+    assert evaluate.main(overrides(server, published, tmp_path, "rows=2")) == 0
+    assert evaluate.main(overrides(server, published, tmp_path, override)) == 2
     assert f"its records were made with {key} " in capsys.readouterr().err
     assert len(server.asked) == 2
 
@@ -159,14 +159,14 @@ def test_records_of_other_code_or_pictures_are_refused(
 ) -> None:
     server, data = stub(right), tmp_path / "data"
     shutil.copytree(published / "mmvp", data / "mmvp")
-    arguments = words(server, data, tmp_path, name="mmvp")
+    arguments = overrides(server, data, tmp_path, name="mmvp")
     settings = tmp_path / "stub" / "mmvp" / "settings.json"
     assert evaluate.main(arguments) == 0 == evaluate.main(arguments)
     before = settings.read_text()
 
     def refused(by: str) -> bool:
         answer = evaluate.main(arguments)
-        return answer == 2 and f"do not go with those of now: {by}" in capsys.readouterr().err
+        return answer == 2 and f"do not match the current inputs: {by}" in capsys.readouterr().err
 
     content = json.loads(before)
     content["made_from"]["code vopd/views.py"] = "an older one"
@@ -187,14 +187,15 @@ def test_records_of_other_code_or_pictures_are_refused(
 def test_settings_reach_the_server(stub: Start, published: Path, tmp_path: Path) -> None:
     server = stub(right)
     assert (
-        evaluate.main(words(server, published, tmp_path, "rows=2", "thinking=true", "temperature=0.7")) == 0
+        evaluate.main(overrides(server, published, tmp_path, "rows=2", "thinking=true", "temperature=0.7"))
+        == 0
     )
     first, second = server.asked
     assert first["chat_template_kwargs"] == {"enable_thinking": True}
     assert (first["temperature"], first["max_tokens"]) == (0.7, 32768)
     assert first["seed"] != second["seed"]
     greedy = stub(right)
-    assert evaluate.main(words(greedy, published, tmp_path / "greedy", "rows=1")) == 0
+    assert evaluate.main(overrides(greedy, published, tmp_path / "greedy", "rows=1")) == 0
     assert (greedy.asked[0]["temperature"], greedy.asked[0].get("seed")) == (0.0, None)
     assert greedy.asked[0]["chat_template_kwargs"] == {"enable_thinking": False}
 
@@ -243,7 +244,7 @@ def test_truncation_reasoning_sizes_and_times_are_recorded(
     server = stub(
         lambda body: {"text": "", "finish": "length", "message": {"reasoning_content": "Hm."}}, delay=0.05
     )
-    assert evaluate.main(words(server, published, tmp_path, "rows=3", "--speed", "concurrency=1")) == 0
+    assert evaluate.main(overrides(server, published, tmp_path, "rows=3", "--speed", "concurrency=1")) == 0
     record = records_of(tmp_path)[0]
     assert record.truncated and record.parsed is None and not record.correct
     assert record.details["reasoning"] == "Hm."
@@ -268,7 +269,7 @@ def test_cut_reasoning_of_a_server_is_not_read_as_an_answer(
     finish: str, text: str, parsed: str | None, stub: Start, published: Path, tmp_path: Path
 ) -> None:
     server = stub(lambda body: {"text": text, "finish": finish})
-    assert evaluate.main(words(server, published, tmp_path, "thinking=true", "rows=1", name="vstar")) == 0
+    assert evaluate.main(overrides(server, published, tmp_path, "thinking=true", "rows=1", name="vstar")) == 0
     assert records_of(tmp_path, "vstar")[0].parsed == parsed
 
 
@@ -276,9 +277,9 @@ def test_a_benchmark_twice_or_without_the_view_is_refused(
     stub: Start, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = stub(right)
-    assert evaluate.main(words(server, published, tmp_path, name="pope,pope")) == 2
+    assert evaluate.main(overrides(server, published, tmp_path, name="pope,pope")) == 2
     assert "twice" in capsys.readouterr().err
-    assert evaluate.main(words(server, published, tmp_path, "views=[crop]")) == 2
+    assert evaluate.main(overrides(server, published, tmp_path, "views=[crop]")) == 2
     assert "pope has no crops" in capsys.readouterr().err
     assert server.asked == []
 
@@ -297,7 +298,7 @@ def test_the_official_scorer_reads_the_same_records_and_is_named(
     stub: Start, published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     server = stub(lambda body: {"text": "Answer: B"})  # the published rule reads the A of "Answer"
-    arguments = words(server, published, tmp_path, name="vstar")
+    arguments = overrides(server, published, tmp_path, name="vstar")
     assert evaluate.main(arguments) == 0
     strict = summary_of(tmp_path, "vstar")
     assert evaluate.main([*arguments, "scorer=official"]) == 0
@@ -322,7 +323,7 @@ def test_an_exclusion_list_gives_a_second_variant(
         "method": {"hash": "phash"},
     }
     file.write_text(json.dumps(listed))
-    assert evaluate.main(words(server, published, tmp_path, f"exclude=[{file}]")) == 0
+    assert evaluate.main(overrides(server, published, tmp_path, f"exclude=[{file}]")) == 0
     variants = summary_of(tmp_path)["variants"]
     assert {k: v["full"]["questions"] for k, v in variants.items()} == {"full": 12, "de-overlapped": 10}
     assert variants["full"]["full"]["accuracy"]["value"] == 0.5
@@ -334,12 +335,12 @@ def test_an_exclusion_list_gives_a_second_variant(
         ({"method": None}, None),
     ]:
         file.write_text(json.dumps(listed | change))
-        assert evaluate.main(words(server, published, tmp_path, f"exclude=[{file}]")) == (
+        assert evaluate.main(overrides(server, published, tmp_path, f"exclude=[{file}]")) == (
             2 if sentence else 0
         )
         assert sentence is None or sentence in capsys.readouterr().err
     file.write_text("[]")
-    assert evaluate.main(words(server, published, tmp_path, f"exclude=[{file}]")) == 2
+    assert evaluate.main(overrides(server, published, tmp_path, f"exclude=[{file}]")) == 2
 
 
 # ---- the judge -----------------------------------------------------------------------------------------------------
@@ -356,7 +357,7 @@ def test_the_judge_sees_only_what_is_open_and_its_failure_is_a_third_state(
 
     verdict = {"text": "I would rather not say."}
     server, judge = stub(answer), stub(lambda body: verdict)
-    arguments = words(server, published, tmp_path, "views=[full]", name="zoombench")
+    arguments = overrides(server, published, tmp_path, "views=[full]", name="zoombench")
     assert evaluate.main(arguments) == 0
     assert summary_of(tmp_path, "zoombench")["variants"]["full"]["full"]["questions"] == 3
     judged = [*arguments, f"judge.endpoint={judge.url}", "judge.model=j"]
@@ -380,5 +381,5 @@ def test_the_judge_sees_only_what_is_open_and_its_failure_is_a_third_state(
     verdicts = tmp_path / "stub" / "zoombench" / "judge.jsonl"
     verdicts.write_text(verdicts.read_text().replace('"asked": "', '"asked": "otherwise '))
     assert evaluate.main(judged) == 0
-    assert len(judge.asked) == 8  # nor those that were asked for with other words
+    assert len(judge.asked) == 8  # nor those that were asked for with another prompt
     assert len(server.asked) == 3

@@ -24,11 +24,11 @@ def right(body: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.fixture
-def words(stub: Start, published: Path, tmp_path: Path) -> Callable[..., list[str]]:
-    """Words of an evaluation of POPE's fixture; `words.server` answers it."""
+def overrides(stub: Start, published: Path, tmp_path: Path) -> Callable[..., list[str]]:
+    """Overrides of an evaluation of POPE's fixture; `overrides.server` answers it."""
     server = stub(right)
 
-    def given_words(*more: str, model: str = "stub") -> list[str]:
+    def given_overrides(*more: str, model: str = "stub") -> list[str]:
         usual = [
             "benchmarks=[pope]",
             f"endpoint={server.url}",
@@ -37,18 +37,18 @@ def words(stub: Start, published: Path, tmp_path: Path) -> Callable[..., list[st
         ]
         return [f"model={model}", *usual, *more]
 
-    given_words.server = server  # type: ignore[attr-defined]
-    return given_words
+    given_overrides.server = server  # type: ignore[attr-defined]
+    return given_overrides
 
 
 def test_a_full_disk_ends_in_a_sentence_and_nothing_answered_is_lost(
-    words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    overrides: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main(words("rows=1")) == 0  # the library's copy of the data is made
+    assert evaluate.main(overrides("rows=1")) == 0  # the library's copy of the data is made
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
     try:
-        assert evaluate.main(words("concurrency=1")) == 2
+        assert evaluate.main(overrides("concurrency=1")) == 2
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert (
@@ -57,9 +57,9 @@ def test_a_full_disk_ends_in_a_sentence_and_nothing_answered_is_lost(
     file = tmp_path / "out" / "stub" / "pope" / "records.jsonl"
     kept = read_answers(file)
     assert 1 < len(kept.records) < 12 and kept.torn == 0
-    asked = len(words.server.asked)
-    assert evaluate.main(words()) == 0
-    assert len(words.server.asked) - asked == 12 - len(kept.records)
+    asked = len(overrides.server.asked)
+    assert evaluate.main(overrides()) == 0
+    assert len(overrides.server.asked) - asked == 12 - len(kept.records)
     assert read_answers(file).records[: len(kept.records)] == kept.records
 
 
@@ -79,14 +79,14 @@ def test_no_room_for_the_librarys_copy_is_not_the_files_fault(
 
 
 def test_two_names_that_share_a_folder_do_not_share_answers(
-    words: Any, capsys: pytest.CaptureFixture[str]
+    overrides: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main(words(model="a/b")) == 0
-    asked = len(words.server.asked)
-    assert evaluate.main(words(model="a_b")) == 2
+    assert evaluate.main(overrides(model="a/b")) == 0
+    asked = len(overrides.server.asked)
+    assert evaluate.main(overrides(model="a_b")) == 2
     assert "its records were made with name 'a/b', now name is 'a_b'" in capsys.readouterr().err
-    assert len(words.server.asked) == asked
-    assert evaluate.main(words(model="a/b")) == 0
+    assert len(overrides.server.asked) == asked
+    assert evaluate.main(overrides(model="a/b")) == 0
 
 
 @pytest.mark.parametrize(
@@ -103,13 +103,13 @@ def test_two_names_that_share_a_folder_do_not_share_answers(
     ],
 )
 def test_a_record_of_another_kind_is_named(
-    change: dict[str, Any], sentence: str, words: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    change: dict[str, Any], sentence: str, overrides: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert evaluate.main(words("rows=2")) == 0
+    assert evaluate.main(overrides("rows=2")) == 0
     file = tmp_path / "out" / "stub" / "pope" / "records.jsonl"
     first, rest = file.read_text().split("\n", 1)
     file.write_text(json.dumps(json.loads(first) | change) + "\n" + rest)
-    assert evaluate.main(words("rows=2")) == 2
+    assert evaluate.main(overrides("rows=2")) == 2
     assert sentence in capsys.readouterr().err
 
 
@@ -122,12 +122,12 @@ def test_a_verdict_that_is_none_is_named(line: str, tmp_path: Path) -> None:
 
 
 def test_what_comes_from_a_file_is_printed_as_it_stands(
-    words: Any, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]
+    overrides: Any, tmp_path: Path, published: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = (benchmark.FOLDER / "pope.yaml").read_text()
     hostile = 'title: "[/red]\\e[31mPOPE[bold]"\nfolder: "' + str(published / "pope") + '"'
     (tmp_path / "hostile.yaml").write_text(spec.replace("title: POPE", hostile).replace("hub:", "# hub:"))
-    asked = [word for word in words("--speed", model="'[/x]'") if "benchmarks=" not in word]
+    asked = [override for override in overrides("--speed", model="'[/x]'") if "benchmarks=" not in override]
     assert evaluate.main([*asked, f"benchmarks=[{tmp_path / 'hostile.yaml'}]"]) == 0
     out = capsys.readouterr().out
     assert "[/red]" in out and "[_x]" in out and "\x1b[31m" not in out

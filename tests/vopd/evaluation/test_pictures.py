@@ -170,8 +170,8 @@ def test_bad_pictures_are_questions_without_an_answer(
     spoils = [kinds.BROKEN[k][0] for k in ("empty", "a web page", "JPEG cut short", "bomb", "TIFF")]
     rewritten(published, tmp_path / "data", "vstar", lambda i, good: spoils[i % 5] if i < 25 else good)
     server = stub(lambda body: {"text": "Answer: A"})
-    words = ["model=stub", "benchmarks=[vstar]", f"endpoint={server.url}", f"data={tmp_path / 'data'}"]
-    assert evaluate.main([*words, f"out={tmp_path}", "concurrency=1"]) == 1
+    overrides = ["model=stub", "benchmarks=[vstar]", f"endpoint={server.url}", f"data={tmp_path / 'data'}"]
+    assert evaluate.main([*overrides, f"out={tmp_path}", "concurrency=1"]) == 1
     said = capsys.readouterr().out
     assert "vstar/0/full: its picture is not there: column image holds neither" in said
     assert "vstar/1/full: its picture is not a readable image" in said

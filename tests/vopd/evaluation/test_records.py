@@ -45,7 +45,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 5, 60])
-def test_a_torn_last_line_is_dropped_counted_and_mended(tmp_path: Path, cut: int) -> None:
+def test_a_torn_last_line_is_dropped_counted_and_repaired(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "r.jsonl"
     append(path, [record(), record(id="t-2")])
     content = path.read_bytes()
@@ -54,9 +54,9 @@ def test_a_torn_last_line_is_dropped_counted_and_mended(tmp_path: Path, cut: int
     assert [r.id for r in torn.records] == ["t-1"]
     assert torn.torn == 1
     append(path, [record(id="t-2"), record(id="t-3")])
-    mended = read_records(path)
-    assert [r.id for r in mended.records] == ["t-1", "t-2", "t-3"]
-    assert mended.torn == 0
+    repaired = read_records(path)
+    assert [r.id for r in repaired.records] == ["t-1", "t-2", "t-3"]
+    assert repaired.torn == 0
 
 
 def test_an_empty_file_and_one_torn_line(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def _records(total: dict[str, int], right: Right, shift: int) -> Iterable[Record
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """make_run(name, before, after, shift, steps) -> run folder; 100 test and 50 hold-out questions."""
+    """make_run(name, before, after, shift, steps) -> run folder; 100 test and 50 held-out questions."""
     total = {"test": 100, "holdout": 50}
     base = {("test", "full"): 60, ("test", "crop"): 90, ("holdout", "full"): 30}
 
@@ -71,7 +71,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
 
 
 def _helper(name: str) -> ModuleType:
-    """A module of this folder that is no test; pytest's importlib mode puts no folder on the path."""
+    """A module of this folder that is not a test; pytest's importlib mode puts no folder on the path."""
     spec = spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
     assert spec and spec.loader
     module = module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""Made-up run folders with a known effect: the base model's verdicts are fixed by a hash, a method mends a share of
+"""Made-up run folders with a known effect: the base model's verdicts are fixed by a hash, a method fixes a share of
 the wrong full-view answers and breaks a share of the right ones, by a generator seeded with recipe and seed."""
 
 import json
@@ -46,7 +46,7 @@ def record(question: Question, view: str, correct: bool, says: str, tokens: int 
 def answers(
     asked: Sequence[Question], who: tuple[object, ...], fixed: float, broken: float, says: str = "I see"
 ) -> list[Record]:
-    """Full and crop answers (full alone on the hold-out); `who` seeds what the method changes."""
+    """Full and crop answers (full alone on held-out questions); `who` seeds what the method changes."""
     found = []
     for question in asked:
         for view in ("full", "crop") if question[0] != "holdout" else ("full",):

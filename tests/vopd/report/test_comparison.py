@@ -1,4 +1,4 @@
-"""What was put into made-up runs is found: effects, chance, ranks, tokens, cost; what does not compare is refused."""
+"""What was put into made-up runs is found: effects, chance, ranks, tokens, cost; incomparable runs are refused."""
 
 import itertools
 import json
@@ -67,7 +67,7 @@ def test_ranks_and_the_difference_to_the_best(three: Comparison) -> None:
     assert strong.against is None
     assert nothing.against and nothing.against.name == "strong" and nothing.against.seeds == [0, 1, 2]
     assert nothing.against.difference.value == pytest.approx(-strong.measures["full"].change.value)
-    assert "Behind it by more than chance: nothing, harmful." in tables.verdict(three)
+    assert "Significantly below it: nothing, harmful." in tables.verdict(three)
 
 
 def test_ablations_and_controls_stand_against_the_recipe_they_vary(three: Comparison) -> None:
@@ -212,7 +212,7 @@ def test_seconds_of_different_machines_are_said_not_to_compare(
     synthetic.make_run(tmp_path, "one")
     synthetic.make_run(tmp_path, "two", machine="Slide rule, 1 cores")
     note = sheet(comparison.make([tmp_path]), "cost").notes[-1]
-    assert note.endswith("do not compare: Abacus, 2 cores; Slide rule, 1 cores.")
+    assert note.endswith("not comparable: Abacus, 2 cores; Slide rule, 1 cores.")
 
 
 def test_collapse_is_named(synthetic, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_collapse_is_named(synthetic, tmp_path: Path) -> None:
     assert row["collapse flags in training"] == "length: seed 0 from step 4 (2 steps)"
 
 
-# ---- what does not compare -----------------------------------------------------------------------------------------
+# ---- runs that are not comparable -----------------------------------------------------------------------------------
 
 PARTS = {"rule": "strict", "judge": "none", "code": "9a65e4"}
 DIFFERENT = {

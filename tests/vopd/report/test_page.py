@@ -79,7 +79,7 @@ def test_the_command_prints_the_main_table_and_writes_three_files(
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "said"),
     [
         ([], ""),
         (["runs=x"], "not understood"),
@@ -88,8 +88,10 @@ def test_the_command_prints_the_main_table_and_writes_three_files(
         ([".", "mixed=maybe"], "mixed=maybe"),
     ],
 )
-def test_bad_words_end_with_code_2(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert report.main(words) == 2
+def test_bad_arguments_end_with_code_2(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert report.main(arguments) == 2
     assert said in capsys.readouterr().err
 
 
@@ -272,16 +274,16 @@ def test_kept_records_give_the_same_tables(runs: Path, tmp_path: Path) -> None:
 def test_another_record_is_not_replaced(
     runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = [str(runs / "good" / "seed0"), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'kept'}"]
-    assert report.main(words) == 0
+    arguments = [str(runs / "good" / "seed0"), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'kept'}"]
+    assert report.main(arguments) == 0
     run = tmp_path / "kept" / "miniature" / "good" / "seed0"
     (run / "notes.md").write_text("mine")
     capsys.readouterr()
-    assert report.main(words) == 2
-    assert f"{run}: holds something else than the record of" in capsys.readouterr().err
+    assert report.main(arguments) == 2
+    assert f"{run}: holds something other than the record of" in capsys.readouterr().err
     assert (run / "notes.md").read_text() == "mine"
     (run / "notes.md").unlink()
-    assert report.main(words) == 0
+    assert report.main(arguments) == 0
     assert [f.name for f in run.parent.iterdir()] == ["seed0"]  # no temporary folder is left
 
 
@@ -356,5 +358,5 @@ def test_a_summary_does_not_choose_where_its_record_is_kept(
 ) -> None:
     run = renamed(runs, tmp_path, **facts)
     assert report.main([str(run), f"out={tmp_path / 'out'}", f"keep={tmp_path / 'a' / 'kept'}"]) == 2
-    assert "that is no name" in capsys.readouterr().err
+    assert "that is not a valid name" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} <= {"given", "out"}

@@ -50,7 +50,7 @@ def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
 
 @pytest.fixture
 def said() -> list[str]:
-    """What a person was told."""
+    """What the user was told."""
     return []
 
 

@@ -165,10 +165,10 @@ def test_a_stopped_process_is_told_of_again_and_again_and_taken_back(machine: Ma
     machine.status[3] = "stopped"
     said = machine.pass_time(100, beating=False)
     assert len(said) == 3
-    assert all("the trainer worker (pid 3) is stopped (kill -CONT 3 lets it go on)" in text for text in said)
+    assert all("the trainer worker (pid 3) is stopped (kill -CONT 3 resumes it)" in text for text in said)
     machine.status.clear()
     (back,) = machine.pass_time(10)
-    assert back.startswith("the trainer worker (pid 3) goes on after 1")
+    assert back.startswith("the trainer worker (pid 3) continues after 1")
     assert machine.monitor.lost() is None
 
 
@@ -187,7 +187,7 @@ def test_a_process_that_was_stopped_for_a_moment_is_not_told_of(machine: Machine
 def test_a_process_without_a_sign_of_life_is_told_of_within_thirty_seconds(machine: Machine) -> None:
     machine.pass_time(3)
     said = machine.pass_time(30, beating=False)
-    assert "the trainer worker (pid 3) shows no sign of life for 21 s, last at x.py, line 3, in f" in said[0]
+    assert "the trainer worker (pid 3) has sent no heartbeat for 21 s, last at x.py, line 3, in f" in said[0]
     assert str(machine.folder / heartbeat.STACKS) in said[0]
 
 
@@ -195,7 +195,7 @@ def test_a_call_of_the_recipe_that_does_not_come_back(machine: Machine) -> None:
     since = machine.now
     said = machine.pass_time(30, call=["score of the recipe", since], at="mine.py, line 9, in score")
     assert "has been in score of the recipe for 21 s, at mine.py, line 9, in score" in said[0]
-    assert "goes on" in machine.pass_time(3)[0]
+    assert "continues" in machine.pass_time(3)[0]
 
 
 def test_an_event_loop_that_does_not_turn(machine: Machine) -> None:
@@ -211,7 +211,7 @@ def test_processes_that_wait_for_each_other_are_told_of_within_thirty_seconds(ma
         "the run has computed nothing for 21 s (trainer worker at x.py, line 3, in f); waiting (Ctrl-C ends the run)"
     ]
     machine.cores = 1.0
-    assert machine.pass_time(3) == ["the run goes on after 10 s"]
+    assert machine.pass_time(3) == ["the run continues after 10 s"]
 
 
 def test_an_idle_run_whose_processes_move_is_not_called_stuck(machine: Machine) -> None:

@@ -1,4 +1,4 @@
-"""Every bad input is refused in one sentence that names it; good input passes without a word."""
+"""Every bad input is refused in one sentence that names it; good input passes silently."""
 
 import ast
 import contextlib
@@ -260,7 +260,7 @@ def change(file: Path, **more: object) -> None:
 
 @pytest.mark.parametrize("name", ["config", "tokenizer_config", "processor_config", "generation_config"])
 def test_code_of_a_models_own_is_refused_and_not_run(model, name, monkeypatch):
-    """transformers asks on the terminal whether to run it, which a hasty person answers with y."""
+    """transformers asks on the terminal whether to run it, which a hasty user answers with y."""
     (model / "evil.py").write_text(EVIL)
     classes = {"AutoConfig": "evil.Any", "AutoProcessor": "evil.Any", "AutoTokenizer": ["evil.Any", None]}
     change(model / f"{name}.json", auto_map=classes, processor_class="Any", model_type="any")

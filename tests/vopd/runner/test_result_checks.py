@@ -1,4 +1,4 @@
-"""A run that has nothing to show says so: no update applied, no score."""
+"""A run that has nothing to show reports it: no update applied, no score."""
 
 from __future__ import annotations
 

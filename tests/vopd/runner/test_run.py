@@ -60,8 +60,8 @@ def summarise(self: Run, outcome: supervisor.Outcome) -> None:
     (self.folder / "summary.txt").write_text("the result\n")
 
 
-def start(folder: Path, *words: str) -> int:
-    return Run("vision_opd", [f"run_dir={folder}", *words], Console(quiet=True)).go()
+def start(folder: Path, *overrides: str) -> int:
+    return Run("vision_opd", [f"run_dir={folder}", *overrides], Console(quiet=True)).go()
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -113,12 +113,12 @@ def test_a_finished_run_without_its_text_is_written_again(fake: Fake, tmp_path: 
 
 
 @pytest.mark.parametrize("begun", ["metrics.jsonl", "rollouts"])
-def test_an_unfinished_run_goes_on_with_its_own_inputs_alone(fake: Fake, tmp_path: Path, begun: str) -> None:
+def test_an_unfinished_run_resumes_with_its_own_inputs_alone(fake: Fake, tmp_path: Path, begun: str) -> None:
     folder = tmp_path / "run"
     fake.code = 1
     assert start(folder) == 1
     shutil.move(folder / "metrics.jsonl", folder / begun)
-    assert start(folder) == 1  # goes on
+    assert start(folder) == 1  # resumes
     before = contents(folder)
     fake.parts["data"] = "other"
     with pytest.raises(UserError, match="an unfinished run with other inputs than now: another data;"):
@@ -130,13 +130,13 @@ def test_an_unfinished_run_goes_on_with_its_own_inputs_alone(fake: Fake, tmp_pat
     assert contents(folder) == before
 
 
-def test_without_an_update_a_mended_recipe_simply_begins_anew(fake: Fake, tmp_path: Path) -> None:
+def test_without_an_update_a_fixed_recipe_begins_anew(fake: Fake, tmp_path: Path) -> None:
     """The first start fails in the recipe's own code, after the base model's answers."""
     folder = tmp_path / "run"
     fake.code = 1
     start(folder)
     (folder / "metrics.jsonl").unlink()
-    fake.code, fake.parts["recipe module mine.py"] = 0, "mended"
+    fake.code, fake.parts["recipe module mine.py"] = 0, "fixed"
     assert start(folder) == 0 and fake.asked == 1  # the answers are kept, for they do not depend on it
     assert fingerprint.read(folder) == fake.parts
     (folder / "metrics.jsonl").unlink()
@@ -150,7 +150,7 @@ def test_without_an_update_a_mended_recipe_simply_begins_anew(fake: Fake, tmp_pa
 def test_the_summary_says_what_the_run_was_started_with(
     fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An edit while the run goes on."""
+    """An edit during the run."""
 
     def edited(*arguments: Any) -> supervisor.Outcome:
         fake.parts = {"code vopd/views.py": "edited"}
@@ -218,8 +218,8 @@ def test_prompts_are_checked_again_for_other_views_and_processors(
     monkeypatch.setattr(Run, "model_hash", lambda self: model[0])
     monkeypatch.setattr(fingerprint, "files", lambda *a, **k: dict(parts))
 
-    def check(*words: str) -> int:
-        Run("vision_opd", [f"run_dir={tmp_path}", *words], Console(quiet=True))._check_prompts()
+    def check(*overrides: str) -> int:
+        Run("vision_opd", [f"run_dir={tmp_path}", *overrides], Console(quiet=True))._check_prompts()
         return len(checked)
 
     assert [check(), check()] == [1, 1]

@@ -56,20 +56,21 @@ def test_a_new_an_empty_and_a_runs_own_folder(tmp_path: Path) -> None:
         RunFolder(tmp_path / "file").settings()
 
 
-@pytest.mark.parametrize("word", ["logging.tensorboard=true", "train.save_minutes=9", "train.keep=3", "train.steps=50",
-                                  "evaluate.every=5", "export=float32", "run_dir=elsewhere", "hardware.memory_gib=1",
-                                  "data.folder=moved", "model.path=moved", "rollout.record=true"])  # fmt: skip
-def test_settings_that_decide_nothing_may_change(word: str) -> None:
-    now = OmegaConf.to_container(load("vision_opd", [word]))
+@pytest.mark.parametrize("override", ["logging.tensorboard=true", "train.save_minutes=9", "train.keep=3",
+                                      "train.steps=50", "evaluate.every=5", "export=float32", "run_dir=elsewhere",
+                                      "hardware.memory_gib=1", "data.folder=moved", "model.path=moved",
+                                      "rollout.record=true"])  # fmt: skip
+def test_settings_that_decide_nothing_may_change(override: str) -> None:
+    now = OmegaConf.to_container(load("vision_opd", [override]))
     changed = differences(now, SETTINGS)
     assert changed and that_matter(changed) == []
 
 
-@pytest.mark.parametrize("word", ["seed=1", "train.lr=1e-5", "method.top_k=7", "rollout.max_response_tokens=30",
-                                  "train.prompts=16", "evaluate.test_rows=8", "hardware.device=cuda",
-                                  "verl.trainer.balance_batch=false"])  # fmt: skip
-def test_settings_that_decide_a_result_may_not(word: str) -> None:
-    now = OmegaConf.to_container(load("vision_opd", [word]))
+@pytest.mark.parametrize("override", ["seed=1", "train.lr=1e-5", "method.top_k=7", "rollout.max_response_tokens=30",
+                                      "train.prompts=16", "evaluate.test_rows=8", "hardware.device=cuda",
+                                      "verl.trainer.balance_batch=false"])  # fmt: skip
+def test_settings_that_decide_a_result_may_not(override: str) -> None:
+    now = OmegaConf.to_container(load("vision_opd", [override]))
     assert len(that_matter(differences(now, SETTINGS))) == 1
 
 

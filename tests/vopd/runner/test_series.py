@@ -26,7 +26,7 @@ from vopd.runner import series as compare
 from vopd.runner.run import Run
 from vopd.runner.series import Job
 
-WORDS = ["grpo", "dapo", "seeds=0,1"]
+ARGUMENTS = ["grpo", "dapo", "seeds=0,1"]
 
 
 @pytest.fixture
@@ -66,16 +66,16 @@ class Series:
         )  # fmt: skip
         return 0
 
-    def compare(self, words: list[str]) -> int:
+    def compare(self, arguments: list[str]) -> int:
         """Note what would be compared: the report itself has tests of its own, and takes seconds."""
-        self.compared = words
+        self.compared = arguments
         return 0
 
-    def __call__(self, *words: str) -> int:
+    def __call__(self, *arguments: str) -> int:
         self.started.clear()
         console = Console(highlight=False, width=300, record=True)
         try:
-            return compare.run(words or WORDS, self.start, console)
+            return compare.run(arguments or ARGUMENTS, self.start, console)
         finally:
             self.output = console.export_text()
 
@@ -210,7 +210,7 @@ def test_a_failing_run_stops_nothing_and_is_named(series: Series, tmp_path: Path
     assert series.started == [("dapo", 0), ("dapo", 1)]
 
 
-def test_an_interrupted_series_goes_on(series: Series, tmp_path: Path) -> None:
+def test_an_interrupted_series_resumes(series: Series, tmp_path: Path) -> None:
     series.fails["dapo"] = 130
     with pytest.raises(KeyboardInterrupt):
         series()
@@ -220,7 +220,7 @@ def test_an_interrupted_series_goes_on(series: Series, tmp_path: Path) -> None:
     series.fails.clear()
     assert series() == 0
     assert series.started == [("dapo", 0), ("grpo", 1), ("dapo", 1)]
-    assert "go on      dapo, seed 0" in series.output and not half.with_name("replaced").exists()
+    assert "resume     dapo, seed 0" in series.output and not half.with_name("replaced").exists()
 
 
 def test_an_unfinished_run_of_other_or_unknown_code_begins_anew(
@@ -242,22 +242,22 @@ def test_an_unfinished_run_of_other_or_unknown_code_begins_anew(
 
 
 def test_without_words_all_methods_and_three_seeds() -> None:
-    recipes, seeds, settings = compare.words([])
+    recipes, seeds, settings = compare.parse_arguments([])
     assert recipes == ["dapo", "grpo", "opsd", "opsd_original", "sft_self_teacher", "vision_opd"]
     assert (seeds, settings) == ([0, 1, 2], [])
-    assert compare.words(["grpo", "seeds=4", "train.steps=9"]) == (["grpo"], [4], ["train.steps=9"])
+    assert compare.parse_arguments(["grpo", "seeds=4", "train.steps=9"]) == (["grpo"], [4], ["train.steps=9"])
 
 
-@pytest.mark.parametrize("word", ["seeds=a", "seeds=", "seed=1", "run_dir=x"])
-def test_words_that_cannot_be(word: str) -> None:
+@pytest.mark.parametrize("argument", ["seeds=a", "seeds=", "seed=1", "run_dir=x"])
+def test_refused_arguments(argument: str) -> None:
     with pytest.raises(UserError):
-        compare.words([word])
+        compare.parse_arguments([argument])
 
 
 def test_unknown_recipes_and_settings_are_refused_before_anything_starts(series: Series) -> None:
-    for words in (["nothing"], ["grpo", "train.stepz=3"]):
+    for arguments in (["nothing"], ["grpo", "train.stepz=3"]):
         with pytest.raises(UserError):
-            series(*words)
+            series(*arguments)
         assert series.started == []
 
 
@@ -299,7 +299,7 @@ def test_a_signal_is_waited_out_until_the_run_has_tidied_up(
             children[0].send_signal(number)
         os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(compare.supervisor, "python", lambda *words: [sys.executable, "-c", TIDIES])
+    monkeypatch.setattr(compare.supervisor, "python", lambda *arguments: [sys.executable, "-c", TIDIES])
     monkeypatch.setattr(compare.subprocess, "Popen", start)
     # As python starts: pytest-xdist's workers leave Ctrl-C to their controller.
     usual = [

@@ -96,7 +96,7 @@ def test_a_driver_that_was_killed_is_told_with_its_signal_and_takes_all_along(
     assert left(tmp_path) == []
 
 
-def test_a_driver_that_ends_without_a_word(start: Start) -> None:
+def test_a_driver_that_ends_without_an_error(start: Start) -> None:
     outcome = start("sys.exit(3)")
     assert outcome.failure is not None and "ended with code 3" in outcome.failure.sentence
 
@@ -140,7 +140,7 @@ def test_the_drivers_own_word_on_a_lost_worker_comes_first(start: Start) -> None
     assert outcome.failure is not None and outcome.failure.sentence == "CUDA out of memory"
 
 
-def test_a_stopped_driver_is_told_of_and_goes_on(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_driver_is_reported_and_continues(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vopd.runner.monitor.STOPPED_SECONDS", 0.5)
     console = Console(file=StringIO(), width=500)
     script = (
@@ -149,7 +149,7 @@ def test_a_stopped_driver_is_told_of_and_goes_on(start: Start, monkeypatch: pyte
     )
     assert start(script, console).failure is None
     said = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "is stopped (kill -CONT" in said and "goes on after" in said
+    assert "is stopped (kill -CONT" in said and "continues after" in said
 
 
 TERMINAL = """

@@ -87,7 +87,7 @@ def test_a_package_that_is_absent_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         trackers.check({"wandb": False, "tensorboard": True})
 
 
-# ---- while a run goes on --------------------------------------------------------------------------------------------
+# ---- while a run is under way ---------------------------------------------------------------------------------------
 
 
 class Backend:
@@ -112,7 +112,7 @@ class Backend:
             threading.Event().wait()
 
 
-def test_a_tracker_that_fails_is_left_out_and_the_others_go_on() -> None:
+def test_a_tracker_that_fails_is_left_out_and_the_others_continue() -> None:
     said: list[str] = []
     made: dict[str, Backend] = {}
 

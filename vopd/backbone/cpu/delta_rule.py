@@ -4,7 +4,7 @@ transformers' fallback solves each chunk's triangular system by a Python loop ov
 whole system once per row; on the miniature that is half of a training step. Here one triangular solve does it.
 On GPUs the layers keep their own kernel.
 
-Legend: B rows, T tokens, H heads, D head size of keys (and of values).
+Shape suffixes: B rows, T tokens, H heads, D head size of keys (and of values).
 """
 
 from __future__ import annotations

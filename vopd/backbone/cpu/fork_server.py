@@ -91,7 +91,7 @@ def _serve(listener: socket.socket, held: int) -> None:
 
 
 def _note_ends() -> None:
-    """How workers ended: nobody but their parent can know, and whoever explains a failure wants to."""
+    """How workers ended: only their parent can know, and explaining a failure needs it."""
     folder = os.environ.get(processes.MARK)
     while True:
         try:

@@ -66,7 +66,7 @@ _MODULE = _CPUModule("vopd_cpu_device")
 
 
 class PlatformCPU(PlatformBase):
-    """See the module's docstring."""
+    """The CPU in the form verl asks a device for; communication by gloo."""
 
     device_name = "cpu"
     vendor_name = "cpu"

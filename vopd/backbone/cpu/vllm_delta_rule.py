@@ -4,8 +4,8 @@ vLLM 0.24 computes them on a CPU in bf16 alone ("CPU GDN attention requires BF16
 whole model. That is slow wherever the processor has no bf16 instructions (most laptops), and lets the composition of
 a batch tip a sampled token. This is its `cpu_gdn_attention_core` in plain torch, all requests of a step together.
 
-Legend: N requests (decode: one token each), T tokens of the longest, L tokens of all, C channels of q, k and v, K width
-of the convolution, H value heads, D head size.
+Shape suffixes: N requests (decode: one token each), T tokens of the longest, L tokens of all, C channels of q, k and v,
+K width of the convolution, H value heads, D head size.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Layer:
         return o_NHD
 
     def prefill(
-        self, x_LC: Tensor, a_LH: Tensor, b_LH: Tensor, slots_N: Tensor, starts: list[int], goes_on_N: Tensor
+        self, x_LC: Tensor, a_LH: Tensor, b_LH: Tensor, slots_N: Tensor, starts: list[int], old_N: Tensor
     ) -> Tensor:
         """The prompts (or pieces of them) of all requests; (L, H, D). Padding neither decays nor writes."""
         width = self.weight_CK.shape[-1] - 1
@@ -92,7 +92,7 @@ class _Layer:
         ]
         x_NTC, g_NTH, beta_NTH = padded
         # Filled, not multiplied by zero: what another request has left may be anything, NaN included.
-        fresh_N = ~goes_on_N
+        fresh_N = ~old_N
         before_NCK = self.conv_SCK[slots_N, :, :width].masked_fill(fresh_N[:, None, None], 0.0)
         state_NHDD = self.state_SHDD[slots_N].masked_fill(fresh_N[:, None, None, None], 0.0)
         padded_NCT = torch.cat([before_NCK, x_NTC.transpose(1, 2)], -1)

@@ -16,7 +16,7 @@ from vopd.backbone.vllm_worker import WorkerExtension
 
 
 class CPUWorkerExtension(WorkerExtension):
-    """See the module's docstring."""
+    """Installs the CPU patches, and loads weights as from a checkpoint."""
 
     def __new__(cls, **kwargs: Any) -> CPUWorkerExtension:
         """Before the worker builds its model."""

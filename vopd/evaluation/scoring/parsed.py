@@ -11,7 +11,7 @@ class Parsed:
     """The outcome of parsing one response.
 
     value: the canonical answer ("B", "yes", "1200", a text), None when unparsed.
-    state: "parsed" or "unparsed"; an unparsed response is never scored right.
+    state: "parsed" or "unparsed"; an unparsed response is never scored correct.
     reason: which rule decided, or why none could.
     """
 

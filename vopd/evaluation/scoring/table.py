@@ -52,15 +52,15 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 @reports_errors()
-def main(words: list[str]) -> int:
+def main(arguments: list[str]) -> int:
     """Exit code 0, 2 for bad input."""
-    if len(words) != 1:
+    if len(arguments) != 1:
         raise UserError("give one file of crafted responses (JSON lines).")
     try:
-        lines = Path(words[0]).read_text(encoding="utf-8").splitlines()
+        lines = Path(arguments[0]).read_text(encoding="utf-8").splitlines()
         shown = table([json.loads(line) for line in lines])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{words[0]}: not a file of crafted responses ({error}).") from error
+        raise UserError(f"{arguments[0]}: not a file of crafted responses ({error}).") from error
     print(shown)
     return 0
 

@@ -64,9 +64,9 @@ def script(tmp_path: Path) -> Path:
     return file
 
 
-def ask(address: Path, script: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def ask(address: Path, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        f"{fork_server.executable(address)} {script} {' '.join(words)}",
+        f"{fork_server.executable(address)} {script} {' '.join(arguments)}",
         shell=True,
         input="from the terminal",
         capture_output=True,

@@ -124,8 +124,8 @@ def test_a_request_in_pieces_equals_the_recurrence(pieces: list[int], dim_first:
             found.append(own.decode(x, a, b, torch.tensor([3])))
         else:
             both = [torch.cat(pair) for pair in zip((x, a, b), other, strict=True)]
-            goes_on = torch.tensor([place > 0, False])
-            found.append(own.prefill(*both, torch.tensor([3, 5]), [0, piece, piece + 5], goes_on)[:piece])
+            continued = torch.tensor([place > 0, False])
+            found.append(own.prefill(*both, torch.tensor([3, 5]), [0, piece, piece + 5], continued)[:piece])
         start += piece
     check(torch.cat(found), token_by_token(its, *whole))
 
