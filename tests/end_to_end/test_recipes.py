@@ -125,7 +125,7 @@ def test_a_policy_that_is_always_wrong_ends_dapo_with_a_sentence(
     folder = tmp_path / "run"
     done = run("dapo", short(overrides_for, folder, "train.max_refills=2", "rollout.train_share=0.05"))
     assert done.returncode == 1, told(done, folder)
-    assert "all right or all wrong" in done.stderr and "train.max_refills" in done.stderr
+    assert "all correct or all incorrect" in done.stderr and "train.max_refills" in done.stderr
     assert not (folder / "summary.json").exists()
 
 

@@ -143,8 +143,8 @@ class Trainer(verl_internals.PPOTrainerSync):
             raise TrainingError(
                 f"Step {self.global_steps}: {self.refilled} more prompts would be needed to replace groups whose "
                 f"{self.config.actor_rollout_ref.rollout.n} answers are all correct or all incorrect; the policy is "
-                "nearly always correct, or nearly always incorrect, on this data. Raise train.max_refills or train.rollouts, or "
-                "take other data."
+                "nearly always correct, or nearly always incorrect, on this data. Raise train.max_refills or "
+                "train.rollouts, or take other data."
             )
         return super()._add_prompts_to_generate(num_prompts)
 
