@@ -77,7 +77,7 @@ def test_no_file_is_a_pickle(tmp_path: Path) -> None:
     ("other", "said"),
     [
         (lambda: State(width=6), "has the shape"),
-        (lambda: State(teachers=("initial",)), "of another method"),
+        (lambda: State(teachers=("initial",)), "belongs to another method"),
     ],
 )
 def test_a_checkpoint_of_another_model_or_method_is_refused(
