@@ -48,7 +48,7 @@ FINAL = re.compile(
 _SEPARATOR = r" ?(?::{1,2}|=|->|=>|→|[-–—](?= ))\s?"
 MARK = re.compile(
     WORD_START
-    + r"(?i:(?<!wrong )(?<!incorrect )(?:answer|ans)(?: choice| option| letter| \([^()\n]{1,30}\))?(?: is)?"
+    + r"(?i:(?<![a-z]_)(?:answer|ans)(?: choice| option| letter| \([^()\n]{1,30}\))?(?: is)?"
     + r"|(?:答案|答)(?:是|为|為|选|選)?)"
     + _SEPARATOR
 )
@@ -105,7 +105,7 @@ ANSWER_IS_ZH = re.compile(
     + LETTER
 )
 CHOOSE_ZH = re.compile(
-    r"(?:对应(?:的是|于)?|即|选择|選擇|选定|选|選)(?:的?是)? ?(?:选项|選項|答案)? ?" + LETTER
+    r"(?:对应(?:的是|于)?|即|选择|選擇|选定|选|選)(?:的?是)? ?:? ?(?:选项|選項|答案)? ?" + LETTER
 )
 
 _CLAUSE_END = (
@@ -115,7 +115,9 @@ _SO = _any(
     "so | therefore | thus | hence | consequently | it is | it's | it must be | it has to be | it should be"
     " | that's | i think | i believe | i'd say | i would say | would be | must be | has to be | we get | probably"
     " | likely | definitely | maybe | leaving | leaves | only | looks like | seems like | appears to be | but"
-    " | but rather | but it's | no | yes | ok | okay | sure | certainly"
+    " | even so | despite that | despite this | despite it | regardless | nevertheless | nonetheless | still | anyway"
+    " | that said | in any case | in the end | all the same | be that as it may | having said that | by elimination"
+    " | but rather | but it's | but still | yet still | no | yes | ok | okay | sure | certainly"
 )
 SO = re.compile(
     r"(?:"
@@ -126,6 +128,14 @@ SO = re.compile(
     + FILL
     + LETTER
     + _CLAUSE_END
+)
+# "Although it looks green here, B."
+CONCEDED = re.compile(
+    WORD_START
+    + r"(?i:despite|in spite of|although|though|even though|even if|notwithstanding|regardless of|while) [^.,;:!?\n]{1,100}, "
+    + FILL
+    + LETTER
+    + r"(?= ?[)]?[.!]?(?:\n|$))"
 )
 _EMPHASIS = _any(
     "the | most | clearly | definitely | indeed | probably | likely | therefore | thus | obviously | my | only"
@@ -191,11 +201,19 @@ JUDGED = re.compile(
     r"(?i:(correct|right|true|yes|正确|符合)|(incorrect|not correct|wrong|false|no|不正确|错误|不符合))[^\w\n?]{0,3}$",
     re.M,
 )
+# Labels in small letters, where the options carry such: "(a)" and "a)".
+LOWER_LABEL = re.compile(r"(?<![A-Za-z0-9'])(?:\([a-h]\)|(?<!\()[a-h](?=\)))")
+# "A (a)", "Option D, (d)", "C, i.e. (C)"
+SAID_TWICE = re.compile(
+    r"(?<![A-Za-z0-9'._-])\(?([A-Za-z])\)?[,.:]? ?(?i:i\.e\.,? |that is,? |namely,? |meaning |= ?|aka )?"
+    r"\((?i:(?:option|choice|letter|answer) )?(?i:\1)\)"
+)
 BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(([A-Z])\)")
 
 # After "A", a lower-case word other than these makes it the article.
 _NOT_A_NOUN = _any(
     "because | since | is | as | which | for | and | or | based | the | this | that | due | if | with | was | would"
+    " | porque | parce | puisque | car | weil | denn | da | ya | pues | según | ist | est | es | wenn | falls | si"
     " | it | there | given | seems | looks | so | but | not | in | on | according | are | will | should | has | i"
     " | to | where | while | rather | instead | fits | matches | over | from | by | at | than | after"
 )
@@ -209,9 +227,9 @@ _VERB = _any(
 OTHER_LETTER = re.compile(
     r"[.]?\s?(?:[,;:](?! ?\(?[A-Z]\)? (?:"
     + _VERB
-    + r")(?![a-z]))|[/&?、]|或者?|还是|還是|和|与|與|"
+    + r")(?![a-z]))|[/&?、]|或者?|也可能是?|还是|還是|和|与|與|"
     + WORD_START
-    + r"(?:or|and|vs\.?)(?![a-z])|\((?=or |and ))\s?"
+    + r"(?:or|and|vs\.?|ou|oder|und|et|y|o|e|u)(?![a-z])|이?나(?= )|[와과]|또는|혹은|または|もしくは|か(?=[A-Z ])|と|や|\((?=or |and ))\s?"
     r"(?:(?:or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
     r"\(?([A-Z])(?![A-Za-z0-9'])"
 )
@@ -223,15 +241,19 @@ DENIED_AFTER = re.compile(
     + r"|not(?! \(?[A-Z](?![A-Za-z])))(?![a-z])"
     + r"|(?:,? [a-z]{1,12}){0,2} (?:are|is) (?:wrong|incorrect|not)(?![a-z])"
     + r"| (?:isn't|wasn't|can't|cannot|doesn't|can not|does not)(?![a-z])| ?是?(?:错|錯|不|排除)"
+    + r"| (?:ist|est|es|é|è)?n? ?(?:nicht|pas|falsch|faux|fausse|incorrecte?|incorrecta|falsa)(?![a-z])"
+    + r"| ?번?(?:이|가|은|는|도)? ?(?:아[니닌닙]|오답)|で?は?(?:なく|な[いか]|ありません)|じゃな"
+    + r"| ?번?일 ?(?:수도|지도)|かも|でしょうか|ですか|인가요|일까"
 )
 CLAUSE_BREAK = re.compile(
     r"[.,;:!?\n。、—]|(?<![a-z])(?:but|so|therefore|thus|hence|and|because)(?![a-z])", re.I
 )
 _DENIAL = _any(
     "not | never | cannot | neither | nor | doubt | unlikely | unless | if | whether | suppose | assuming | wrong"
-    " | incorrect | eliminate | eliminated | ruled out"
+    " | incorrect | eliminate | eliminated | eliminating | ruling out | discard | discarding | discarded | rejected"
+    " | dismiss | dismissed | discount | worst | avoid | excluding | might | may | could | ruled out"
     " | rule out | excluded | exclude | least | false | rather than | instead of | except | without | would have been"
 )
 DENIED_BEFORE = re.compile(
-    r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|若|如果|是否|排除", re.I
+    r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|除|错误|若|如果|是否|排除", re.I
 )
