@@ -19,7 +19,7 @@ _WRONG = (
 )
 _WRONG_ANSWER = re.compile(
     _START
-    + rf"(?i:{_WRONG} ?(?:final )?{_NOUN}s?(?: here)?(?: ?(?:is|are|was|were|would be)[: ]{{1,2}}| ?[:=] ?)"
+    + rf"(?i:{_WRONG} ?(?:final )?{_NOUN}s?(?: here)?(?: ?(?:is|are|was|were|would be)[: ]{{1,2}}| ?[:=] ?| [-–—] )"
     + r"|(?:falsche|verkehrte) antwort(?: ist| lautet)? ?:? |(?:mauvaise|fausse) réponse ?(?:est )?:? ?(?:la )?"
     + r"|réponse (?:fausse|incorrecte|erronée) ?(?:est )?:? ?|respuesta (?:incorrecta|equivocada|falsa) ?(?:es )?:? ?"
     + r"|resposta (?:incorreta|errada) ?(?:é )?:? ?|risposta (?:sbagliata|errata) ?(?:è )?:? ?)"
@@ -28,6 +28,7 @@ _WRONG_ANSWER = re.compile(
 # "Wrong: A, C" -- but not "You are wrong: A".
 _WRONG_LIST = re.compile(
     r"(?:^|(?<=[\n.;!]) ?)(?i:wrong|incorrect|eliminated|excluded|rejected|ruled out|not correct): ?(?=\(?[A-H](?![A-Za-z']))"
+    r"|(?:^|(?<=\n))(?i:(?:the )?(?:wrong|incorrect) (?:answer|option|choice)s?)\n"
 )
 _ALL_BUT = re.compile(
     _START

@@ -27,7 +27,7 @@ _LINE_BREAK = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]|<br ?/?>")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad\ufe0e\ufe0f]")
 _HTML_STYLE = re.compile(r"</?(?:b|strong|i|em|u|p|span|code|center|mark)>")
 _LATEX_STYLE = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|underline|rm|bf|sf|it|tt|large|Large|LARGE|huge|Huge|small|normalsize|displaystyle"
+    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|underline|rm|bf|sf|it|tt|bm"
     r"|ensuremath|mbox|color ?\{[^{}]{0,40}\}|textcolor ?\{[^{}]{0,40}\}) ?"
     r"\{([^{}]{0,300})\}"
 )
@@ -124,9 +124,9 @@ def clean(text: str) -> str:
     text = _ENTRY.sub(_entry, text)
     text = re.sub(r"[*`$\"\u201c\u201d\u201e]|__", "", text)
     text = _LATEX_SPACE.sub(" ", _LATEX_DELIMITER.sub("", text))
+    text = _LATEX_DECLARATION.sub("", text)
     for _ in range(3):  # \boxed{\textbf{\text{B}}}: one wrapper a pass
         text = _DOUBLE_BRACES.sub(r"\1", _LATEX_STYLE.sub(r"\1", text))
-    text = _DOUBLE_BRACES.sub(r"\1", _LATEX_DECLARATION.sub("", text))
     text = re.sub(r"\\boxed ([A-Za-z0-9])(?![A-Za-z0-9])", r"\\boxed{\1}", text)
     text = _BOX.sub(f" {BOX_OPEN}\\1{BOX_CLOSE} ", text)
     text = _TAGGED.sub(lambda m: _boxed(m[1] or m[2]), text)

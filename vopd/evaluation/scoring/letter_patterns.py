@@ -48,14 +48,14 @@ FINAL = re.compile(
 _SEPARATOR = r" ?(?::{1,2}|=|->|=>|→|[-–—](?= ))\s?"
 MARK = re.compile(
     WORD_START
-    + r"(?i:(?<![a-z]_)(?:answer|ans)(?: choice| option| letter| \([^()\n]{1,30}\))?(?: is)?"
+    + r"(?i:(?<!wrong_)(?<!incorrect_)(?<!not_)(?:answer|ans)(?: choice| option| letter| \([^()\n]{1,30}\))?(?: is)?"
     + r"|(?:答案|答)(?:是|为|為|选|選)?)"
     + _SEPARATOR
 )
 # These words also introduce other things than answers, so what follows them must be a letter or an option.
 SOFT_MARK = re.compile(
     WORD_START
-    + r"(?i:(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict|final"
+    + r"(?i:(?<!wrong_)(?<!incorrect_)(?<!not_)(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict|final"
     + r"|correction|correct)(?: option| choice)?(?: is)?|(?:正确选项|正確選項|选项|選項)(?:是|为|為)?)"
     + _SEPARATOR
 )
@@ -72,7 +72,7 @@ _NOUN = (
     + r"|(?:answer|option|choice|one|letter|statement) (?:that|which) [a-z' ]{1,40}"
 )
 _CHOOSE = _any(
-    "choose | chose | choosing | pick | picked | select | selected | selecting | go with | going with | went with"
+    "i meant | i mean | choose | chose | choosing | pick | picked | select | selected | selecting | go with | going with | went with"
     " | opt for | settle on | conclude | guess | vote for | lean toward | lean towards | leaning toward"
     " | leaning towards"
 )
@@ -101,7 +101,7 @@ POINTS_TO = re.compile(
     + LETTER
 )
 ANSWER_IS_ZH = re.compile(
-    r"(?:答案|正确选项|正確選項|正确的是|结论)(?:应该|应当|应|應該|應|就)?(?:是|为|為|选|選) ?(?:选项|選項)? ?"
+    r"(?:(?:答案|正确选项|正確選項|正确的是|结论)(?:应该|应当|应|應該|應|就)?(?:是|为|為|选|選) ?(?:选项|選項)? ?|(?<!误)答案(?= ?\(?[A-H]))"
     + LETTER
 )
 CHOOSE_ZH = re.compile(
@@ -132,7 +132,8 @@ SO = re.compile(
 # "Although it looks green here, B."
 CONCEDED = re.compile(
     WORD_START
-    + r"(?i:despite|in spite of|although|though|even though|even if|notwithstanding|regardless of|while) [^.,;:!?\n]{1,100}, "
+    + r"(?i:despite|in spite of|although|though|even though|even if|notwithstanding|regardless of|while"
+    + r"|if i (?:had|have|must|am|were)|if you ask|if forced)(?![a-z]) [^.,;:!?\n]{1,100}(?:,|:) "
     + FILL
     + LETTER
     + r"(?= ?[)]?[.!]?(?:\n|$))"
@@ -153,13 +154,13 @@ IS_CORRECT = re.compile(
     + r" (?:answer|choice|option|one|pick|match|description))"
     + r"|(?i: best (?:fits|matches|describes|represents|corresponds|reflects|answers)(?![a-z]))"
     + r"|(?i: (?:fits|matches|describes \w{1,20} \w{1,20}) best(?![a-z]))"
-    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的|最?(?:符合|吻合|匹配|合适|合適)))"
+    + r"|(?:选项|選項|项|項)?(?:是)?(?:正确|正確|对的|對的|最?(?:符合|吻合|匹配|合适|合適)))"
 )
 
 OPENING = re.compile(
     r"(?i:(?:option|choice|选项|選項) ?)?\(?([A-Za-z])"
     + NO_WORD_AFTER
-    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since | rather than ))"
+    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since | rather than | \(not ))"
 )
 CLOSING_SENTENCE = re.compile(r"[.!?。] ?\(?([A-Z])\)?[.!。]?$")
 _SIGNS = r"[^\w\n(?+#&@%]{0,4}"
@@ -225,12 +226,12 @@ _VERB = _any(
     "is | was | shows | has | looks | appears | seems | does | contains | describes | refers | would | can"
 )
 OTHER_LETTER = re.compile(
-    r"[.]?\s?(?:[,;:](?! ?\(?[A-Z]\)? (?:"
+    r"[.]?\s?(?:\?(?= (?:or|Or) )|[,;:](?! ?\(?[A-Z]\)? (?:"
     + _VERB
     + r")(?![a-z]))|[/&?、]|或者?|也可能是?|还是|還是|和|与|與|"
     + WORD_START
     + r"(?:or|and|vs\.?|ou|oder|und|et|y|o|e|u)(?![a-z])|이?나(?= )|[와과]|또는|혹은|または|もしくは|か(?=[A-Z ])|と|や|\((?=or |and ))\s?"
-    r"(?:(?:or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
+    r"(?:(?:or|Or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
     r"\(?([A-Z])(?![A-Za-z0-9'])"
 )
 _WRONG = _any("incorrect | wrong | false | impossible | excluded | eliminated | ruled out | unlikely")

@@ -181,6 +181,8 @@ def _stated_text(text: str, start: int, labels: Sequence[str], texts: Sequence[s
 def _boxed(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[Claim]:
     for box in re.finditer(BOX_OPEN + "([^" + BOX_OPEN + BOX_CLOSE + "]{0,2000})" + BOX_CLOSE, text):
         content = box[1].strip()
+        if conditional(text, box.start(), box.end()) or withdrawn(text, box.end()):
+            continue
         letter = _match_option(content, labels, texts)
         if letter is None:
             inner = decide(content, labels, texts) if content else unparsed("empty")

@@ -57,7 +57,7 @@ _VAGUE = re.compile(
 )
 # "Not 4" names no number; "not only 4" does.
 _DENIED = re.compile(
-    r"(?:\u2298not|(?<![a-z])(?:not|never)|n't) (?:(?:be|exactly|quite|the) ){0,2}(?:-?\d+(?:[.,]\d+)*|"
+    r"(?:\u2298not|(?<![a-z])(?:not|never)|n't) (?:(?:be|exactly|quite|the|see|have|show|count|find|contain|get) ){0,2}(?:-?\d+(?:[.,]\d+)*|"
     + _WORD_RUN.pattern
     + ")",
     re.I,

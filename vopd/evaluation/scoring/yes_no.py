@@ -36,8 +36,9 @@ _FINAL = re.compile(
     BOX_OPEN
     + r" ?"
     + _WORD
-    + r"[. ]{0,2}"
+    + r"(?:[. ]{0,2}"
     + BOX_CLOSE
+    + r"|, )"
     + r"|(?i:final answer)(?: is)? ?[:\-]?\s?"
     + _FILL
     + _WORD
