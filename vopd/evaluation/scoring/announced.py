@@ -14,38 +14,42 @@ REJECTION = "\u2298not "
 _START = r"(?<![^\W_])"
 _NOUN = r"(?:answer|option|choice|response|letter|pick|match|candidate)"
 _WRONG = (
-    r"(?:wrong|incorrect|false|worst|bad|rejected|excluded|eliminated|discarded|dismissed|impossible|invalid"
+    r"(?:wrong|incorrect|false|worst|bad|rejected|excluded|eliminated|discarded|dismissed|impossible"
+    r"|invalid"
     r"|unlikely|least likely|not (?:the|an?|my) (?:(?:correct|right|best|final) )?)"
 )
 _WRONG_ANSWER = re.compile(
-    _START
-    + rf"(?i:{_WRONG} ?(?:final )?{_NOUN}s?(?: here)?(?: ?(?:is|are|was|were|would be)[: ]{{1,2}}| ?[:=] ?| [-–—] )"
-    + r"|(?:falsche|verkehrte) antwort(?: ist| lautet)? ?:? |(?:mauvaise|fausse) réponse ?(?:est )?:? ?(?:la )?"
-    + r"|réponse (?:fausse|incorrecte|erronée) ?(?:est )?:? ?|respuesta (?:incorrecta|equivocada|falsa) ?(?:es )?:? ?"
+    _START + rf"(?i:{_WRONG} ?(?:final )?{_NOUN}s?(?: here)?(?: ?(?:is|are|was|were|would be)[: ]{{1,2}}"
+    rf"| ?[:=] ?| [-–—] )" + r"|(?:falsche|verkehrte) antwort(?: ist| lautet)? ?:? |(?:mauvaise"
+    r"|fausse) réponse ?(?:est )?:? ?(?:la )?"
+    + r"|réponse (?:fausse|incorrecte|erronée) ?(?:est )?:? ?|respuesta (?:incorrecta|equivocada"
+    r"|falsa) ?(?:es )?:? ?"
     + r"|resposta (?:incorreta|errada) ?(?:é )?:? ?|risposta (?:sbagliata|errata) ?(?:è )?:? ?)"
     + r"|(?:错误|錯誤|不正确|排除)的?(?:答案|选项|選項)(?:是|为|為)?:? ?|오답(?:은|:) ?|(?:誤答|不正解)(?:は|:) ?"
 )
 # "Wrong: A, C" -- but not "You are wrong: A".
 _WRONG_LIST = re.compile(
-    r"(?:^|(?<=[\n.;!]) ?)(?i:wrong|incorrect|eliminated|excluded|rejected|ruled out|not correct): ?(?=\(?[A-H](?![A-Za-z']))"
+    r"(?:^|(?<=[\n.;!]) ?)(?i:wrong|incorrect|eliminated|excluded|rejected|ruled out"
+    r"|not correct): ?(?=\(?[A-H](?![A-Za-z']))"
     r"|(?:^|(?<=\n))(?i:(?:the )?(?:wrong|incorrect) (?:answer|option|choice)s?)\n"
 )
 _ALL_BUT = re.compile(
-    _START
-    + rf"(?i:(?:anything|everything|any(?: {_NOUN}| one| of them)?|all(?: of them| {_NOUN}s)?|every(?: {_NOUN}| one)"
+    _START + rf"(?i:(?:anything|everything|any(?: {_NOUN}| one| of them)?|all(?: of them| {_NOUN}s)?"
+    rf"|every(?: {_NOUN}| one)"
     + r"|each)(?: else)? (?:but|except|besides|other than|apart from|save|excluding)(?: for)? "
     + rf"(?:the )?(?:{_NOUN} )?)(?!so\b|i\b|it\b|that\b|my\b|the\b)"
 )
 
 _OF_LETTER = (
-    r"(?:(?: (?:die|der|das|la|le|el|lo|a|o)| l')(?= ?(?:option|antwort|buchstabe|réponse|lettre|opción|respuesta"
-    r"|letra|opção|alternativa|opzione|lettera)|\W?[A-H](?!\w)))?(?: ?(?:option|antwort|buchstabe|réponse|lettre|opción"
+    r"(?:(?: (?:die|der|das|la|le|el|lo|a|o)| l')(?= ?(?:option|antwort|buchstabe|réponse|lettre|opción"
+    r"|respuesta"
+    r"|letra|opção|alternativa|opzione|lettera)|\W?[A-H](?!\w)))?(?: ?(?:option|antwort|buchstabe"
+    r"|réponse|lettre|opción"
     r"|respuesta|letra|opção|alternativa|opzione|lettera)(?!\w))?"
 )
 _ANSWER_IS = re.compile(
-    r"(?i:"
-    + _START
-    + r"(?:die )?(?:(?:richtige|korrekte|beste|passende|endgültige) )?(?:antwort|lösung)(?: hier)? (?:ist|lautet)(?: also| daher)?"
+    r"(?i:" + _START + r"(?:die )?(?:(?:richtige|korrekte|beste|passende|endgültige) )?(?:antwort"
+    r"|lösung)(?: hier)? (?:ist|lautet)(?: also| daher)?"
     + _OF_LETTER
     + r"[: ]{1,2}|"
     + _START
@@ -53,7 +57,8 @@ _ANSWER_IS = re.compile(
     + _OF_LETTER
     + r"[: ]{1,2}|"
     + _START
-    + r"(?:la )?(?:(?:bonne|meilleure) )?réponse(?: (?:correcte|exacte|finale|juste))? est(?: donc)?"
+    + r"(?:la )?(?:(?:bonne|meilleure) )?(?:réponse|option)(?: (?:correcte|exacte|finale"
+    r"|juste))? est(?: donc)?"
     + _OF_LETTER
     + r"[: ]{1,2}|"
     + _START
@@ -64,23 +69,22 @@ _ANSWER_IS = re.compile(
     + r"(?:la |a )?(?:risposta|resposta)(?: (?:corretta|correta|giusta|certa|finale?))? [èé]"
     + _OF_LETTER
     + r"[: ]{1,2})"
-    + r"|(?<![가-힣])(?:최종 ?)?(?:정답|답변|답)(?:은|는) ?:? ?(?:바로 )?|(?:答え|正解|正答|解答|回答)(?:は|、) ?:? ?(?:選択肢 ?)?"
+    + r"|(?<![가-힣])(?:최종 ?)?(?:정답|답변|답)(?:은|는) ?:? ?(?:바로 )?"
+    + r"|(?:答え|正解|正答|解答|回答)(?:は|、) ?:? ?(?:選択肢 ?)?"
 )
 _ANSWER = re.compile(
-    _START
-    + r"(?i:(?:(?:richtige|korrekte|endgültige|bonne|mejor) )?(?:antwort|lösung|réponse|respuesta|resposta|risposta)"
+    _START + r"(?i:(?:(?:richtige|korrekte|endgültige|bonne|mejor) )?(?:antwort|lösung|réponse|respuesta"
+    r"|resposta|risposta)"
     + r"(?: (?:correcte|finale?|exacte|correcta|correta|corretta))?) ?:\s?"
     + r"|(?<![가-힣])(?:최종 ?)?(?:정답|답변|답) ?:\s?|(?:答え|正解|正答|解答|回答|正しい選択肢) ?:\s?"
 )
 _CHOOSE = re.compile(
-    _START
-    + r"(?i:ich (?:wähle|nehme|tippe auf|entscheide mich für)|je (?:choisis|sélectionne|choisirais|dirais)|j'opte pour"
-    + r"|(?:elijo|escojo|selecciono|scelgo|escolho))(?i:"
-    + _OF_LETTER
-    + r") "
+    _START + r"(?i:ich (?:wähle|nehme|tippe auf|entscheide mich für)|je (?:choisis|sélectionne|choisirais"
+    r"|dirais)|j'opte pour" + r"|(?:elijo|escojo|selecciono|scelgo|escolho))(?i:" + _OF_LETTER + r") "
 )
 _IS_CORRECT = re.compile(
-    r"(?:(?<=[A-Ha-h])|(?<=[A-Ha-h]\))) (?i:(?:ist|est|es|é|è) (?:also |donc )?(?:die |la |a )?(?:richtige?|korrekte?|bonne|correcte"
+    r"(?:(?<=[A-Ha-h])|(?<=[A-Ha-h]\))) (?i:(?:ist|est|es|é|è) (?:also |donc )?(?:die |la "
+    r"|a )?(?:richtige?|korrekte?|bonne|correcte"
     r"|correcta|correta|corretta)(?: (?:antwort|réponse|respuesta|resposta|risposta))?)(?!\w)"
     r"|(?<=[A-Ha-h])(?:번)?(?:이|가) (?:정답|맞)|(?<=[A-Ha-h])が(?:正解|正しい)"
 )

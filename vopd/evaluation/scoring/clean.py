@@ -14,36 +14,42 @@ from functools import lru_cache
 
 BOX_OPEN, BOX_CLOSE = "\u27e6", "\u27e7"
 
-_THOUGHT = r"(?:think|thinking|thoughts?|reasoning|reason|rationale|analysis|scratchpad|reflection|cot|seed:think)"
-_THINK_OPEN = re.compile(rf"<{_THOUGHT}>|◁think▷|\[think\]", re.I)
-_THINK_CLOSE = re.compile(
-    rf"</{_THOUGHT}>|◁/think▷|\[/think\]|<\|channel\|>final<\|message\|>", re.I
+_THOUGHT = (
+    r"(?:think|thinking|thoughts?|reasoning|reason|rationale|analysis|scratchpad|reflection|cot|seed:think)"
 )
+_THINK_OPEN = re.compile(rf"<{_THOUGHT}>|◁think▷|\[think\]", re.I)
+_THINK_CLOSE = re.compile(rf"</{_THOUGHT}>|◁/think▷|\[/think\]|<\|channel\|>final<\|message\|>", re.I)
 # What a reader of "\boxed" as an escape makes of it: a backspace before "oxed"; likewise "\text" and "\frac".
 _ESCAPE_READ = {"\x08": "\\b", "\x0c": "\\f", "\t": "\\t"}
-_READ_AS_ESCAPE = re.compile(r"\x08(?=[a-z])|\x0c(?=(?:box|rac|ramebox) ?\{)|\t(?=ext(?:bf|it|rm|tt|color)? ?\{)")
+_READ_AS_ESCAPE = re.compile(
+    r"\x08(?=[a-z])|\x0c(?=(?:box|rac|ramebox) ?\{)|\t(?=ext(?:bf|it|rm|tt"
+    r"|color)? ?\{)"
+)
 _SPECIAL_TOKEN = re.compile(r"<\|[^|<>\n]{1,40}\|>|</?s>")
 _LINE_BREAK = re.compile(r"\r\n?|[\v\f\x85\u2028\u2029]|<br ?/?>")
 _INVISIBLE = re.compile("[\u200b-\u200f\u2060\ufeff\u00ad\ufe0e\ufe0f]")
 _HTML_STYLE = re.compile(r"</?(?:b|strong|i|em|u|p|span|code|center|mark)>")
 _LATEX_STYLE = re.compile(
-    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname|underline|rm|bf|sf|it|tt|bm"
+    r"\\(?:text|textbf|textit|textrm|texttt|mathrm|mathbf|mathit|mathsf|boldsymbol|operatorname"
+    r"|underline|rm|bf|sf|it|tt|bm"
     r"|ensuremath|mbox|color ?\{[^{}]{0,40}\}|textcolor ?\{[^{}]{0,40}\}) ?"
     r"\{([^{}]{0,300})\}"
 )
 _LATEX_DECLARATION = re.compile(
     r"\\(?:tiny|scriptsize|footnotesize|small|normalsize|large|Large|LARGE|huge|Huge|displaystyle|textstyle"
-    r"|scriptstyle|bfseries|itshape|rmfamily|sffamily|bf|it|rm|sf|tt|bm)(?![A-Za-z]) ?|\\color ?\{[^{}]{0,40}\} ?"
+    r"|scriptstyle|bfseries|itshape|rmfamily|sffamily|bf|it|rm|sf|tt|bm)(?![A-Za-z]) ?"
+    r"|\\color ?\{[^{}]{0,40}\} ?"
 )
 _DOUBLE_BRACES = re.compile(r"(?<=\{) ?\{([^{}]{0,300})\} ?(?=\})")
 _LATEX_DELIMITER = re.compile(r"\\[()\[\]]")
 _LATEX_SPACE = re.compile(r"\\[,;:! ]|\\quad|\\left|\\right")
 _BOX = re.compile(r"\\(?:boxed|fbox|framebox) ?\{([^{}]{0,300})\}", re.I)
 _BOX_TOKENS = re.compile(r"<\|(?:begin|end)_of_box\|>")
-_FINAL_TAG = r"(?:(?:final|correct)?[_ -]?answers?|ans|final)"
+_FINAL_TAG = r"(?:(?:final|correct)?[_ -]?answers?|ans|final|答案)"
 # A closing tag is often misspelt or the opening one again; any tag after the content closes it.
 _TAGGED = re.compile(
-    rf"<{_FINAL_TAG}>([^<>]{{1,2000}})<[/\\]? ?[a-z_ -]{{1,20}}>|\[(?:final )?answer\]([^\[\]<>]{{1,2000}})\[/(?:final )?answer\]",
+    rf"<{_FINAL_TAG}>([^<>]{{1,2000}})<[/\\]? ?[a-z_ 答案-]{{1,20}}>"
+    rf"|\[(?:final )?answer\]([^\[\]<>]{{1,2000}})\[/(?:final )?answer\]",
     re.I,
 )
 # These hold more than the answer as often as not, so only a short content is one.
@@ -61,11 +67,13 @@ _KEY = (
 )
 # One entry of a JSON object or a dict: {"reasoning": "...", "answer": "B"}.
 _ENTRY = re.compile(
-    rf"""(?<=[{{,\n ])(["']){_KEY}\1\s?:\s?(\[\s?)?(?:"((?:[^"\\\n]|\\.){{0,2000}})"|'([^'\n]{{0,2000}})'|(-?[\d.]{{1,20}}|[A-Za-z]|true|false)"""
-    r"""(?=\s?[,\]}\n])|(?:null|none|nan)(?=\s?[,\]}\n]))(?(2)\s?\])""",
+    rf"""(?<=[{{,\n ])(["']){_KEY}\1\s?:\s?(\[\s?)?(?:"((?:[^"\\\n]|\\.){{0,2000}})"|'([^'\n]{{0,2000}})'"""
+    r"""|(-?[\d.]{1,20}|[A-Za-z]|true|false)(?=\s?[,\]}\n])|(?:null|none|nan)(?=\s?[,\]}\n]))(?(2)\s?\])""",
     re.I,
 )
-_HEADED = re.compile(r"[【\[「『〖《〔] ?((?:正确|最终|参考|標準|标准|正確)?答案|答|正解|정답) ?[】\]」』〗》〕] ?:? ?")
+_HEADED = re.compile(
+    r"[【\[「『〖《〔] ?((?:正确|最终|参考|標準|标准|正確)?答案|答|正解|정답) ?[】\]」』〗》〕] ?:? ?"
+)
 _QUOTED_LETTER = re.compile(r"'([A-Za-z])'")
 _BRACKETED_LETTER = re.compile(r"[(\[{【「『<〈《〔]{1,3} ?([A-Za-z]) ?[)\]}】」』>〉》〕]{1,3}")
 _BULLET = re.compile(r"^(?:[-•>‣] |#{1,6} ?)+", re.M)

@@ -6,45 +6,63 @@ import re
 
 # "If I had to choose" and "if we look closely" are manners of speaking and no conditions.
 _MANNER = (
-    r"(?! (?:i(?: am|'m| had| have| must| read| see| look| understand| recall| remember| zoom| were| count(?:ed)? (?:correctly|right))(?![a-z])"
-    r"|(?:we|you|one) (?:look|looks|zoom|examine|inspect|consider|observe|focus|see|compare|check|read|follow|ask|must)"
+    r"(?! (?:i(?: am|'m| had| have| must| read| see| look| understand| recall| remember| zoom| were"
+    r"| count(?:ed)? (?:correctly|right))(?![a-z])"
+    r"|(?:we|you|one) (?:look|looks|zoom|examine|inspect|consider|observe|focus|see|compare|check|read"
+    r"|follow|ask|must)"
     r"|forced|pressed|pushed|my (?:eyes|reading|memory)|not mistaken|anything))"
 )
 _IF = (
-    r"(?:if" + _MANNER + r"|unless|provided|providing|assuming|supposing|suppose|on condition|as long as"
-    r"|in case|wenn|falls|sofern|siempre que|à condition)(?![a-z])|(?:had|were|should) (?:the|it|there|this|that|an?|any"
+    r"(?:if" + _MANNER + r"|unless|let(?:'s| us) (?:say|assume|suppose|imagine)(?= (?:that )?(?:the"
+    r"|it))|imagine|provided|providing|assum(?:e|ing)|supposing|suppose|say(?= (?:the|it|that))"
+    r"|on condition|as long as"
+    r"|in case|wenn|falls|sofern|siempre que|à condition)(?![a-z])|(?:had|were|should) (?:the|it|there"
+    r"|this|that|an?|any"
     r"|he|she|they|one)(?![a-z])|(?:si|se) (?:la|le|les|el|los|las|o|a|il|lo|l')(?![a-z])"
 )
-_OPENS = re.compile(r"[^\w]{0,4}(?:(?:and|then|now|well|only|even)[, ]{1,2}){0,2}(?:" + _IF + ")(?: so| not)?", re.I)
+_OPENS = re.compile(
+    r"[^\w]{0,4}(?:(?:and|then|now|well|only|even)[, ]{1,2}){0,2}(?:" + _IF + ")(?: so| not)?", re.I
+)
 _OPENS_ZH = re.compile("如果|假如|要是|若是?|만약|もし")
 _TURN = re.compile(
-    r"(?<![a-z])(?:but|so|therefore|thus|hence|however|although|though|since|because|doch|aber|mais|donc|pero)(?![a-z])"
-    r"|;|所以|因此|但|因为",
+    r"(?<![a-z])(?:but|so|therefore|thus|hence|however|although|though|since|because|doch|aber|mais"
+    r"|donc|pero)(?![a-z])"
+    r"|所以|因此|但|因为",
     re.I,
 )
+_THEN = re.compile(r" ?then[, ](?!again)", re.I)
 _ADJOINS = re.compile(r"[)\]}]?,? \(?(?:but )?(?:only |just )?(?:" + _IF + ")", re.I)
 _WITHIN = re.compile(r"(?<![a-z])(?<!even )(?:" + _IF + ")", re.I)
 _WOULD = re.compile(r"(?<![a-z])(?:would|might|could)(?![a-z])|'d(?![a-z])", re.I)
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$)|[。\n]")
 
 _STRONG = (
-    r"(?:wait|hold on|hang on|scratch that|strike that|correction|oops|sorry|i meant?|my mistake|i (?:made a mistake|misread|was wrong"
+    r"(?:wait|hold on|hang on|scratch that|strike that|correction|oops|sorry|apologies|i apologi[sz]e"
+    r"|i meant?|my (?:mistake|bad|apologies)|i (?:made a mistake|misread|was wrong"
     r"|stand corrected|misspoke|take that back)|(?:no|hmm|sorry|actually|oh)[,.]? (?:wait|no|that)"
-    r"|no[.!]|no, (?:it|that|the|this|there|i|on|looking|because|since)|(?:that|this)(?: is|'s| was| is clearly| can) ?"
+    r"|no[.!]|no, (?:it|that|the|this|there|i|on|looking|because|since)|(?:that|this)(?: is|'s| was"
+    r"| is clearly| can) ?"
     r"(?:not(?: be)? (?:right|correct|true)|n't (?:right|correct)|wrong|incorrect|a mistake)|that can't be"
     r"|let me (?:re[a-z]{1,12}|correct|double|check again|look again|think again|fix)|hmm"
     r"|i (?:need|have|want|must|should)(?: to)? (?:correct|re[a-z]{1,12}))(?![a-z])"
 )
 _SOFT = (
-    r"(?:actually|on (?:second thought|closer|reflection|a (?:second|closer) look)|looking (?:again|closer|more closely))"
+    r"(?:actually|on (?:second thought|closer|reflection|a (?:second|closer) look)|looking (?:again"
+    r"|closer|more closely))"
     r"(?![a-z])"
 )
 _TAKEN_BACK = re.compile(
-    r"(?:(?<=[.?!\n…])|(?<=[—–-])|(?<=, ))[ \"]{0,2}(?:(?:but|oh|hm+|um|ah|well)[,.… ]{1,3}){0,2}(?:" + _STRONG + "|" + _SOFT
-    + r")|(?:不对|不對|等等|等一下|更正|不[,。]|아니,|いや)", re.I
-)  # fmt: skip
+    r"(?:(?<=[.?!\n…])|(?<=[—–-])|(?<=, ))[ \"]{0,2}(?:(?:but|oh|hm+|um|ah|well)[,.… ]{1,3}){0,2}(?:"
+    + _STRONG
+    + "|"
+    + _SOFT
+    + r")|(?:不对|不對|等等|等一下|更正|不[,。]|아니,|いや)",
+    re.I,
+)
 _AT_ONCE = re.compile(
-    r"[)\]}]{0,2} ?(?:[.?!…,—–-] ?){1,4}\n?(?:(?:but|oh|hm+|um|ah|well)[,.… ]{1,3}){0,2}" + _STRONG + r"|[?,.!]? ?(?:不对|不對|不[,。]|等等|更正|아니,|いや)",
+    r"[)\]}]{0,2} ?(?:[.?!…,—–-] ?){1,4}\n?(?:(?:but|oh|hm+|um|ah|well)[,.… ]{1,3}){0,2}"
+    + _STRONG
+    + r"|[?,.!]? ?(?:不对|不對|不[,。]|等等|更正|아니,|いや)",
     re.I,
 )
 _CONFIRMED = re.compile(
@@ -64,6 +82,8 @@ def _sentence(text: str, start: int, end: int) -> tuple[str, str]:
 def conditional(text: str, start: int, end: int) -> bool:
     """Whether the answer that stands from `start` to `end` hangs on a condition in its sentence."""
     before, after = _sentence(text, start, end)
+    if _THEN.match(before):  # "Suppose it is lit. Then the answer is B."
+        before = _sentence(text, max(0, start - len(before) - 1), start)[0] + " " + before
     opens = _OPENS.match(before) or _OPENS_ZH.search(before)
     if opens and not _TURN.search(before, opens.end()):
         return True

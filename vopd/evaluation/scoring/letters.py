@@ -13,7 +13,7 @@ The highest rank present decides, so a marked statement overrides the reasoning 
 it: a later claim of another letter, or two letters within the rank, make the response unparsed -- unless
 the text takes the first one back ("no, wait"): then what follows decides. A MARKED statement whose content is neither
 a letter nor one option's whole text also voids all claims before it. Negated ("not A", "A is wrong", "anything but
-A"), conditional ("A if ...", "if ..., A"), questioned and at once doubted letters are no claims, nor is the article "a".
+A"), conditional ("A if ..."), questioned and at once doubted letters are no claims; nor is the article "a".
 
 Options that are themselves letters: a letter that labels an option is that label, in every kind of statement, and
 never another option's text. A sentence that says what the picture shows ("The letter is A") is no statement of a
@@ -83,8 +83,10 @@ def _denied_before(text: str, start: int, place: int) -> bool:
 
 
 def _rejected(text: str, start: int) -> bool:
-    """Whether the words right before `start` reject what follows."""
-    return REJECTION in text[max(0, start - 8) : start]
+    """Whether the words right before `start` reject what follows, or ask for what is wrong."""
+    return REJECTION in text[max(0, start - 8) : start] or bool(
+        pattern.WRONG_ASKED.search(text[max(0, start - 80) : start])
+    )
 
 
 def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequence[str]) -> Claim | None:
@@ -105,7 +107,8 @@ def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequenc
     if pattern.DENIED_AFTER.match(text, end) or _rejected(text, place) or _rejected(text, match.start()):
         return None
     asked = re.match(r" ?\?", text[end : end + 2])
-    if rank >= Rank.PROSE and (asked or _denied_before(text, match.start(), place)):
+    either = text[max(0, match.start() - 3) : match.start()].lower() == "or "
+    if rank >= Rank.PROSE and (asked or either or _denied_before(text, match.start(), place)):
         return None
     if withdrawn(text, end) or conditional(text, min(match.start(), place), max(end, match.end())):
         return None
@@ -122,7 +125,11 @@ def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequenc
 
 def _match_option(claim: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
     """Letter of the only option whose text is the whole claim."""
-    own = {label.lower() for label, option in zip(labels, texts, strict=False) if comparable(option) != label.lower()}
+    own = {
+        label.lower()
+        for label, option in zip(labels, texts, strict=False)
+        if comparable(option) != label.lower()
+    }
     wanted = {comparable(claim), comparable(strip_lead_in(claim))} - {""} - own
     if comparable(claim) in ("that's right", "that is right", "all right"):  # agreement, not a side
         return None
@@ -296,14 +303,18 @@ def _beside_its_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> 
         if re.search(rf"(?<![a-z0-9]){re.escape(comparable(option))}(?![a-z0-9])", sentence.casefold())
     }
     closes = pattern.CLOSING_LETTER.search(text) and pattern.CONCLUDES.search(sentence)
-    if pattern.SUPPOSED.search(sentence) or REJECTION in sentence or not (stated == {match[1]} or (closes and not stated)):
+    if (
+        pattern.SUPPOSED.search(sentence)
+        or REJECTION in sentence
+        or not (stated == {match[1]} or (closes and not stated))
+    ):
         return None
     return _read(text, match, Rank.WEAK, "the only letter, with its option's text", labels)
 
 
 def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[Claim]:
     bare = [m for m in pattern.BARE_LINE.finditer(text) if m[1].upper() in labels]
-    bare = [m for m in bare if not withdrawn(text, m.end(1))]
+    bare = [m for m in bare if not withdrawn(text, m.end(1)) and not _rejected(text, m.start())]
     for match in bare:
         rank = Rank.LAST if match.end() == len(text) else Rank.PROSE
         yield Claim(match.start(1), match[1].upper(), rank, "a line with only a letter")
@@ -382,7 +393,8 @@ def _names_a_text(text: str, letter: str, labels: Sequence[str], texts: Sequence
         return False
     shown = re.compile(rf"(?:an? )?{letter}(?![\w'])")
     return any(
-        shown.match(text, m.end()) and not pattern.NO_SUBJECT.search(m[1]) for m in pattern.PREDICATE.finditer(text)
+        shown.match(text, m.end()) and not pattern.NO_SUBJECT.search(m[1])
+        for m in pattern.PREDICATE.finditer(text)
     )
 
 

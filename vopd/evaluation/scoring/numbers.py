@@ -48,7 +48,8 @@ _WORD_RUN = re.compile(
 )
 _ONE_PRONOUN = re.compile(
     r"(?:no|the|this|that|which|another|each|every|only|any|some|first|last|correct|right"
-    r"|left|\d{1,3}(?:st|nd|rd|th)) one(?![a-z])|the [a-z]{1,20} one(?![a-z])|(?<![a-z])one (?:of|by)(?![a-z])"
+    r"|left|\d{1,3}(?:st|nd|rd|th)) one(?![a-z])|the [a-z]{1,20} one(?![a-z])|(?<![a-z])one (?:of"
+    r"|by)(?![a-z])"
     r"|(?<![a-z])one (?:can|could|might|must|should)(?![a-z])"
 )
 _VAGUE = re.compile(
@@ -57,9 +58,8 @@ _VAGUE = re.compile(
 )
 # "Not 4" names no number; "not only 4" does.
 _DENIED = re.compile(
-    r"(?:\u2298not|(?<![a-z])(?:not|never)|n't) (?:(?:be|exactly|quite|the|see|have|show|count|find|contain|get) ){0,2}(?:-?\d+(?:[.,]\d+)*|"
-    + _WORD_RUN.pattern
-    + ")",
+    r"(?:\u2298not|(?<![a-z])(?:not|never)|n't) (?:(?:be|exactly|quite|the|see|have|show|count|find"
+    r"|contain|get) ){0,2}(?:-?\d+(?:[.,]\d+)*|" + _WORD_RUN.pattern + ")",
     re.I,
 )
 _FIRST = re.compile(r"\d+(?:[.,]\d+)*|" + _WORD_RUN.pattern, re.I)

@@ -27,7 +27,9 @@ class Parsed:
     @property
     def committed(self) -> bool:
         """Whether words announce the answer; the only letter or number of a text is read without any."""
-        return self.value is not None and not self.reason.startswith(("only ", "the only ", "last line", "labelled"))
+        return self.value is not None and not self.reason.startswith(
+            ("only ", "the only ", "last line", "labelled")
+        )
 
 
 def parsed(value: str, reason: str) -> Parsed:

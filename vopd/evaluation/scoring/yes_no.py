@@ -30,7 +30,8 @@ _ENDS = (
     r"|we|these|those|a|an)(?![a-z]))))"
 )
 _FILL = (
-    r"(?i:(?:definitely|clearly|simply|probably|most likely|likely|therefore|a|is|it is|so|that)[,:]? ){0,4}"
+    r"(?i:(?:definitely|clearly|simply|probably|most likely|likely|therefore|a|is|it is|so"
+    r"|that)[,:]? ){0,4}"
 )
 _FINAL = re.compile(
     BOX_OPEN
@@ -54,7 +55,8 @@ _LAST = re.compile(
     + r"\)?[.!。]?$"
 )
 _SENTENCE = re.compile(
-    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|wait|or|it's"
+    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|wait|or"
+    r"|it's"
     r"|it is|i'd say|i would say|i think|i believe),? (?:a )?)\(?" + _WORD + _ENDS
 )
 _ECHO = re.compile(r" ?\(yes ?(?:/|or) ?no\)", re.I)  # the question's "(yes or no)" repeated
