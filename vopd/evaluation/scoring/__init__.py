@@ -2,7 +2,8 @@
 
 Strict by design: what a response does not commit itself to is "unparsed" and never scored right, and a parsed
 answer is final -- no second reading rescues a wrong one. The order of the rules stands at the top of each
-answer type's module (`letters`, `yes_no`, `numbers`, `texts`); what they share is in `clean`. Before any
+answer type's module (`letters`, `yes_no`, `numbers`, `texts`); what they share is in `clean` (one plain form),
+`announced` (one language, rejections marked) and `conditions` (ifs, and answers taken back). Before any
 rule: a response that is empty, that is a failed call's message, or whose reasoning block was never closed is
 unparsed; text before a closed reasoning block's end is ignored.
 """

@@ -37,7 +37,7 @@ _ALL_BUT = re.compile(
     _START + rf"(?i:(?:anything|everything|any(?: {_NOUN}| one| of them)?|all(?: of them| {_NOUN}s)?"
     rf"|every(?: {_NOUN}| one)"
     + r"|each)(?: else)? (?:but|except|besides|other than|apart from|save|excluding)(?: for)? "
-    + rf"(?:the )?(?:{_NOUN} )?)(?!so\b|i\b|it\b|that\b|my\b|the\b)"
+    + rf"(?:the )?(?:{_NOUN} )?)(?!certain|impossible|so\b|i\b|it\b|that\b|my\b|the\b)"
 )
 
 _OF_LETTER = (

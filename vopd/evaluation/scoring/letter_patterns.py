@@ -114,7 +114,9 @@ _SO = _any(
     "so | therefore | thus | hence | consequently | it is | it's | it must be | it has to be | it should be"
     " | that's | i think | i believe | i'd say | i would say | would be | must be | has to be | we get | probably"
     " | likely | definitely | maybe | leaving | leaves | only | looks like | seems like | appears to be | but"
-    " | even so | even then | despite that | despite this | despite it | regardless | nevertheless"
+    " | should be | actually | in fact | hmm"
+    " | all things considered | even so | even then | despite that | despite this | despite it"
+    " | regardless | nevertheless"
     " | nonetheless | still | anyway | that said | in any case | in the end | all the same"
     " | be that as it may | having said that | by elimination"
     " | but rather | but it's | but still | yet still | no | yes | ok | okay | sure | certainly"
@@ -239,7 +241,7 @@ OTHER_LETTER = re.compile(
     + _VERB
     + r")(?![a-z]))|[/&?、]|或者?|也可能是?|还是|還是|和|与|與|"
     + WORD_START
-    + r"(?:or|and|vs\.?|ou|oder|und|et|y|o|e|u)(?![a-z])|이?나(?= )|[와과]|또는|혹은"
+    + r"(?:or|and|vs\.?|ou|oder|und|et|y|o|e|u)(?![a-z])(?:, [a-z' ]{1,40},)?|이?나(?= )|[와과]|또는|혹은"
     + r"|または|もしくは|か(?=[A-Z ])|と|や"
     r"|\((?=or |and ))\s?"
     r"(?:(?:or|Or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
