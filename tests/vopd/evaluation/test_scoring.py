@@ -1,6 +1,8 @@
-"""The answer parser: a file of crafted responses, and properties on arbitrary text."""
+"""The answer parser: files of crafted responses, kept records, and properties on arbitrary text."""
 
+import gzip
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,18 @@ from hypothesis import strategies as st
 
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
+from vopd.evaluation.scoring import table as scoring_table
 from vopd.evaluation.scoring.official import parse_official
 
 CRAFTED = [
     json.loads(line)
     for line in (Path(__file__).parent / "crafted_responses.jsonl").read_text(encoding="utf-8").splitlines()
 ]
+FRESH = [
+    json.loads(line)
+    for line in (Path(__file__).parent / "fresh_responses.jsonl").read_text(encoding="utf-8").splitlines()
+]
+RECORDS = Path(__file__).parents[3] / "docs" / "results"
 COLOURS = ["red", "blue", "green", "yellow"]
 # Prefixes that state no answer of their own and open no reasoning block.
 BENIGN = st.text(
@@ -52,6 +60,32 @@ def test_the_crafted_set_covers_every_type_and_both_outcomes() -> None:
     seen = {(row["answer_type"], row["expected"] is None) for row in CRAFTED}
     assert seen == {(kind, outcome) for kind in ANSWER_TYPES for outcome in (True, False)}
     assert len(CRAFTED) >= 160
+
+
+def test_no_fresh_response_is_misread_and_two_stay_unread() -> None:
+    """Measured once before this state (docs/evaluation.md); the kinds that were misread then are fixed."""
+    assert len(FRESH) >= 150
+    crafted = {(row["response"], str(row["options"]), row["answer_type"]) for row in CRAFTED}
+    assert not [r for r in FRESH if (r["response"], str(r["options"]), r["answer_type"]) in crafted]
+    found = [(scoring_table.outcome(row, "strict"), row["response"]) for row in FRESH]
+    assert [text for what, text in found if what == "misread"] == []
+    assert [text for what, text in found if what == "missed"] == [
+        "Counting the basement, one would get C, but the basement does not count: B.",
+        "<answer>A</thinking>",
+    ]
+
+
+def test_responses_of_the_kept_runs_are_read_as_they_were_recorded() -> None:
+    """The first 100 records of each file, which hold the questions' options in the prompt."""
+    read = 0
+    for file in sorted(RECORDS.glob("**/records/after.jsonl.gz")):
+        with gzip.open(file, "rt", encoding="utf-8") as lines:
+            records = [json.loads(line) for line, _ in zip(lines, range(100), strict=False)]
+        for record in records:
+            options = re.findall(r"[A-H]\) (.+?)(?= [A-H]\) | Only look|$)", record["prompt"])
+            assert parse_answer(record["response"], "letter", options).value == record["parsed"], record
+            read += 1
+    assert read >= 2000
 
 
 @given(st.text(max_size=300), st.sampled_from(ANSWER_TYPES))
@@ -101,11 +135,98 @@ def test_white_space_and_case_of_the_marker_do_not_matter(
     assert parse_answer(text, "letter", COLOURS).value == letter
 
 
+STATED = st.sampled_from(["{}", "({})", "option {}", "**{}**", "{}.", "({})."])
+
+
+@given(
+    st.sampled_from(
+        ["Anything but ", "All except ", "Wrong answer: ", "The wrong answer is ", "Incorrect option: ", "Not ",
+         "The answer is not ", "Answer: not ", "Which one is wrong? ", "It would be a mistake to choose ",
+         "Falsche Antwort: ", "Mauvaise réponse : ", "Respuesta incorrecta: ", "错误答案：", "오답: ", "不正解は"]
+    ),
+    STATED,
+    st.sampled_from("ABCD"),
+)  # fmt: skip
+def test_a_rejected_letter_is_no_answer(rejects: str, form: str, letter: str) -> None:
+    assert parse_answer(rejects + form.format(letter), "letter", COLOURS).value is None
+
+
+@given(
+    st.sampled_from(
+        ["The answer would be {} if the light were on", "If the light is on, the answer is {}",
+        "Answer: {} if it is lit",
+         "{} would be correct if it were lit", "Were the light on, the answer would be {}", "如果灯亮着，答案是{}",
+         "Unless the sign is fake, the answer is {}", "\\boxed{{{}}} if it is lit",
+        "Suppose it is lit. Then the answer is {}",
+         "Si la lumière est allumée, la réponse est {}"]
+    ),
+    st.sampled_from("ABCD"),
+    st.sampled_from(["", "."]),
+)  # fmt: skip
+def test_an_answer_that_hangs_on_a_condition_is_none(text: str, letter: str, end: str) -> None:
+    assert parse_answer(text.format(letter) + end, "letter", COLOURS).value is None
+
+
+@given(
+    st.sampled_from(["Answer: {}", "The answer is {}", "\\boxed{{{}}}", "Final answer: {}", "Answer: ({})"]),
+    st.sampled_from(["? No. ", ". Wait, no. ", ".\n\nHmm, that is not right. ", ". Actually, ",
+        ". Correction: ", ".\nScratch that. "]),
+    st.sampled_from(["the answer is {}.", "Answer: {}", "\\boxed{{{}}}"]),
+    st.permutations("ABCD"),
+)  # fmt: skip
+def test_an_answer_taken_back_gives_way_to_the_next(
+    first: str, back: str, second: str, letters: list[str]
+) -> None:
+    text = first.format(letters[0]) + back + second.format(letters[1])
+    assert parse_answer(text, "letter", COLOURS).value == letters[1]
+
+
+@given(st.permutations("ABCD"), st.sampled_from("ABCD"))
+def test_where_options_are_letters_every_statement_means_the_label(options: list[str], letter: str) -> None:
+    for text in (
+        "{}",
+        "Answer: {}",
+        "The answer is {}.",
+        "\\boxed{{{}}}",
+        "<answer>{}</answer>",
+        "I choose {}.",
+    ):
+        assert parse_answer(text.format(letter), "letter", options).value == letter
+    shown = parse_answer(f"The letter on the sign is {letter}.", "letter", options).value
+    assert shown == (letter if options["ABCD".index(letter)] == letter else None)
+
+
+@settings(max_examples=60)
+@given(
+    st.text(alphabet=st.characters(exclude_categories=["Cs"], exclude_characters="<>[]◁"), max_size=80),
+    st.sampled_from("ABCD"),
+)
+def test_the_answer_key_of_a_json_object_decides(reasoning: str, letter: str) -> None:
+    text = json.dumps({"reasoning": reasoning, "answer": letter})
+    assert parse_answer(text, "letter", COLOURS).value == letter
+    assert parse_answer(f"```json\n{text}\n```", "letter", COLOURS).value == letter
+
+
+@given(
+    st.sampled_from(["\\boxed{{{}}}", "\\boxed{{\\{size} {}}}", "\\boxed{{\\{size}{{{}}}}}",
+        "\\boxed{{{{\\{size} {}}}}}",
+                     "\\boxed{{\\{size}\\textbf{{{}}}}}", "\x08oxed{{{}}}"]),
+    st.sampled_from(["tiny", "small", "large", "Large", "LARGE", "huge", "Huge", "displaystyle", "bf"]),
+    st.sampled_from(["{}", "<answer>{}</answer>", "<answer>\n{}\n</answer>", "$${}$$",
+        "<think>A</think>\n<answer>{}</answer>"]),
+    st.sampled_from("ABCD"),
+)  # fmt: skip
+def test_a_box_is_read_in_any_size_and_in_a_tag(box: str, size: str, around: str, letter: str) -> None:
+    assert parse_answer(around.format(box.format(letter, size=size)), "letter", COLOURS).value == letter
+
+
 @pytest.mark.parametrize(
     "unit",
-    ["(", "A", " ", "answer is ", "Answer: ", "\\boxed{", "<think>", "</think>", "the ", "A. ", "1,", "-", "\n", "so A",
+    ["(", "A", " ", "answer is ", "Answer: ", "\\boxed{", "<think>", "</think>", "the ", "A. ", "1,", "-",
+        "\n", "so A",
      "<answer>", "no ", "twenty ", "一", "not ", "or B ", "*", "error ", "final answer is the ", "A) x B) ", "[", "⟦",
-     "\\text{", "1/", ". A", "1.", "is it the "],
+     "\\text{", "1/", ". A", "1.", "is it the ", '"answer": "', "if the ", "Answer: A? No. ", "정답은 ",
+     "A (a) ", "wrong answer: "],
 )  # fmt: skip
 def test_long_repetitive_text_is_read_in_bounded_time(unit: str) -> None:
     for answer_type in ANSWER_TYPES:

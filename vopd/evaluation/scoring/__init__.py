@@ -2,17 +2,20 @@
 
 Strict by design: what a response does not commit itself to is "unparsed" and never scored correct, and a parsed
 answer is final -- no second reading rescues an incorrect one. The order of the rules is at the top of each
-answer type's module (`letters`, `yes_no`, `numbers`, `texts`); what they share is in `clean`. Before any
+answer type's module (`letters`, `yes_no`, `numbers`, `texts`); what they share is in `clean` (one plain form),
+`announced` (one language, rejections marked) and `conditions` (ifs, and answers taken back). Before any
 rule: a response that is empty, that is a failed call's message, or whose reasoning block was never closed is
 unparsed; text before a closed reasoning block's end is ignored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vopd.errors import UserError
+from vopd.evaluation.scoring.announced import announced
 from vopd.evaluation.scoring.clean import clean, comparable, cut_reasoning, is_error
+from vopd.evaluation.scoring.conditions import after_last_withdrawal
 from vopd.evaluation.scoring.letters import option_labels, parse_letter
 from vopd.evaluation.scoring.numbers import parse_gold_number, parse_number
 from vopd.evaluation.scoring.parsed import Parsed, unparsed
@@ -46,10 +49,20 @@ def parse_answer(text: str, answer_type: str, options: Sequence[str] = ()) -> Pa
     plain = clean(rest)
     if not plain:
         return unparsed("empty")
-    if answer_type == "letter":
-        return parse_letter(plain, options)
-    rules = {"yes/no": parse_yes_no, "number": parse_number, "short": parse_short, "free": parse_free}
-    return rules[answer_type](plain)
+    if answer_type == "free":
+        return parse_free(plain)
+    rules = {"yes/no": parse_yes_no, "number": parse_number, "short": parse_short}
+    rule = rules[answer_type] if answer_type in rules else lambda text: parse_letter(text, options)
+    return _committed(announced(plain, short=answer_type == "short"), rule)
+
+
+def _committed(text: str, rule: Callable[[str], Parsed]) -> Parsed:
+    """The rule's reading; where it finds two answers, that of what stands after the first one was taken back."""
+    whole = rule(text)
+    doubtful = whole.conflict or after_last_withdrawal(whole.value or "") is not None
+    tail = after_last_withdrawal(text) if doubtful else None
+    second = rule(tail) if tail else whole
+    return second if second.committed else whole
 
 
 def is_correct(parsed: Parsed, gold: str, answer_type: str) -> bool:

@@ -47,15 +47,13 @@ FINAL = re.compile(
 )
 _SEPARATOR = r" ?(?::{1,2}|=|->|=>|→|[-–—](?= ))\s?"
 MARK = re.compile(
-    WORD_START
-    + r"(?i:(?<!wrong )(?<!incorrect )(?:answer|ans)(?: choice| option| letter| \([^()\n]{1,30}\))?(?: is)?"
-    + r"|(?:答案|答)(?:是|为|為|选|選)?)"
-    + _SEPARATOR
+    WORD_START + r"(?i:(?<!wrong_)(?<!incorrect_)(?<!not_)(?:answer|ans)(?: choice| option| letter"
+    r"| \([^()\n]{1,30}\))?(?: is)?" + r"|(?:答案|答)(?:是|为|為|选|選)?)" + _SEPARATOR
 )
 # These words also introduce other things than answers, so what follows them must be a letter or an option.
 SOFT_MARK = re.compile(
-    WORD_START
-    + r"(?i:(?:choice|option|selection|selected|solution|result|response|prediction|conclusion|output|verdict|final"
+    WORD_START + r"(?i:(?<!wrong_)(?<!incorrect_)(?<!not_)(?:choice|option|selection|selected|solution|result"
+    r"|response|prediction|conclusion|output|verdict|final"
     + r"|correction|correct)(?: option| choice)?(?: is)?|(?:正确选项|正確選項|选项|選項)(?:是|为|為)?)"
     + _SEPARATOR
 )
@@ -72,8 +70,9 @@ _NOUN = (
     + r"|(?:answer|option|choice|one|letter|statement) (?:that|which) [a-z' ]{1,40}"
 )
 _CHOOSE = _any(
-    "choose | chose | choosing | pick | picked | select | selected | selecting | go with | going with | went with"
-    " | opt for | settle on | conclude | guess | vote for | lean toward | lean towards | leaning toward"
+    "i meant | i mean | choose | chose | choosing | pick | picked | select | selected | selecting | go with"
+    " | going with | went with | opt for | settle on | conclude | guess | vote for | lean toward"
+    " | lean towards | leaning toward"
     " | leaning towards"
 )
 _POINTS_TO = _any(
@@ -101,11 +100,11 @@ POINTS_TO = re.compile(
     + LETTER
 )
 ANSWER_IS_ZH = re.compile(
-    r"(?:答案|正确选项|正確選項|正确的是|结论)(?:应该|应当|应|應該|應|就)?(?:是|为|為|选|選) ?(?:选项|選項)? ?"
-    + LETTER
+    r"(?:(?:答案|正确选项|正確選項|正确的是|结论)(?:应该|应当|应|應該|應|就)?(?:是|为|為|选|選) ?(?:选项|選項)? ?"
+    r"|(?<!误)答案(?= ?\(?[A-H]))" + LETTER
 )
 CHOOSE_ZH = re.compile(
-    r"(?:对应(?:的是|于)?|即|选择|選擇|选定|选|選)(?:的?是)? ?(?:选项|選項|答案)? ?" + LETTER
+    r"(?:对应(?:的是|于)?|即|选择|選擇|选定|选|選)(?:的?是)? ?:? ?(?:选项|選項|答案)? ?" + LETTER
 )
 
 _CLAUSE_END = (
@@ -115,7 +114,12 @@ _SO = _any(
     "so | therefore | thus | hence | consequently | it is | it's | it must be | it has to be | it should be"
     " | that's | i think | i believe | i'd say | i would say | would be | must be | has to be | we get | probably"
     " | likely | definitely | maybe | leaving | leaves | only | looks like | seems like | appears to be | but"
-    " | but rather | but it's | no | yes | ok | okay | sure | certainly"
+    " | should be | actually | in fact | hmm"
+    " | all things considered | even so | even then | despite that | despite this | despite it"
+    " | regardless | nevertheless"
+    " | nonetheless | still | anyway | that said | in any case | in the end | all the same"
+    " | be that as it may | having said that | by elimination"
+    " | but rather | but it's | but still | yet still | no | yes | ok | okay | sure | certainly"
 )
 SO = re.compile(
     r"(?:"
@@ -127,29 +131,45 @@ SO = re.compile(
     + LETTER
     + _CLAUSE_END
 )
+# "Although it looks green here, B."
+CONCEDED = re.compile(
+    r"(?:"
+    + WORD_START
+    + r"(?i:despite|in spite of|although|though|even though|even if|notwithstanding|regardless of|while"
+    + r"|if i (?:had|have|must|am|were)|if you ask|if forced)(?![a-z]) [^.,;:!?\n]{1,100}(?:,|:) "
+    + r"|(?i: notwithstanding, ))"
+    + FILL
+    + LETTER
+    + r"(?= ?[)]?[.!]?(?:\n|$))"
+)
 _EMPHASIS = _any(
     "the | most | clearly | definitely | indeed | probably | likely | therefore | thus | obviously | my | only"
     " | final | best | correct | right"
 )
 _SIDE = "next|above|below|beside|behind|in|of|on|at|under|side|hand"  # "A is right next to the tree"
 IS_CORRECT = re.compile(
-    r"(?<![A-Za-z0-9'._-])(?i:(?:option|choice) )?\(?([A-Za-z])\)?(?:(?i: (?:is|seems|looks|appears|would be|must be"
+    r"(?<![A-Za-z0-9'._-])(?i:(?:option|choice) )?\(?([A-Za-z])\)?(?:(?i: (?:is|seems|looks|appears"
+    r"|would be|must be"
     r"|has to be|should be)(?: to be)?(?: (?:"
     + _EMPHASIS
-    + r")){0,4} (?:correct|right|best|true|answer|choice|guess|pick|accurate|match|more likely|most likely)(?! (?:"
+    + r")){0,4} (?:correct|right|best|true|answer|choice|guess|pick|accurate|match|more likely"
+    r"|most likely)(?! (?:"
     + _SIDE
     + r")))(?![a-z])"
-    + r"|(?i: it is)(?![a-z ])|(?i: the (?:most )?(?:correct|right|best|accurate|likely|suitable|appropriate|fitting)"
+    + r"|(?i: is the (?:one|option|choice) that (?:best )?(?:fits|matches|is correct|is right"
+    r"|applies))(?![a-z])"
+    + r"|(?i: it is)(?![a-z ])|(?i: the (?:most )?(?:correct|right|best|accurate|likely|suitable"
+    r"|appropriate|fitting)"
     + r" (?:answer|choice|option|one|pick|match|description))"
     + r"|(?i: best (?:fits|matches|describes|represents|corresponds|reflects|answers)(?![a-z]))"
     + r"|(?i: (?:fits|matches|describes \w{1,20} \w{1,20}) best(?![a-z]))"
-    + r"|(?:选项|選項)?(?:是)?(?:正确|正確|对的|對的|最?(?:符合|吻合|匹配|合适|合適)))"
+    + r"|(?:选项|選項|项|項)?(?:是)?(?:正确|正確|对的|對的|最?(?:符合|吻合|匹配|合适|合適)))"
 )
 
 OPENING = re.compile(
     r"(?i:(?:option|choice|选项|選項) ?)?\(?([A-Za-z])"
     + NO_WORD_AFTER
-    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since | rather than ))"
+    + r"(?: ?\)|(?= ?[.,:;!?、。/]| [-–—] |\n|$|吧| or | and | because | since | rather than | \(not ))"
 )
 CLOSING_SENTENCE = re.compile(r"[.!?。] ?\(?([A-Z])\)?[.!。]?$")
 _SIGNS = r"[^\w\n(?+#&@%]{0,4}"
@@ -173,11 +193,13 @@ NO_SUBJECT = re.compile(
 # A letter at the very end after a colon, dash or arrow.
 CLOSING_LETTER = re.compile(r"(?::| [-–—=]|→|->|：) ?\(?([A-Z])\)?[.!。]?$")
 CONCLUDES = re.compile(
-    r"(?i:consider|conclu|analys|reason|inspect|correct|best|answer|guess|overall|letter|since|must)|综上|结论|答案"
+    r"(?i:consider|conclu|analys|reason|inspect|correct|best|answer|guess|overall|letter|since|must)|综上"
+    r"|结论|答案"
 )
 # What may stand before a letter that has its own text beside it; "Row C: green" is no answer.
 INTRODUCES = re.compile(
-    r"(?:^|[\n:(→。：，] ?|(?<![A-Za-z])(?i:is|be|with|matches|match|fits|to|as|option|choice|answer|namely|for|or"
+    r"(?:^|[\n:(→。：，] ?|(?<![A-Za-z])(?i:is|be|with|matches|match|fits|to|as|option|choice|answer"
+    r"|namely|for|or"
     r"|so|therefore|select|choose|pick|it's) ?|[选選是为為] ?)$"
 )
 SUPPOSED = re.compile(
@@ -191,11 +213,19 @@ JUDGED = re.compile(
     r"(?i:(correct|right|true|yes|正确|符合)|(incorrect|not correct|wrong|false|no|不正确|错误|不符合))[^\w\n?]{0,3}$",
     re.M,
 )
+# Labels in small letters, where the options carry such: "(a)" and "a)".
+LOWER_LABEL = re.compile(r"(?<![A-Za-z0-9'])(?:\([a-h]\)|(?<!\()[a-h](?=\)))")
+# "A (a)", "Option D, (d)", "C, i.e. (C)"
+SAID_TWICE = re.compile(
+    r"(?<![A-Za-z0-9'._-])\(?([A-Za-z])\)?[,.:]? ?(?i:i\.e\.,? |that is,? |namely,? |meaning |= ?|aka )?"
+    r"\((?i:(?:option|choice|letter|answer) )?(?i:\1)\)"
+)
 BRACKETED = re.compile(r"(?<![A-Za-z0-9])\(([A-Z])\)")
 
 # After "A", a lower-case word other than these makes it the article.
 _NOT_A_NOUN = _any(
     "because | since | is | as | which | for | and | or | based | the | this | that | due | if | with | was | would"
+    " | porque | parce | puisque | car | weil | denn | da | ya | pues | según | ist | est | es | wenn | falls | si"
     " | it | there | given | seems | looks | so | but | not | in | on | according | are | will | should | has | i"
     " | to | where | while | rather | instead | fits | matches | over | from | by | at | than | after"
 )
@@ -207,15 +237,20 @@ _VERB = _any(
     "is | was | shows | has | looks | appears | seems | does | contains | describes | refers | would | can"
 )
 OTHER_LETTER = re.compile(
-    r"[.]?\s?(?:[,;:](?! ?\(?[A-Z]\)? (?:"
+    r"[.]?\s?(?:\?(?= (?:or|Or) )|[,;:](?! ?\(?[A-Z]\)? (?:"
     + _VERB
-    + r")(?![a-z]))|[/&?、]|或者?|还是|還是|和|与|與|"
+    + r")(?![a-z]))|[/&?、]|或者?|也可能是?|还是|還是|和|与|與|"
     + WORD_START
-    + r"(?:or|and|vs\.?)(?![a-z])|\((?=or |and ))\s?"
-    r"(?:(?:or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
+    + r"(?:or|and|vs\.?|ou|oder|und|et|y|o|e|u)(?![a-z])(?:, [a-z' ]{1,40},)?|이?나(?= )|[와과]|또는|혹은"
+    + r"|または|もしくは|か(?=[A-Z ])|と|や"
+    r"|\((?=or |and ))\s?"
+    r"(?:(?:or|Or|and|maybe|possibly|perhaps|probably|option|choice|even|also|both|else) ){0,3}[选選]?"
     r"\(?([A-Z])(?![A-Za-z0-9'])"
 )
-_WRONG = _any("incorrect | wrong | false | impossible | excluded | eliminated | ruled out | unlikely")
+_WRONG = _any(
+    "incorrect | wrong | the wrong | a wrong | an error | a mistake | mistaken | in error"
+    " | false | impossible | excluded | eliminated | ruled out | unlikely"
+)
 DENIED_AFTER = re.compile(
     r" (?:option )?(?:(?:is|was|are|seems|looks|would be|must be|can be|could be)"
     r"(?:n't| not| clearly| definitely| also)? )?(?:"
@@ -223,15 +258,27 @@ DENIED_AFTER = re.compile(
     + r"|not(?! \(?[A-Z](?![A-Za-z])))(?![a-z])"
     + r"|(?:,? [a-z]{1,12}){0,2} (?:are|is) (?:wrong|incorrect|not)(?![a-z])"
     + r"| (?:isn't|wasn't|can't|cannot|doesn't|can not|does not)(?![a-z])| ?是?(?:错|錯|不|排除)"
+    + r"| (?:ist|est|es|é|è)?n? ?(?:nicht|pas|falsch|faux|fausse|incorrecte?|incorrecta|falsa)(?![a-z])"
+    + r"| ?번?(?:이|가|은|는|도)? ?(?:아[니닌닙]|오답)|で?は?(?:なく|な[いか]|ありません)|じゃな"
+    + r"| ?번?일 ?(?:수도|지도)|かも|でしょうか|ですか|인가요|일까"
 )
 CLAUSE_BREAK = re.compile(
     r"[.,;:!?\n。、—]|(?<![a-z])(?:but|so|therefore|thus|hence|and|because)(?![a-z])", re.I
 )
 _DENIAL = _any(
     "not | never | cannot | neither | nor | doubt | unlikely | unless | if | whether | suppose | assuming | wrong"
-    " | incorrect | eliminate | eliminated | ruled out"
-    " | rule out | excluded | exclude | least | false | rather than | instead of | except | without | would have been"
+    " | incorrect | eliminate | eliminated | eliminating | ruling out | discard | discarding | discarded | rejected"
+    " | mistaken | mistake | error | wrongly | regret | dismiss | dismissed | discount | worst | avoid"
+    " | excluding | might | may | could | ruled out | rule out | excluded | exclude | least"
+    " | false | rather than | instead of | except | without | would have been"
+)
+# "Which one is wrong? A."
+WRONG_ASKED = re.compile(
+    r"(?:n't [a-z]{1,15}|(?<![a-z])(?:wrong|incorrect|false|not [a-z]{1,15}|excluded?|eliminated?"
+    r"|rejected?|worst|least likely))"
+    r"[^.?!\n]{0,30}\?[ \n]\(?$",
+    re.I,
 )
 DENIED_BEFORE = re.compile(
-    r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|若|如果|是否|排除", re.I
+    r"(?<![a-z])(?:" + _DENIAL + r")(?![a-z])|n't|不|非|没|沒|别|別|除|错误|若|如果|是否|排除", re.I
 )

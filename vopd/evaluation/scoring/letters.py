@@ -10,9 +10,14 @@ A response makes *claims*; each has a place, a letter (or "unclear") and a rank.
               its own option's text beside it ("matches D (yellow)"); a response of one sentence whose predicate is one
               option's text ("The car is blue.").
 The highest rank present decides, so a marked statement overrides the reasoning before it -- but nothing after
-it: a later claim of another letter, or two letters within the rank, make the response unparsed. A MARKED
-statement whose content is neither a letter nor one option's whole text also voids all claims before it.
-Negated ("not A", "A is wrong"), conditional and questioned letters are no claims, nor is the article "a".
+it: a later claim of another letter, or two letters within the rank, make the response unparsed -- unless
+the text takes the first one back ("no, wait"): then what follows decides. A MARKED statement whose content is neither
+a letter nor one option's whole text also voids all claims before it. Negated ("not A", "A is wrong", "anything but
+A"), conditional ("A if ..."), questioned and at once doubted letters are no claims; nor is the article "a".
+
+Options that are themselves letters: a letter that labels an option is that label, in every kind of statement, and
+never another option's text. A sentence that says what the picture shows ("The letter is A") is no statement of a
+label; where it names the very letter that is then answered, and another option reads so, the response is unparsed.
 """
 
 from __future__ import annotations
@@ -24,7 +29,9 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from vopd.evaluation.scoring import letter_patterns as pattern
+from vopd.evaluation.scoring.announced import REJECTION
 from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN, comparable, strip_lead_in
+from vopd.evaluation.scoring.conditions import conditional, withdrawn
 from vopd.evaluation.scoring.numbers import parse_gold_number
 from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
@@ -69,14 +76,17 @@ def _is_article(text: str, letter: str, end: int, bracketed: bool) -> bool:
     return letter in "AI" and not bracketed and pattern.ARTICLE_TAIL.match(text, end) is not None
 
 
-def _is_label(content: str, labels: Sequence[str]) -> bool:
-    return content.strip(" .()").upper() in labels
-
-
 def _denied_before(text: str, start: int, place: int) -> bool:
     """Whether the clause up to `place`, looked at from 80 characters before `start`, denies or only supposes."""
     clause = pattern.CLAUSE_BREAK.split(text[max(0, start - 80) : place])[-1]
     return pattern.DENIED_BEFORE.search(clause) is not None
+
+
+def _rejected(text: str, start: int) -> bool:
+    """Whether the words right before `start` reject what follows, or ask for what is wrong."""
+    return REJECTION in text[max(0, start - 8) : start] or bool(
+        pattern.WRONG_ASKED.search(text[max(0, start - 80) : start])
+    )
 
 
 def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequence[str]) -> Claim | None:
@@ -94,10 +104,13 @@ def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequenc
     if _is_article(text, raw, end, bracketed):
         return None
     end = closing.end() if closing else end
-    if pattern.DENIED_AFTER.match(text, end):
+    if pattern.DENIED_AFTER.match(text, end) or _rejected(text, place) or _rejected(text, match.start()):
         return None
     asked = re.match(r" ?\?", text[end : end + 2])
-    if rank >= Rank.PROSE and (asked or _denied_before(text, match.start(), place)):
+    either = text[max(0, match.start() - 3) : match.start()].lower() == "or "
+    if rank >= Rank.PROSE and (asked or either or _denied_before(text, match.start(), place)):
+        return None
+    if withdrawn(text, end) or conditional(text, min(match.start(), place), max(end, match.end())):
         return None
     letter = raw.upper()
     if letter not in labels:
@@ -112,7 +125,12 @@ def _read(text: str, match: re.Match[str], rank: Rank, why: str, labels: Sequenc
 
 def _match_option(claim: str, labels: Sequence[str], texts: Sequence[str]) -> str | None:
     """Letter of the only option whose text is the whole claim."""
-    wanted = {comparable(claim), comparable(strip_lead_in(claim))} - {""}
+    own = {
+        label.lower()
+        for label, option in zip(labels, texts, strict=False)
+        if comparable(option) != label.lower()
+    }
+    wanted = {comparable(claim), comparable(strip_lead_in(claim))} - {""} - own
     if comparable(claim) in ("that's right", "that is right", "all right"):  # agreement, not a side
         return None
     hits = [label for label, option in zip(labels, texts, strict=False) if comparable(option) in wanted]
@@ -131,7 +149,7 @@ def _predicate(text: str, labels: Sequence[str], texts: Sequence[str]) -> str | 
         if pattern.NO_SUBJECT.search(subject) or pattern.DENIED_BEFORE.search(subject):
             return None
         said = text[match.end() :]
-        if _is_label(said, labels) or comparable(said) in ("right", "correct", "true", "false"):
+        if comparable(said) in ("right", "correct", "true", "false"):
             continue  # "You are right." agrees with somebody; it names no side
         letter = _match_option(said, labels, texts)
         others = (comparable(t) for label, t in zip(labels, texts, strict=False) if label != letter)
@@ -161,7 +179,7 @@ def _stated_text(text: str, start: int, labels: Sequence[str], texts: Sequence[s
     line = text[start : start + 400].split("\n", 1)[0].split(BOX_CLOSE, 1)[0]
     sentence = re.split(r"[.;!?。](?: |$)|,? because(?![a-z])", line, maxsplit=1)[0]
     for content in (line, sentence):
-        letter = None if _is_label(content, labels) else _match_option(content, labels, texts)
+        letter = _match_option(content, labels, texts)
         if letter:
             return letter
     return None
@@ -170,7 +188,9 @@ def _stated_text(text: str, start: int, labels: Sequence[str], texts: Sequence[s
 def _boxed(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[Claim]:
     for box in re.finditer(BOX_OPEN + "([^" + BOX_OPEN + BOX_CLOSE + "]{0,2000})" + BOX_CLOSE, text):
         content = box[1].strip()
-        letter = None if _is_label(content, labels) else _match_option(content, labels, texts)
+        if conditional(text, box.start(), box.end()) or withdrawn(text, box.end()):
+            continue
+        letter = _match_option(content, labels, texts)
         if letter is None:
             inner = decide(content, labels, texts) if content else unparsed("empty")
             letter = inner.value or UNCLEAR
@@ -206,7 +226,7 @@ def _marked(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[
             yield Claim(match.end(), "", rank, "a marked answer that names no option")
     for match in pattern.MARK_NO_COLON.finditer(text):
         claim = _read(text, match, Rank.MARKED, "marked answer", labels)
-        if claim:
+        if claim and not _denied_before(text, match.start(), match.start()):
             yield claim
 
 
@@ -230,7 +250,8 @@ def _prose(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
             yield claim
     for match in pattern.ANSWER_IS.finditer(text):
         stated = _stated_text(text, match.end(), labels, texts)
-        if stated and not _denied_before(text, match.start(), match.start()):
+        supposed = stated and conditional(text, match.start(), match.end())
+        if stated and not supposed and not _denied_before(text, match.start(), match.start()):
             yield Claim(match.end(), stated, Rank.PROSE, "option text")
     phrases = [
         pattern.THE_ANSWER_IS,
@@ -242,7 +263,7 @@ def _prose(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
     ]
     # Where options are themselves letters, "it is B" may describe the picture.
     if not any(len(option.strip()) == 1 and option.strip().isalpha() for option in texts):
-        phrases += [pattern.SO, pattern.CLOSING_SENTENCE]
+        phrases += [pattern.SO, pattern.CONCEDED, pattern.CLOSING_SENTENCE]
     for phrase in phrases:
         for match in phrase.finditer(text):
             claim = _read(text, match, Rank.PROSE, "stated in prose", labels)
@@ -282,13 +303,18 @@ def _beside_its_text(text: str, labels: Sequence[str], texts: Sequence[str]) -> 
         if re.search(rf"(?<![a-z0-9]){re.escape(comparable(option))}(?![a-z0-9])", sentence.casefold())
     }
     closes = pattern.CLOSING_LETTER.search(text) and pattern.CONCLUDES.search(sentence)
-    if pattern.SUPPOSED.search(sentence) or not (stated == {match[1]} or (closes and not stated)):
+    if (
+        pattern.SUPPOSED.search(sentence)
+        or REJECTION in sentence
+        or not (stated == {match[1]} or (closes and not stated))
+    ):
         return None
     return _read(text, match, Rank.WEAK, "the only letter, with its option's text", labels)
 
 
 def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[Claim]:
     bare = [m for m in pattern.BARE_LINE.finditer(text) if m[1].upper() in labels]
+    bare = [m for m in bare if not withdrawn(text, m.end(1)) and not _rejected(text, m.start())]
     for match in bare:
         rank = Rank.LAST if match.end() == len(text) else Rank.PROSE
         yield Claim(match.start(1), match[1].upper(), rank, "a line with only a letter")
@@ -327,13 +353,12 @@ def _lines(text: str, labels: Sequence[str], texts: Sequence[str]) -> Iterator[C
 
 def decide(text: str, labels: Sequence[str], texts: Sequence[str]) -> Parsed:
     """Apply the rule order to a cleaned text."""
-    if not _is_label(text, labels):
-        whole = _match_option(text, labels, texts)
-        if whole:
-            return parsed(whole, "whole response is one option's text")
-        spaced = re.match(r"([A-Z]) (.+)$", text)
-        if spaced and spaced[1] in labels and _match_option(spaced[2], labels, texts) == spaced[1]:
-            return parsed(spaced[1], "letter and option text")
+    whole = _match_option(text, labels, texts)
+    if whole:
+        return parsed(whole, "whole response is one option's text")
+    spaced = re.match(r"([A-Z]) (.+)$", text)
+    if spaced and spaced[1] in labels and _match_option(spaced[2], labels, texts) == spaced[1]:
+        return parsed(spaced[1], "letter and option text")
     claims = [
         *_boxed(text, labels, texts),
         *_marked(text, labels, texts),
@@ -360,7 +385,26 @@ def decide(text: str, labels: Sequence[str], texts: Sequence[str]) -> Parsed:
     return parsed(last.letter, last.why)
 
 
+def _names_a_text(text: str, letter: str, labels: Sequence[str], texts: Sequence[str]) -> bool:
+    """Whether a sentence says that the picture shows `letter`, which is another option's text."""
+    texts_of = dict(zip(labels, texts, strict=False))
+    others = [comparable(option) for label, option in texts_of.items() if label != letter]
+    if comparable(letter) not in others:
+        return False
+    shown = re.compile(rf"(?:an? )?{letter}(?![\w'])")
+    return any(
+        shown.match(text, m.end()) and not pattern.NO_SUBJECT.search(m[1])
+        for m in pattern.PREDICATE.finditer(text)
+    )
+
+
 def parse_letter(text: str, options: Sequence[str] = ()) -> Parsed:
     """Option letter of a cleaned response (see the module docstring for the rule order)."""
     labels, texts = option_labels(options)
-    return decide(text, labels, texts)
+    if options and all(re.match(r"\(?[a-z]\W", option) for option in options):
+        text = pattern.LOWER_LABEL.sub(lambda m: m[0].upper(), text)
+    text = pattern.SAID_TWICE.sub(r"(\1)", text)
+    result = decide(text, labels, texts)
+    if result.value and _names_a_text(text, result.value, labels, texts):
+        return unparsed("the letter may be a label or an option's text")
+    return result

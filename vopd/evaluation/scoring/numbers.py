@@ -12,6 +12,7 @@ import re
 from decimal import Decimal
 
 from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN, is_refusal
+from vopd.evaluation.scoring.conditions import conditional
 from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
 _WORDS = {
@@ -47,13 +48,21 @@ _WORD_RUN = re.compile(
 )
 _ONE_PRONOUN = re.compile(
     r"(?:no|the|this|that|which|another|each|every|only|any|some|first|last|correct|right"
-    r"|left|\d{1,3}(?:st|nd|rd|th)) one(?![a-z])|the [a-z]{1,20} one(?![a-z])|(?<![a-z])one (?:of|by)(?![a-z])"
+    r"|left|\d{1,3}(?:st|nd|rd|th)) one(?![a-z])|the [a-z]{1,20} one(?![a-z])|(?<![a-z])one (?:of"
+    r"|by)(?![a-z])"
     r"|(?<![a-z])one (?:can|could|might|must|should)(?![a-z])"
 )
 _VAGUE = re.compile(
     r"(?<![a-z])(?:half|a third|a quarter|dozens?|a couple|a few|more than|less than|fewer than"
     r"|at least|at most|up to)(?![a-z])"
 )
+# "Not 4" names no number; "not only 4" does.
+_DENIED = re.compile(
+    r"(?:\u2298not|(?<![a-z])(?:not|never)|n't) (?:(?:be|exactly|quite|the|see|have|show|count|find"
+    r"|contain|get) ){0,2}(?:-?\d+(?:[.,]\d+)*|" + _WORD_RUN.pattern + ")",
+    re.I,
+)
+_FIRST = re.compile(r"\d+(?:[.,]\d+)*|" + _WORD_RUN.pattern, re.I)
 _CHINESE_RUN = re.compile("[" + "".join(_CHINESE) + "]{1,3}")
 # "12. The picture shows 3 rows", "5, as 3 are red": what follows explains.
 _CLAUSE_BREAK = re.compile(r"[.;!?。](?: |$)|,? (?:because|since|as|which)(?![a-z])|, (?=[a-z])| \(")
@@ -166,7 +175,15 @@ def _single(text: str) -> str | None:
 
 def _leading(content: str) -> str | None:
     """The number of a marked content: its only one, else the only one of its first clause."""
+    if _supposed(content):
+        return None
     return _single(content) or _single(_CLAUSE_BREAK.split(content, maxsplit=1)[0])
+
+
+def _supposed(text: str) -> bool:
+    """Whether the first number hangs on a condition."""
+    first = _FIRST.search(text)
+    return first is not None and conditional(text, first.start(), first.end())
 
 
 def _after(text: str, mark: re.Pattern[str], place: int) -> list[str | None]:
@@ -176,6 +193,7 @@ def _after(text: str, mark: re.Pattern[str], place: int) -> list[str | None]:
 
 def parse_number(text: str) -> Parsed:
     """The one number of a cleaned response (see the module docstring for the rule order)."""
+    text = _DENIED.sub(" ", text)
     for reason, mark in _MARKS:
         claims = [(m.start(), _leading(m[1])) for m in mark.finditer(text)]
         if reason in (
@@ -197,6 +215,8 @@ def parse_number(text: str) -> Parsed:
         )
     if is_refusal(text):
         return unparsed("a refusal")
+    if _supposed(text):
+        return unparsed("a condition")
     value = _single(text) or _single(text.split(" (", 1)[0])  # "8 boats (3 white, 5 blue)"
     if value is None:
         return unparsed("several numbers" if numbers_in(text) else "no number is stated")

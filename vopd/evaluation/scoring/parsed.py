@@ -19,6 +19,18 @@ class Parsed:
     state: Literal["parsed", "unparsed"]
     reason: str
 
+    @property
+    def conflict(self) -> bool:
+        """Whether two answers are stated, which words that take the first one back would settle."""
+        return self.value is None and self.reason.startswith(("two ", "both ", "no single number"))
+
+    @property
+    def committed(self) -> bool:
+        """Whether words announce the answer; the only letter or number of a text is read without any."""
+        return self.value is not None and not self.reason.startswith(
+            ("only ", "the only ", "last line", "labelled")
+        )
+
 
 def parsed(value: str, reason: str) -> Parsed:
     """A decided answer."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 
+from vopd.evaluation.scoring.announced import REJECTION
 from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN, comparable, is_refusal, strip_lead_in
 from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
@@ -32,11 +33,17 @@ def parse_short(text: str) -> Parsed:
         if contents:
             if len({comparable(c) for c in contents}) > 1:
                 return unparsed("two different answers")
-            return unparsed("a refusal") if is_refusal(contents[-1]) else parsed(contents[-1], reason)
+            return _stated(contents[-1], reason)
     value = strip_lead_in(text[text.rfind("\n") + 1 :])
     if not value:
         return unparsed("no words")
-    return unparsed("a refusal") if is_refusal(value) else parsed(value, "last line")
+    return _stated(value, "last line")
+
+
+def _stated(value: str, reason: str) -> Parsed:
+    if REJECTION in value:
+        return unparsed("an answer is rejected, none is given")
+    return unparsed("a refusal") if is_refusal(value) else parsed(value, reason)
 
 
 def parse_free(text: str) -> Parsed:

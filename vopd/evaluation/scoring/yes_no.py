@@ -11,13 +11,17 @@ from __future__ import annotations
 import re
 
 from vopd.evaluation.scoring.clean import BOX_CLOSE, BOX_OPEN
+from vopd.evaluation.scoring.conditions import conditional
 from vopd.evaluation.scoring.parsed import Parsed, parsed, unparsed
 
-_WORD = r"(?i:(yes|no|yep|yeah|nope)(?![a-z'/]))"
-_SAYS = {"yes": "yes", "yep": "yes", "yeah": "yes", "no": "no", "nope": "no"}
+_SAYS = {
+    **dict.fromkeys(("yes", "yep", "yeah", "ja", "oui", "sí", "sì", "sim"), "yes"),
+    **dict.fromkeys(("no", "nope", "nein", "non", "não"), "no"),
+}
+_WORD = "(?i:(" + "|".join(_SAYS) + r")(?![^\W_]|['/]))"
 _CHINESE = {
-    **dict.fromkeys(("是", "是的", "有", "有的", "对", "对的"), "yes"),
-    **dict.fromkeys(("否", "不是", "没有", "不", "不对"), "no"),
+    **dict.fromkeys(("是", "是的", "有", "有的", "对", "对的", "예", "네", "はい"), "yes"),
+    **dict.fromkeys(("否", "不是", "没有", "不", "不对", "아니요", "아니오", "いいえ"), "no"),
 }
 _ENDS = (
     r"(?= ?(?:[.,;:!)}\n。、"
@@ -26,14 +30,16 @@ _ENDS = (
     r"|we|these|those|a|an)(?![a-z]))))"
 )
 _FILL = (
-    r"(?i:(?:definitely|clearly|simply|probably|most likely|likely|therefore|a|is|it is|so|that)[,:]? ){0,4}"
+    r"(?i:(?:definitely|clearly|simply|probably|most likely|likely|therefore|a|is|it is|so"
+    r"|that)[,:]? ){0,4}"
 )
 _FINAL = re.compile(
     BOX_OPEN
     + r" ?"
     + _WORD
-    + r"[. ]{0,2}"
+    + r"(?:[. ]{0,2}"
     + BOX_CLOSE
+    + r"|, )"
     + r"|(?i:final answer)(?: is)? ?[:\-]?\s?"
     + _FILL
     + _WORD
@@ -49,7 +55,8 @@ _LAST = re.compile(
     + r"\)?[.!。]?$"
 )
 _SENTENCE = re.compile(
-    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|wait|or|it's"
+    r"(?:^|\n|[.!?:;。]\s|(?<![A-Za-z])(?i:so|therefore|thus|hence|and|but|but actually|actually|wait|or"
+    r"|it's"
     r"|it is|i'd say|i would say|i think|i believe),? (?:a )?)\(?" + _WORD + _ENDS
 )
 _ECHO = re.compile(r" ?\(yes ?(?:/|or) ?no\)", re.I)  # the question's "(yes or no)" repeated
@@ -61,6 +68,15 @@ _NOT_AN_ANSWER = re.compile(
 )
 
 
+def _claims(pattern: re.Pattern[str], text: str, why: str) -> list[tuple[int, str, str]]:
+    """Place, reason and word of every match that hangs on no condition."""
+    return [
+        (m.end(), why, _SAYS[m[m.lastindex or 1].lower()])
+        for m in pattern.finditer(text)
+        if not conditional(text, m.start(m.lastindex or 1), m.end(m.lastindex or 1))
+    ]
+
+
 def parse_yes_no(text: str) -> Parsed:
     """ "yes" or "no" of a cleaned response."""
     text = _ECHO.sub("", text)
@@ -68,18 +84,18 @@ def parse_yes_no(text: str) -> Parsed:
     if bare in _CHINESE:
         return parsed(_CHINESE[bare], "whole response")
     chinese = re.match(r"(是的|不是|没有|有的|对的|不对|是|否|有|对|不)[,。.!\n]", text) or re.search(
-        r"(?:答案|所以|因此)(?:是|为)?:? ?(是|否|有|没有)[。.]?$", text
+        r"(?:Answer: |the answer is |(?:答案|所以|因此)(?:是|为)?:? ?)"
+        r"(是|否|有|没有|예|네|아니요|아니오|はい|いいえ)(?:입니다|です)?[。.]?$",
+        text,
     )
     if chinese:
         return parsed(_CHINESE[chinese[1]], "Chinese yes/no")
-    final_claims = [(m.end(), "final answer", _SAYS[(m[1] or m[2]).lower()]) for m in _FINAL.finditer(text)]
-    marked = [(m.end(), "marked answer", _SAYS[m[1].lower()]) for m in _MARKED.finditer(text)]
+    final_claims = _claims(_FINAL, text, "final answer")
+    marked = _claims(_MARKED, text, "marked answer")
     if not final_claims and not marked and _NOT_AN_ANSWER.search(text):
         return unparsed("both words, or a refusal")
-    last = [(m.end(), "last line", _SAYS[m[1].lower()]) for m in _LAST.finditer(text)]
-    sentence = [
-        (m.end(), "opening word of a sentence", _SAYS[m[1].lower()]) for m in _SENTENCE.finditer(text)
-    ]
+    last = _claims(_LAST, text, "last line")
+    sentence = _claims(_SENTENCE, text, "opening word of a sentence")
     for claims in (final_claims, marked, last, sentence):
         if not claims:
             continue
