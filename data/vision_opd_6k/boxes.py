@@ -16,8 +16,6 @@ from data import crop_match
 
 Box = tuple[int, int, int, int]
 MEANING = "x0, y0, x1, y1 in pixels"
-ENLARGED = 2
-ROUNDING = 3  # pixels of the full image by which a side of the region may differ
 _REACH = 0.15  # of the box's longer side: how far outside it the frame may be drawn
 _LONG = 0.6  # of a side's length that has to be red
 
@@ -36,13 +34,11 @@ def box_of(bbox: Any, width: int, height: int) -> Box:
 
 def problem(image: Image.Image, crop: Image.Image, box: Box) -> str | None:
     """What speaks against the stated meaning of `box`: the crop's size, or a red frame that is missing."""
-    x0, y0, x1, y1 = crop_match.widened(box, image.size)
-    wanted = ENLARGED * (x1 - x0), ENLARGED * (y1 - y0)
-    off = max(abs(have - want) for have, want in zip(crop.size, wanted, strict=True))
-    if off > ENLARGED * ROUNDING:
+    if not crop_match.is_widened(crop.size, box, image.size):
+        x0, y0, x1, y1 = crop_match.widened(box, image.size)
         return (
-            f"the crop has {crop.width} x {crop.height} pixels; the widened bbox, enlarged twice, has "
-            f"{wanted[0]} x {wanted[1]}"
+            f"the crop has {crop.width} x {crop.height} pixels; bbox, widened and enlarged as published, has "
+            f"{crop_match.ENLARGED * (x1 - x0)} x {crop_match.ENLARGED * (y1 - y0)}"
         )
     if not has_red_frame(image, box):
         return "there is no red frame around bbox in the image"
@@ -70,7 +66,7 @@ def _crop_has_red_frame(crop: Image.Image) -> bool:
     """As above, within the margin of a crop; on at least two sides, for the region may be cut at the border."""
     width, height = crop.size
     x, y = (round(crop_match.MARGIN * side) for side in crop.size)
-    return _red_sides(crop, (x, y, width - x, height - y), ENLARGED * 6) >= 2
+    return _red_sides(crop, (x, y, width - x, height - y), crop_match.ENLARGED * (crop_match.FRAME + 1)) >= 2
 
 
 def _red_sides(picture: Image.Image, box: Box, inside: int) -> int:
