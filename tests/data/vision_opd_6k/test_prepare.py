@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
 
 from data import near_duplicates, schema, validation_stamp
 from data.vision_opd_6k import prepare, source
@@ -209,19 +210,19 @@ BAD: dict[str, Callable[[dict], Any]] = {
     "marker: question holds <|im_end|>": lambda row: row | {
         "problem": row["problem"].replace("What", "<|im_end|>What").replace("Once", "<|im_end|>Once")},
     "the crop has": lambda row: row | {"teacher_images": ["teacher_images/000000.png"]},
-    "fits": lambda row: row | {"bbox": [e + (-25 if min(row["bbox"][::2]) > 60 else 25) * (i % 2 == 0)
-                                        for i, e in enumerate(row["bbox"])]},
 }  # fmt: skip
 PICTURES: dict[str, Callable[[dict], dict]] = {
     "no red frame around bbox in the image": lambda shown: shown | {"images": shown["original_images"]},
+    "crop: fits nowhere near": lambda shown: shown | {
+        "teacher_images": shown["teacher_images"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)},
     "size: original is": lambda shown: shown | {"original_images": shown["teacher_images"]},
-}
+}  # fmt: skip
 
 
 def spoiled(layout: ModuleType, folder: Path, rows: int) -> dict[str, str]:
-    """A published set in which every 9th row is a bad one; reasons by id."""
-    texts = dict(zip(range(1, rows, 9), BAD.values(), strict=False))
-    shown = dict(zip(range(5, rows, 9), PICTURES.values(), strict=False))
+    """A published set in which one or two of every five rows are bad; reasons by id."""
+    texts = dict(zip(range(1, rows, 5), BAD.values(), strict=False))
+    shown = dict(zip(range(3, rows, 5), PICTURES.values(), strict=False))
     layout.build(
         folder, rows, originals=True,
         change=lambda i, row: texts[i](row) if i in texts else row,
@@ -234,10 +235,10 @@ def spoiled(layout: ModuleType, folder: Path, rows: int) -> dict[str, str]:
 def test_rows_that_fail_are_quarantined_by_row_and_the_rest_goes_on(
     layout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    count = 9 * len(BAD)
+    count = 5 * len(BAD)
     expected = spoiled(layout, tmp_path / "set", count)
-    out, given = tmp_path / "out", ["--source", str(tmp_path / "set"), "--test-rows=6", "--validation-rows=6"]
-    assert prepare.main([*given, "--out", str(out), "--most-failed", "0.2"]) == 0
+    out, given = tmp_path / "out", ["--source", str(tmp_path / "set"), "--test-rows=4", "--validation-rows=4"]
+    assert prepare.main([*given, "--out", str(out), "--most-failed", "0.3"]) == 0
     listed = [json.loads(line) for line in (out / "quarantined.jsonl").read_text().splitlines()]
     assert [line["id"] for line in listed] == list(expected)
     for line in listed:
@@ -347,10 +348,10 @@ def test_the_hubs_revision_is_pinned_recorded_and_checked(hub: SimpleNamespace, 
     assert prepare.prepare(out, choices=CHOICES) == meta
     with pytest.raises(UserError, match=f"begun with revision {pinned}.*main is {'a' * 40}; give --revision"):
         prepare.prepare(out, revision="main", choices=CHOICES)
-    other = tmp_path / "other"
-    assert prepare.prepare(other, revision="main", choices=CHOICES)["revision"] == "a" * 40
-    (other / "meta.json").unlink()
-    assert prepare.prepare(other, choices=CHOICES)["revision"] == "a" * 40
+    assert hub.asked == [pinned, pinned]
+    source.fetch(tmp_path / "other", "main")
+    source.fetch(tmp_path / "other", None)
+    assert hub.asked[2:] == ["a" * 40] * 2  # what a folder was begun with stays
 
 
 def test_files_that_are_not_the_pinned_ones_are_said(
