@@ -17,7 +17,9 @@ from PIL import Image
 
 SCORE = 0.8
 BETTER = 0.03
-EXACT = 0.01  # instead, for published crops: they are exact copies, and smooth content fits well at a small shift
+EXACT = (
+    0.01  # instead, for published crops: they are exact copies, and smooth content fits well at a small shift
+)
 TOLERANCE = 0.05
 LEAST_TOLERANCE = 2.0
 SIDE = 96  # a larger box is shrunk to this: bounded cost
