@@ -224,6 +224,9 @@ class _Work:
         for key in ("problem", "answer"):
             if not isinstance(published.get(key), str):
                 raise ValueError(f"{key} is not a text")
+            published[
+                key
+            ].encode()  # a half of a surrogate pair, which no file of ours can hold, is a ValueError
         question = read_question(published["problem"], published["answer"])
         cells = {
             c: self._image(n, published.get(n)) for c, n in (("image", "images"), ("crop", "teacher_images"))
@@ -345,7 +348,10 @@ def _lines(file: Path) -> Iterator[str]:
 
 def _parse(line: str) -> dict[str, Any]:
     """A line's JSON object; `ValueError` (which JSON errors are) for anything else."""
-    content = json.loads(line)
+    try:
+        content = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content

@@ -207,6 +207,7 @@ BAD: dict[str, Callable[[dict], Any]] = {
     "not inside the image": lambda row: row | {"bbox": [5, 5, 9000, 90]},
     "bbox, widened and enlarged as published, has": lambda row: row | {"bbox": [5, 5, 90, 90]},
     "not a JSON object": lambda row: ["no", "object"],
+    "surrogates not allowed": lambda row: row | {"problem": row["problem"].replace("thing", "\ud800")},
     "marker: question holds <|im_end|>": lambda row: row | {
         "problem": row["problem"].replace("What", "<|im_end|>What").replace("Once", "<|im_end|>Once")},
     "the crop has": lambda row: row | {"teacher_images": ["teacher_images/000000.png"]},
