@@ -93,6 +93,23 @@ def test_no_box(bbox: object) -> None:
         boxes.box_of(bbox, 30, 40)
 
 
+@pytest.mark.parametrize(
+    ("box", "size", "region"),
+    [
+        ((100, 40, 142, 170), (300, 240), (96, 26, 146, 183)),
+        ((3, 71, 98, 126), (300, 240), (0, 65, 108, 132)),
+        ((200, 300, 1200, 400), (1600, 700), (95, 289, 1305, 410)),
+        ((100, 100, 111, 151), (300, 240), (99, 95, 112, 156)),
+    ],
+)
+def test_the_regions_that_public_code_states_are_met_to_a_pixel(
+    box: boxes.Box, size: tuple[int, int], region: boxes.Box
+) -> None:
+    """Boxes and windows in the tests of a public fork that rebuilds the crops exactly, read second hand."""
+    wider = crop_match.widened(box, size)
+    assert max(abs(a - b) for a, b in zip(wider, region, strict=True)) <= 1
+
+
 @given(
     st.tuples(st.integers(16, 6000), st.integers(16, 6000)),
     st.lists(st.floats(0, 1), min_size=4, max_size=4, unique=True),
