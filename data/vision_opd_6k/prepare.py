@@ -3,8 +3,8 @@
 Stages, each of which resumes where it was interrupted: fetch (hub, or a folder in the published layout), compare with
 what the folder was begun with, extract, read and check every row (-> work/rows.jsonl), split, write parquet, validate.
 Rows name their images by path, so nothing is stored twice. A row that fails is listed with its reason in
-quarantined.jsonl, and the rest goes on; past a share of them (`--most-failed`) there is an error instead of a data set,
-as soon as that is certain.
+quarantined.jsonl, and the rest is converted; past a share of them (`--most-failed`) there is an error instead of a
+data set, as soon as that is certain.
 
 Pictures are decoded in as many threads as there are processors (decoders release Python's lock), one row a thread at a
 time: memory does not grow with rows, and rows are written in the order of train.jsonl.
@@ -275,7 +275,7 @@ class _Work:
         raise UserError(
             f"{self.failed} rows of {total} failed so far, more than {self.most_failed:.2%} (the first, {first['id']}: "
             f"{first['reason'].rstrip('.')}); all reasons: {self.out / QUARANTINED}. To do without these rows, "
-            "raise --most-failed and give the command again: it goes on from here."
+            "raise --most-failed and give the command again: it continues from here."
         )
 
     def _write_quarantined(self) -> None:
@@ -370,7 +370,7 @@ def _whole_lines(file: Path) -> int:
     return count
 
 
-@reports_errors("data.vision_opd_6k", interrupted="give the command again, and it goes on from here")
+@reports_errors("data.vision_opd_6k", interrupted="give the command again, and it continues from here")
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(

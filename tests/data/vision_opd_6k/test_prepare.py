@@ -233,7 +233,7 @@ def spoiled(layout: ModuleType, folder: Path, rows: int) -> dict[str, str]:
     return {f"vision-opd-6k-{number:06d}": expected[number] for number in sorted(expected)}
 
 
-def test_rows_that_fail_are_quarantined_by_row_and_the_rest_goes_on(
+def test_rows_that_fail_are_quarantined_by_row_and_the_rest_is_converted(
     layout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     count = 5 * len(BAD)
@@ -251,7 +251,7 @@ def test_rows_that_fail_are_quarantined_by_row_and_the_rest_goes_on(
     validation_stamp.check(out, prepare.SPLITS)
 
 
-def test_past_the_stated_share_there_is_an_error_and_a_larger_one_goes_on_from_there(
+def test_past_the_stated_share_there_is_an_error_and_a_larger_one_continues(
     layout: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published = layout.build(
