@@ -1,7 +1,7 @@
 """The published triplets in one command: `vopd data prepare vision_opd_6k [--source DIR] --out DIR`.
 
-Stages, each of which resumes where it was interrupted: fetch (hub, or a folder in the published layout), compare with
-what the folder was begun with, extract, read and check every row (-> work/rows.jsonl), split, write parquet, validate.
+Stages: fetch (hub, or a folder in the published layout), compare with what the folder was begun with, extract, read and
+check every row (-> work/rows.jsonl), split, write parquet, validate. All but the last three resume where they stopped.
 Rows name their images by path, so nothing is stored twice. A row that fails is listed with its reason in
 quarantined.jsonl, and the rest is converted; past a share of them (`--most-failed`) there is an error instead of a
 data set, as soon as that is certain.
