@@ -76,7 +76,8 @@ class Triplet(TypedDict):
     and RGB PIL images when read.
 
     image: what the student sees, the red box drawn. original: the same without the box, None if it is not known.
-    box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive. question: the whole text shown to
+    box: x0, y0, x1, y1 in pixels of `image`, right and bottom exclusive; the crop shows it, in published rows with some
+    margin (`crop_match.widened`). question: the whole text shown to
     the model. hint: the part of it that says where to look. answer: for type `letter`, A, B, C ... family: kind of
     question, for results by kind. source: data set. licence: of the images. provenance: where exactly the row comes
     from (revision and file, seed, ...), possibly empty.

@@ -16,7 +16,7 @@ import re
 import sys
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -155,11 +155,16 @@ class Prompts:
 
 
 def row_problems(
-    row: Mapping[str, Any], folder: Path, split: str, markers: re.Pattern[str]
+    row: Mapping[str, Any],
+    folder: Path,
+    split: str,
+    markers: re.Pattern[str],
+    decode: Callable[[Mapping[str, Any], Path], Image.Image] = schema.decode_image,
 ) -> tuple[list[tuple[str, str]], int | None]:
     """(kind, reason) for everything wrong with a row taken alone, and its image's perceptual hash if it has one.
 
-    row: a `tables.Row`, which says what could not be read of it. markers: what no text may hold.
+    row: a `tables.Row`, which says what could not be read of it. markers: what no text may hold. decode: gives the
+    picture of a cell, for a caller that has it decoded.
     """
     unread = getattr(row, "problems", ())
     if unread:
@@ -179,7 +184,7 @@ def row_problems(
             found.append(("size", f"{column} has more than {schema.MAX_BYTES} bytes"))
             continue
         try:
-            pictures[column] = schema.decode_image(row[column], folder)
+            pictures[column] = decode(row[column], folder)
         except schema.ImageTooLargeError as error:
             found.append(("size", f"{column} {error}"))
             continue
@@ -215,7 +220,7 @@ def _text_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _option_problems(row: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     options = row["options"]
-    read = [" ".join((option or "").casefold().split()) for option in options]
+    read = [" ".join((option or "").split()) for option in options]  # they may differ in case alone
     if row["answer_type"] == "letter" and len(read) < 2:
         yield "options", f"{len(read)} options"
     if len(read) > MOST_OPTIONS:
@@ -264,7 +269,7 @@ def _place_problems(row: Mapping[str, Any], pictures: Mapping[str, Image.Image])
     if original is not None and original.size != image.size:
         yield "size", f"original is {original.size}, image {image.size}"
     if "crop" in pictures and not row["family"].startswith(transforms.RENDERED):
-        match = crop_match.match(image, pictures["crop"], box)  # type: ignore[arg-type]
+        match = crop_match.match_box(image, pictures["crop"], box)  # type: ignore[arg-type]
         if not match.matches:
             where = (
                 f"fits best {match.offset[0]:+.0f}, {match.offset[1]:+.0f} pixels away"

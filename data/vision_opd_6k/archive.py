@@ -1,4 +1,4 @@
-"""Extracts a gzipped tar archive, whole or in split parts, from an untrusted source.
+"""Extracts a tar archive, gzipped or plain, whole or in split parts, from an untrusted source.
 
 The parts are read one after the other into decompression and tar parsing; nothing is joined on disk or in memory.
 `tarfile`'s own extraction is not used: its filters have had holes. Only regular files are written, by us, under names
@@ -112,8 +112,8 @@ def extract(parts: Sequence[Path], target: Path, bounds: Bounds | None = None) -
     bounds, label = bounds or Bounds(), parts[0].name
     target.mkdir(parents=True, exist_ok=True)
     total, packed, seen = 0, sum(part.stat().st_size for part in parts), set[int]()
-    with _Chained(parts) as raw, gzip.GzipFile(fileobj=io.BufferedReader(raw, BLOCK)) as unzipped:
-        metered = _Metered(unzipped, label)  # type: ignore[arg-type]
+    with _Chained(parts) as raw, _unzipped(io.BufferedReader(raw, BLOCK)) as stream:
+        metered = _Metered(stream, label)
         metered.allow(0)
         try:
             with tarfile.open(fileobj=metered, mode="r|", bufsize=_BUFFER) as tar:  # type: ignore[call-overload]
@@ -130,6 +130,11 @@ def extract(parts: Sequence[Path], target: Path, bounds: Bounds | None = None) -
                 pass
         except (tarfile.TarError, zlib.error, EOFError, gzip.BadGzipFile) as error:
             raise UserError(f"{label}: damaged or cut short ({error}); fetch it again.") from error
+
+
+def _unzipped(packed: io.BufferedReader) -> BinaryIO:
+    """The stream decompressed; one that is not gzip, whatever its file is called, as it is."""
+    return gzip.GzipFile(fileobj=packed) if packed.peek(2)[:2] == b"\x1f\x8b" else packed  # type: ignore[return-value]
 
 
 def _check_bounds(

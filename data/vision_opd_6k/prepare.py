@@ -1,9 +1,13 @@
 """The published triplets in one command: `vopd data prepare vision_opd_6k [--source DIR] --out DIR`.
 
-Stages, each of which resumes where it was interrupted: fetch (hub, or a folder in the published layout), compare with
-what the folder was begun with, extract, read every row (texts, box, crop, image hash -> work/rows.jsonl), split, write
-parquet, validate. Rows name their images by path, so nothing is stored twice. A row that cannot be read is listed with
-its reason in left_out.jsonl; if more than a tenth cannot, there is an error instead of a data set.
+Stages: fetch (hub, or a folder in the published layout), compare with what the folder was begun with, extract, read and
+check every row (-> work/rows.jsonl), split, write parquet, validate. All but the last three resume where they stopped.
+Rows name their images by path, so nothing is stored twice. A row that fails is listed with its reason in
+quarantined.jsonl, and the rest is converted; past a share of them (`--most-failed`) there is an error instead of a
+data set, as soon as that is certain.
+
+Pictures are decoded in as many threads as there are processors (decoders release Python's lock), one row a thread at a
+time: memory does not grow with rows, and rows are written in the order of train.jsonl.
 
 The published set has training rows only. Validation and test rows are held out here: whole groups of rows that share
 (nearly) one image, drawn by seed. There is no held-out family. Results on this test split are not the paper's.
@@ -15,7 +19,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
@@ -23,9 +27,10 @@ from typing import Any
 
 import cv2
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from data import crop_match, folders, near_duplicates, schema, validate, validation_stamp
+from data import control_tokens, crop_match, folders, near_duplicates, schema, validate, validation_stamp
 from data.vision_opd_6k import boxes, source
 from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
@@ -36,17 +41,18 @@ from vopd.common.terminal import visible
 from vopd.errors import UserError
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
-SAMPLE = 64
-MOST_LEFT_OUT = 0.1
+MOST_FAILED = 0.02
+QUARANTINED = "quarantined.jsonl"
 BATCH = 64
 LINE_BYTES = 2**20
 LICENCE = f"as stated on the card of {source.HUB_ID}"
 SPLITS = ("train", "validation", "test")
 MAKER = folders.VISION_OPD_6K
+MARKERS = control_tokens.pattern()
 WORKING = (
     "work/*",
     "published/*",
-    *(f"{name}/*" for name in source.ARCHIVES),
+    *(f"{name}/*" for name in (*source.ARCHIVES, source.ORIGINALS[0])),
     source.RECORD,
     validation_stamp.NAME,
 )
@@ -57,15 +63,17 @@ def prepare(
     local: Path | None = None,
     revision: str | None = None,
     choices: dict[str, int | None] | None = None,
+    most_failed: float | None = None,
 ) -> dict[str, Any]:
     """Makes sure that `out` holds the prepared, validated splits; returns meta.json's content.
 
-    local: folder in the published layout; None: the hub. revision: of the hub, None: the one begun with, or the newest.
+    local: folder in the published layout; None: the hub. revision: of the hub, None: the one begun with, or the pinned.
     choices: most rows of `validation` and `test`, and the `seed` that draws them; None: as before, or `DEFAULTS`.
+    most_failed: share of rows that may fail; None: as before, or `MOST_FAILED`.
 
     Raises:
         UserError: `out` holds something that this command did not write there, the published files are unavailable
-            or have changed, or too many rows are bad.
+            or have changed, or more rows than `most_failed` fail.
     """
     before = folders.meta_of(out)
     given = {key: value for key, value in (choices or {}).items() if value is not None}
@@ -74,17 +82,22 @@ def prepare(
     asked_for_more = local is not None or revision is not None
     if not asked_for_more and validation_stamp.current(out) and settings.items() <= before.items():
         return before
+    share = before.get("most_failed", MOST_FAILED) if most_failed is None else most_failed
     with ownership.held(out, MAKER, WORKING, folders.EARLIER[MAKER]) as owned:
-        return _prepare(owned, local, revision, settings)
+        return _prepare(owned, local, revision, settings, share)
 
 
 def _prepare(
-    owned: ownership.Owned, local: Path | None, revision: str | None, settings: dict[str, Any]
+    owned: ownership.Owned,
+    local: Path | None,
+    revision: str | None,
+    settings: dict[str, Any],
+    most_failed: float,
 ) -> dict[str, Any]:
     out = owned.folder
     folder = local or source.fetch(out, revision)
     record = source.check_unchanged(out, folder)
-    work = _Work(owned, source.revision_of(record))
+    work = _Work(owned, source.revision_of(record), most_failed)
     work.extract(folder)
     work.read_rows(folder / source.ROWS_FILE)
     rows = work.write_splits({split: settings[split] for split in ("test", "validation")}, settings["seed"])
@@ -97,12 +110,16 @@ def _prepare(
         )
     meta = settings | {
         "revision": work.revision,
-        "bbox": str(work.reading),
+        "bbox": boxes.MEANING,
         "rows": rows,
-        "left_out": work.left_out,
+        "quarantined": work.failed,
+        "most_failed": most_failed,
     }
     owned.write_text(folders.META, json.dumps(meta, indent=1) + "\n")
     return meta
+
+
+_DECIDING = (schema, validate, control_tokens, pictures, near_duplicates, crop_match)
 
 
 def _code() -> str:
@@ -110,7 +127,7 @@ def _code() -> str:
     digest = hashlib.sha256()
     files = [
         *Path(__file__).parent.glob("*.py"),
-        *(Path(m.__file__) for m in (schema, pictures, near_duplicates, crop_match) if m.__file__),
+        *(Path(m.__file__) for m in _DECIDING if m.__file__),
     ]
     for file in sorted(files):
         digest.update(file.read_bytes())
@@ -120,25 +137,21 @@ def _code() -> str:
 class _Work:
     """The stages after the files are there. Progress is kept in work/state.json and work/rows.jsonl."""
 
-    def __init__(self, owned: ownership.Owned, revision: str) -> None:
-        self.owned, self.out, self.revision = owned, owned.folder, revision
+    def __init__(self, owned: ownership.Owned, revision: str, most_failed: float) -> None:
+        self.owned, self.out, self.revision, self.most_failed = owned, owned.folder, revision, most_failed
         self.folder = self.out / "work"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.rows_file, self.state_file = self.folder / "rows.jsonl", self.folder / "state.json"
-        self.state = {"code": _code(), "extracted": {}, "reading": None}
+        self.state: dict[str, Any] = {"code": _code(), "extracted": {}}
         if self.state_file.is_file():
             found = json.loads(self.state_file.read_text())
-            if found["code"] == self.state["code"]:
-                self.state = found
-            else:  # other code may read rows otherwise; what was extracted stays
-                self.state["extracted"] = found["extracted"]
+            if (
+                found["code"] != self.state["code"]
+            ):  # other code may read rows otherwise; what was extracted stays
                 self.rows_file.unlink(missing_ok=True)
-        self.left_out = 0
-
-    @property
-    def reading(self) -> boxes.Reading:
-        name, growth = self.state["reading"]
-        return boxes.Reading(name, growth)
+            self.state["extracted"] = found["extracted"]
+        self._save()
+        self.failed = 0
 
     def _save(self) -> None:
         with ownership.atomic(self.state_file) as partial:
@@ -147,8 +160,8 @@ class _Work:
     # ---- extract ----------------------------------------------------------------------------------------------------
 
     def extract(self, folder: Path) -> None:
-        """Both archives, next to the parquet files to be."""
-        for name, archive in source.ARCHIVES.items():
+        """The archives, next to the parquet files to be."""
+        for name, archive in source.archives(folder).items():
             if name in self.state["extracted"]:
                 continue
             files = extract(parts_of(folder / name, archive), self.out / name)
@@ -171,62 +184,61 @@ class _Work:
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def read_rows(self, file: Path) -> None:
-        """Appends what every line of train.jsonl becomes to work/rows.jsonl."""
+        """Appends what every line of train.jsonl becomes to work/rows.jsonl.
+
+        Raises:
+            UserError: more rows fail than may.
+        """
         cv2.setNumThreads(1)
         total = sum(1 for _ in _lines(file))
-        if self.state["reading"] is None:
-            found = boxes.find_reading(self._sample(file, total))
-            self.state["reading"] = [found.name, found.growth]
-            self._save()
         done = _whole_lines(self.rows_file)
+        self.failed = sum("row" not in result for result in self._results()) if done else 0
+        self._check_share(total)
         lines = islice(_lines(file), done, None)
         threads = min(8, len(os.sched_getaffinity(0)))
-        with self.rows_file.open("a") as rows, ThreadPoolExecutor(threads) as pool:
-            progress = tqdm(desc="reading rows", initial=done, total=total, unit="row")
+        with (
+            self.rows_file.open("a") as rows,
+            ThreadPoolExecutor(threads) as pool,
+            tqdm(desc="reading rows", initial=done, total=total, unit="row") as progress,
+        ):
             while batch := list(islice(lines, BATCH)):
                 for result in pool.map(self._result, range(done, done + len(batch)), batch):
                     rows.write(json.dumps(result) + "\n")
-                rows.flush()
+                    rows.flush()  # a kill costs the rows under way
+                    progress.update()
+                    self.failed += "row" not in result
+                    self._check_share(total)
                 done += len(batch)
-                progress.update(len(batch))
-            progress.close()
-
-    def _sample(self, file: Path, total: int) -> Iterator[tuple[list[float], Any, Any]]:
-        """Rows evenly spread over the file, as far as they can be read."""
-        for line in islice(_lines(file), 0, None, max(1, total // SAMPLE)):
-            try:
-                published = _parse(line)
-                image = self._image("images", published.get("images"))
-                crop = self._image("teacher_images", published.get("teacher_images"))
-                numbers = boxes.numbers_of(published.get("bbox"))
-                pictures = [schema.decode_image(cell, self.out) for cell in (image, crop)]
-            except (ValueError, UserError):
-                continue  # read_rows says why
-            yield numbers, *pictures
 
     def _result(self, number: int, line: str) -> dict[str, Any]:
-        """What line `number` (from 0) becomes: {"row", "hash"}, or {"reason"} if it cannot be read."""
+        """What line `number` (from 0) becomes: {"row", "hash"}, or {"line", "reason"} if it fails."""
         id_ = f"vision-opd-6k-{number:06d}"
         try:
-            published = _parse(line)
-            for key in ("problem", "answer"):
-                if not isinstance(published.get(key), str):
-                    raise ValueError(f"{key} is not a text")
-            question = read_question(published["problem"], published["answer"])
-            cells = {
-                c: self._image(n, published.get(n))
-                for c, n in (("image", "images"), ("crop", "teacher_images"))
-            }
-            image, crop = (schema.decode_image(cells[column], self.out) for column in ("image", "crop"))
-            box = self.reading.box(boxes.numbers_of(published.get("bbox")), *image.size)
-            wrong, _ = boxes.problem(image, crop, box)
-            if wrong:
-                raise ValueError(wrong)
+            row, hash_ = self._row(id_, number, _parse(line))
         except (ValueError, UserError) as error:
-            return {"id": id_, "reason": str(error)}
+            return {"id": id_, "line": number + 1, "reason": str(error)}
+        return {"hash": hash_, "row": row}
+
+    def _row(self, id_: str, number: int, published: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+        """A published row as a triplet that validation accepts, and its image's hash; `ValueError`, `UserError`."""
+        for key in ("problem", "answer"):
+            if not isinstance(published.get(key), str):
+                raise ValueError(f"{key} is not a text")
+            published[
+                key
+            ].encode()  # a half of a surrogate pair, which no file of ours can hold, is a ValueError
+        question = read_question(published["problem"], published["answer"])
+        cells = {
+            c: self._image(n, published.get(n)) for c, n in (("image", "images"), ("crop", "teacher_images"))
+        }
+        decoded = {cell["path"]: schema.decode_image(cell, self.out) for cell in cells.values()}
+        image, crop = (decoded[cells[column]["path"]] for column in ("image", "crop"))
+        box = boxes.box_of(published.get("bbox"), *image.size)
+        if wrong := boxes.problem(image, crop, box):
+            raise ValueError(wrong)
         row = cells | {
             "id": id_,
-            "original": None,
+            "original": self._original(published),
             "box": box,
             "question": question.text,
             "hint": question.hint,
@@ -238,31 +250,54 @@ class _Work:
             "licence": LICENCE,
             "provenance": f"{self.revision}, {source.ROWS_FILE} line {number + 1}",
         }
-        return {"hash": near_duplicates.perceptual_hash(image), "row": row}
+
+        def decode(cell: Mapping[str, Any], folder: Path) -> Image.Image:
+            return decoded.get(cell["path"]) or schema.decode_image(cell, folder)
+
+        found, hash_ = validate.row_problems(row | {"split": "train"}, self.out, "train", MARKERS, decode)
+        if found:
+            raise ValueError("; ".join(f"{kind}: {reason}" for kind, reason in found))
+        return row, hash_
+
+    def _original(self, published: dict[str, Any]) -> dict[str, Any] | None:
+        """The picture without the box, where there is one: nothing needs it."""
+        try:
+            return self._image(source.ORIGINALS[0], published.get(source.ORIGINALS[0]))
+        except ValueError:
+            return None
+
+    def _check_share(self, total: int) -> None:
+        """`UserError` if more rows have failed than may; quarantined.jsonl then has the reasons so far."""
+        if self.failed <= self.most_failed * total:
+            return
+        self._write_quarantined()
+        first = next(result for result in self._results() if "row" not in result)
+        raise UserError(
+            f"{self.failed} rows of {total} failed so far, more than {self.most_failed:.2%} (the first, {first['id']}: "
+            f"{first['reason'].rstrip('.')}); all reasons: {self.out / QUARANTINED}. To do without these rows, "
+            "raise --most-failed and give the command again: it continues from here."
+        )
+
+    def _write_quarantined(self) -> None:
+        with self.owned.writing(QUARANTINED) as partial, partial.open("w") as file:
+            for result in self._results():
+                if "row" not in result:
+                    file.write(json.dumps(result) + "\n")
 
     # ---- splits -----------------------------------------------------------------------------------------------------
 
     def write_splits(self, held_out: dict[str, int], seed: int) -> dict[str, int]:
-        """Writes the parquet files and left_out.jsonl; returns rows by split."""
-        hashes, self.left_out, first = [], 0, ""
-        with self.owned.writing("left_out.jsonl") as partial, partial.open("w") as file:
-            for result in self._results():
-                if "row" in result:
-                    hashes.append(result["hash"])
-                else:
-                    self.left_out += 1
-                    first = first or f"{result['id']}: {result['reason']}"
-                    file.write(json.dumps(result) + "\n")
-        total = len(hashes) + self.left_out
-        if self.left_out > MOST_LEFT_OUT * total:
-            raise UserError(
-                f"{self.left_out} of {total} rows cannot be read (the first, {first}); the files are not in the "
-                f"layout this command knows. All reasons: {self.out / 'left_out.jsonl'}."
-            )
+        """Writes the parquet files and quarantined.jsonl; returns rows by split."""
+        self._write_quarantined()
+        (self.out / "left_out.jsonl").unlink(missing_ok=True)  # its name in earlier versions
+        hashes = [result["hash"] for result in self._results() if "row" in result]
         splits = assign(np.array(hashes, dtype=np.uint64), held_out, seed)
         validation_stamp.remove(self.out)
         for split in SPLITS:
-            schema.write(self._rows_of(split, splits), self.out / f"{split}.parquet", owned=self.owned)
+            rows = tqdm(
+                self._rows_of(split, splits), desc=f"writing {split}", total=splits.count(split), unit="row"
+            )
+            schema.write(rows, self.out / f"{split}.parquet", owned=self.owned)
         return dict(Counter(splits))
 
     def _results(self) -> Iterator[dict[str, Any]]:
@@ -313,7 +348,10 @@ def _lines(file: Path) -> Iterator[str]:
 
 def _parse(line: str) -> dict[str, Any]:
     """A line's JSON object; `ValueError` (which JSON errors are) for anything else."""
-    content = json.loads(line)
+    try:
+        content = json.loads(line)
+    except RecursionError as error:
+        raise ValueError("JSON nested too deeply") from error
     if not isinstance(content, dict):
         raise ValueError("not a JSON object")
     return content
@@ -332,7 +370,7 @@ def _whole_lines(file: Path) -> int:
     return count
 
 
-@reports_errors("data.vision_opd_6k")
+@reports_errors("data.vision_opd_6k", interrupted="give the command again, and it continues from here")
 def main(arguments: list[str]) -> int:
     """Exit code 0, or 2 for bad input."""
     parser = argparse.ArgumentParser(
@@ -345,19 +383,33 @@ def main(arguments: list[str]) -> int:
         "--source", default="hub", help="`hub` (default), or a folder in the published layout"
     )
     parser.add_argument(
-        "--revision", help="commit of the hub's data set (default: the one begun with, or the newest)"
+        "--revision", help="commit of the hub's data set (default: the one begun with, or the pinned one)"
     )
     for split in ("validation", "test"):
         default = f"(default: as before, or {DEFAULTS[split]})"
         parser.add_argument(f"--{split}-rows", type=int, help=f"most rows to hold out for {split} {default}")
     parser.add_argument("--seed", type=int, help="of that choice (default: as before, or 0)")
+    parser.add_argument(
+        "--most-failed",
+        type=_share,
+        help=f"share of rows that may fail and be quarantined (default: as before, or {MOST_FAILED})",
+    )
     args = parser.parse_args(arguments)
     local = None if args.source == "hub" else Path(args.source)
     choices = {"validation": args.validation_rows, "test": args.test_rows, "seed": args.seed}
-    meta = prepare(args.out, local, args.revision, choices)
+    meta = prepare(args.out, local, args.revision, choices, args.most_failed)
     rows = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
-    print(f"{rows} rows; {meta['left_out']} left out; bbox is {meta['bbox']}; revision {meta['revision']}")
+    share = meta["quarantined"] / (meta["quarantined"] + sum(meta["rows"].values()))
+    print(f"{meta['quarantined']} rows ({share:.2%}) quarantined: reasons in {args.out / QUARANTINED}")
+    print(f"{rows} rows; bbox is {meta['bbox']}; revision {meta['revision']}")
     return 0
+
+
+def _share(text: str) -> float:
+    """A share for argparse, which says what is wrong about a `ValueError`."""
+    if not 0 <= (share := float(text)) <= 1:
+        raise ValueError(text)
+    return share
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Where the published files come from: the hub at one revision, or a local folder; and that they stay the same.
 
-At the first use the revision (hub: the commit; always: size and sha256 of every file, as read here) is written to
-`source.json`. Later uses compare. No hash is known beforehand.
+The hub's revision is pinned. At the first use the revision (hub: the commit; always: size and sha256 of every file, as
+read here) is written to `source.json`. Later uses compare. Of the published files, train.jsonl's hash is known (from
+public code that read it); another one is said, and every row is checked either way.
 """
 
 import hashlib
@@ -16,12 +17,24 @@ from tqdm import tqdm
 
 from data.vision_opd_6k.archive import parts_of
 from vopd.common import ownership
+from vopd.common.terminal import say
 from vopd.errors import UserError
 
 HUB_ID = "yuanqianhao/Vision-OPD-6K"
+REVISION = "eb5c1c2e7b9a7b6a619efe4161c7369c71bf8af4"
 ROWS_FILE = "train.jsonl"
+ROWS_SHA256 = "8ad2fb81da0f6fba1766545dc5f84cc2250e48704738757461b2d75aa31821df"
 ARCHIVES = {"images": "images.tar.gz", "teacher_images": "teacher_images.tar.gz"}
+ORIGINALS = ("original_images", "original_images.tar.gz")
+"""Pictures without the box, 6.2 GB: taken from a folder that has them, and not fetched, for training needs none."""
 RECORD = "source.json"
+
+
+def archives(folder: Path) -> dict[str, str]:
+    """Archives to extract, by their folder: the two that are needed, and the originals where they are there."""
+    name, archive = ORIGINALS
+    there = next((folder / name).glob(f"{archive}*"), None) is not None
+    return ARCHIVES | ({name: archive} if there else {})
 
 
 def published_files(folder: Path) -> list[Path]:
@@ -31,13 +44,13 @@ def published_files(folder: Path) -> list[Path]:
             f"{folder / ROWS_FILE}: missing; give the folder that holds it and the two image folders."
         )
     files = [folder / ROWS_FILE]
-    for name, archive in ARCHIVES.items():
+    for name, archive in archives(folder).items():
         files += parts_of(folder / name, archive)
     return files
 
 
 def fetch(out: Path, revision: str | None) -> Path:
-    """The hub's files below `out`, at the recorded revision if there is one; an interrupted download resumes.
+    """The hub's files below `out`, at the recorded revision, else the pinned one; an interrupted download resumes.
 
     Raises:
         UserError: the hub is out of reach, or has (or is asked for) another revision than the recorded one.
@@ -49,10 +62,10 @@ def fetch(out: Path, revision: str | None) -> Path:
         )
     recorded = record.get("revision")
     try:
-        found = HfApi().dataset_info(HUB_ID, revision=revision).sha
+        found = HfApi().dataset_info(HUB_ID, revision=revision or recorded or REVISION).sha
         if recorded and found != recorded:
             raise UserError(
-                f"{out}: begun with revision {recorded} of {HUB_ID}, but {revision or 'the newest'} is {found}; "
+                f"{out}: begun with revision {recorded} of {HUB_ID}, but {revision} is {found}; "
                 f"give --revision {recorded} to continue with it, or another --out."
             )
         _write(out, {"source": HUB_ID, "revision": found})
@@ -87,6 +100,10 @@ def check_unchanged(out: Path, folder: Path) -> dict[str, Any]:
                 f"{folder / name}: not the file that {out} was begun with (another revision?); take the files of "
                 "that revision, or another --out."
             )
+    if files[ROWS_FILE]["sha256"] != ROWS_SHA256:
+        say(
+            f"{folder / ROWS_FILE}: not the file of revision {REVISION[:8]}; taken as it is, and every row is checked."
+        )
     if "files" not in record:
         record = {"source": "local folder", "revision": None, **record, "files": files}
         _write(out, record)

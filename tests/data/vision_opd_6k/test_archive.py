@@ -47,6 +47,13 @@ def test_whole_or_in_parts_every_file_comes_out(
     assert everything_below(tmp_path / "out") == FILES
 
 
+def test_an_archive_that_is_not_compressed_whatever_it_is_called(layout: ModuleType, tmp_path: Path) -> None:
+    members = [(member(name), content) for name, content in FILES.items()]
+    layout.split(layout.archive_of(tmp_path / "plain.tar.gz", members, "w"), 3)
+    list(extract(parts_of(tmp_path, "plain.tar.gz"), tmp_path / "out"))
+    assert everything_below(tmp_path / "out") == FILES
+
+
 def test_parts_are_ordered_as_numbers(tmp_path: Path) -> None:
     for i in range(12):
         (tmp_path / f"x.tar.gz.part{i}").touch()

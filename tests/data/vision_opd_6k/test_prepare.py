@@ -1,5 +1,6 @@
 """From a folder in the published layout to validated splits: contents, held-out rows, resuming, and what is refused."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from huggingface_hub.errors import OfflineModeIsEnabled
+from PIL import Image
 
 from data import near_duplicates, schema, validation_stamp
 from data.vision_opd_6k import prepare, source
@@ -49,7 +51,7 @@ def test_every_row_arrives_as_published(prepared: Path, published: Path) -> None
         assert (
             row["hint"] in row["question"] and row["answer"] == line["answer"] and row["box"] == line["bbox"]
         )
-        listed = [part.split(". ")[1] for part in line["problem"].split("\n")[2:6]]
+        listed = [part.split(". ")[1] for part in line["problem"].split("\n")[5:9]]
         assert row["options"] == listed
         assert (
             row["image"] == {"bytes": None, "path": f"images/{line['images'][0]}"} and row["original"] is None
@@ -78,7 +80,7 @@ def test_it_is_validated_and_trains_from_anywhere(prepared: Path, tmp_path: Path
     shutil.rmtree(moved / "work")
     data = TripletDataset(str(moved / "train.parquet"), None, None)
     row = decode(data[3]["row"])
-    assert row["image"].size == (512, 512) and row["crop"].size == (192, 192)
+    assert min(row["image"].size) >= 300 and row["crop"].mode == "RGB"
     (moved / data.rows[3]["image"]["path"]).write_bytes(b"other")
     with pytest.raises(UserError, match="not the one that was validated"):
         validation_stamp.check(moved, prepare.SPLITS)
@@ -101,7 +103,7 @@ def files_below(folder: Path) -> dict[str, tuple[int, bytes]]:
 def test_again_does_nothing_and_needs_no_source(prepared: Path) -> None:
     before = files_below(prepared)
     meta = prepare.prepare(prepared)
-    assert meta["rows"] == {"train": 28, "validation": 6, "test": 6} and meta["left_out"] == 0
+    assert meta["rows"] == {"train": 28, "validation": 6, "test": 6} and meta["quarantined"] == 0
     assert files_below(prepared) == before
 
 
@@ -159,7 +161,7 @@ def test_a_killed_run_resumes_and_ends_the_same(
     assert validation_stamp.check(out, prepare.SPLITS) == validation_stamp.check(prepared, prepare.SPLITS)
 
 
-@pytest.mark.parametrize("name", ["train.jsonl", "images/images.tar.gz.part-ab"])
+@pytest.mark.parametrize("name", ["train.jsonl", "images/images.tar.gz01"])
 def test_other_files_later_are_an_error(prepared: Path, published: Path, tmp_path: Path, name: str) -> None:
     other = shutil.copytree(published, tmp_path / "other")
     (other / name).write_bytes((other / name).read_bytes() + b"\n")
@@ -175,49 +177,122 @@ def test_a_missing_file_is_named(published: Path, tmp_path: Path, name: str) -> 
         prepare.prepare(tmp_path / "out", other)
 
 
-# ---- rows that cannot be read --------------------------------------------------------------------------------------
+# ---- originals -----------------------------------------------------------------------------------------------------
+
+
+def test_originals_are_taken_where_they_are_there(layout: ModuleType, tmp_path: Path) -> None:
+    published = layout.build(
+        tmp_path / "set", 30, originals=True,
+        change=lambda i, row: row | {"original_images": ["original_images/none.png"]} if i == 3 else row,
+    )  # fmt: skip
+    prepare.prepare(tmp_path / "out", published, choices=CHOICES)
+    rows = {row["id"]: row for split in rows_of(tmp_path / "out").values() for row in split}
+    without = [id_ for id_, row in rows.items() if row["original"] is None]
+    assert len(rows) == 30 and without == ["vision-opd-6k-000003"]
+    row = rows["vision-opd-6k-000002"]
+    original = schema.decode_image(row["original"], tmp_path / "out")
+    assert original.tobytes() == layout.published_row(2)[1]["original_images"].tobytes()
+
+
+# ---- rows that fail ------------------------------------------------------------------------------------------------
 
 BAD: dict[str, Callable[[dict], Any]] = {
     "no options A, B": lambda row: row | {"problem": "<image>What? Look at the red box."},
     "is not a letter": lambda row: row | {"answer": "the red one"},
     "answer is not a text": lambda row: {k: v for k, v in row.items() if k != "answer"},
-    "is not in the archive": lambda row: row | {"images": ["images/none.jpg"]},
+    "is not in the archive": lambda row: row | {"images": ["images/none.png"]},
     "absolute path": lambda row: row | {"images": ["../train.jsonl"]},
     "teacher_images is not a list of one path": lambda row: row | {"teacher_images": []},
     "four numbers": lambda row: row | {"bbox": [1, 2, 3]},
-    "the crop is not what bbox encloses": lambda row: row | {"bbox": [5, 5, 90, 90]},
-    "not inside the image": lambda row: row | {"bbox": [5, 5, 900, 900]},
+    "not inside the image": lambda row: row | {"bbox": [5, 5, 9000, 90]},
+    "bbox, widened and enlarged as published, has": lambda row: row | {"bbox": [5, 5, 90, 90]},
     "not a JSON object": lambda row: ["no", "object"],
-}
+    "surrogates not allowed": lambda row: row | {"problem": row["problem"].replace("thing", "\ud800")},
+    "marker: question holds <|im_end|>": lambda row: row | {
+        "problem": row["problem"].replace("What", "<|im_end|>What").replace("Once", "<|im_end|>Once")},
+    "the crop has": lambda row: row | {"teacher_images": ["teacher_images/000000.png"]},
+}  # fmt: skip
+PICTURES: dict[str, Callable[[dict], dict]] = {
+    "no red frame around bbox in the image": lambda shown: shown | {"images": shown["original_images"]},
+    "crop: fits nowhere near": lambda shown: shown | {
+        "teacher_images": shown["teacher_images"].transpose(Image.Transpose.FLIP_LEFT_RIGHT)},
+    "size: original is": lambda shown: shown | {"original_images": shown["teacher_images"]},
+}  # fmt: skip
 
 
-def test_rows_that_cannot_be_read_are_listed_with_their_reasons(layout: ModuleType, tmp_path: Path) -> None:
-    spoilers = dict(zip(range(0, 120, 12), BAD.values(), strict=True))
+def spoiled(layout: ModuleType, folder: Path, rows: int) -> dict[str, str]:
+    """A published set in which one or two of every five rows are bad; reasons by id."""
+    texts = dict(zip(range(1, rows, 5), BAD.values(), strict=False))
+    shown = dict(zip(range(3, rows, 5), PICTURES.values(), strict=False))
+    layout.build(
+        folder, rows, originals=True,
+        change=lambda i, row: texts[i](row) if i in texts else row,
+        pictures=lambda i, pictures: shown[i](pictures) if i in shown else pictures,
+    )  # fmt: skip
+    expected = dict(zip(texts, BAD, strict=True)) | dict(zip(shown, PICTURES, strict=False))
+    return {f"vision-opd-6k-{number:06d}": expected[number] for number in sorted(expected)}
+
+
+def test_rows_that_fail_are_quarantined_by_row_and_the_rest_is_converted(
+    layout: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    count = 5 * len(BAD)
+    expected = spoiled(layout, tmp_path / "set", count)
+    out, given = tmp_path / "out", ["--source", str(tmp_path / "set"), "--test-rows=4", "--validation-rows=4"]
+    assert prepare.main([*given, "--out", str(out), "--most-failed", "0.3"]) == 0
+    listed = [json.loads(line) for line in (out / "quarantined.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in listed] == list(expected)
+    for line in listed:
+        assert expected[line["id"]] in line["reason"] and int(line["id"][-6:]) + 1 == line["line"]
+    rows = [row["id"] for split in rows_of(out).values() for row in split]
+    assert len(rows) == count - len(expected) and not set(rows) & set(expected)
+    share = len(expected) / count
+    assert f"{len(expected)} rows ({share:.2%}) quarantined: reasons in {out}" in capsys.readouterr().out
+    validation_stamp.check(out, prepare.SPLITS)
+
+
+def test_past_the_stated_share_there_is_an_error_and_a_larger_one_continues(
+    layout: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     published = layout.build(
-        tmp_path / "set", 120, change=lambda i, row: spoilers[i](row) if i in spoilers else row
+        tmp_path / "set", 50, change=lambda i, row: row | {"answer": "?"} if i in (11, 15) else row
     )
-    meta = prepare.prepare(tmp_path / "out", published, choices=CHOICES)
-    listed = [json.loads(line) for line in (tmp_path / "out" / "left_out.jsonl").read_text().splitlines()]
-    assert meta["left_out"] == len(listed) == len(BAD)
-    for (number, reason), line in zip(zip(spoilers, BAD, strict=True), listed, strict=True):
-        assert line["id"] == f"vision-opd-6k-{number:06d}" and reason in line["reason"]
-    assert sum(meta["rows"].values()) == 120 - len(BAD)
+    out = tmp_path / "out"
+    with pytest.raises(
+        UserError, match=r"2 rows of 50 failed so far, more than 2.00% \(the first, vision-opd-6k-000011"
+    ):
+        prepare.prepare(out, published, choices=CHOICES)
+    assert len((out / "quarantined.jsonl").read_text().splitlines()) == 2
+    assert len((out / "work" / "rows.jsonl").read_text().splitlines()) == 16  # no row more than needed
+    assert not (out / "train.parquet").exists()
+    monkeypatch.setattr(prepare, "extract", None)
+    meta = prepare.prepare(out, published, choices=CHOICES, most_failed=0.04)
+    assert meta["quarantined"] == 2 and sum(meta["rows"].values()) == 48
+    assert prepare.prepare(out) == meta  # the share is kept
 
 
-def test_too_many_of_them_are_an_error(layout: ModuleType, tmp_path: Path) -> None:
+def test_one_row_of_fifty_is_within_the_default(layout: ModuleType, tmp_path: Path) -> None:
     published = layout.build(
-        tmp_path / "set", 20, change=lambda i, row: row | {"answer": "?"} if i % 5 == 0 else row
+        tmp_path / "set", 50, change=lambda i, row: row | {"bbox": [1, 1, 20, 20]} if i == 30 else row
     )
-    with pytest.raises(UserError, match=r"4 of 20 rows cannot be read \(the first, vision-opd-6k-000000"):
+    assert prepare.prepare(tmp_path / "out", published, choices=CHOICES)["quarantined"] == 1
+
+
+def test_numbers_of_another_meaning_stop_it_early(layout: ModuleType, tmp_path: Path) -> None:
+    def width_and_height(_: int, row: dict) -> dict:
+        x0, y0, x1, y1 = row["bbox"]
+        return row | {"bbox": [x0, y0, x1 - x0, y1 - y0]}
+
+    published = layout.build(tmp_path / "set", 20, change=width_and_height)
+    with pytest.raises(UserError, match=r"1 rows of 20 failed so far.* bbox"):
         prepare.prepare(tmp_path / "out", published, choices=CHOICES)
 
 
-def test_a_bbox_of_unknown_meaning_is_an_error(layout: ModuleType, tmp_path: Path) -> None:
-    published = layout.build(
-        tmp_path / "set", 20, change=lambda i, row: row | {"bbox": [e % 97 for e in row["bbox"]]}
-    )
-    with pytest.raises(UserError, match="its meaning cannot be verified"):
-        prepare.prepare(tmp_path / "out", published, choices=CHOICES)
+@pytest.mark.parametrize("share", ["1.5", "-0.1", "much", "nan"])
+def test_a_share_is_between_0_and_1(share: str, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        prepare.main(["--out", str(tmp_path / "out"), f"--most-failed={share}"])
+    assert ended.value.code == 2
 
 
 def test_too_few_rows_to_hold_out_from(published: Path, tmp_path: Path) -> None:
@@ -243,9 +318,9 @@ def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     fake = SimpleNamespace(sha="a" * 40, asked=[])
 
     class Api:
-        def dataset_info(self, repo_id: str, revision: str | None) -> SimpleNamespace:
+        def dataset_info(self, repo_id: str, revision: str) -> SimpleNamespace:
             assert repo_id == source.HUB_ID
-            return SimpleNamespace(sha=revision or fake.sha)
+            return SimpleNamespace(sha={"main": fake.sha}.get(revision, revision))
 
     def snapshot_download(
         repo_id: str, repo_type: str, revision: str, allow_patterns: list, local_dir: Path
@@ -264,20 +339,32 @@ def hub(published: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def test_the_hubs_revision_is_recorded_and_checked(hub: SimpleNamespace, tmp_path: Path) -> None:
-    out = tmp_path / "out"
+def test_the_hubs_revision_is_pinned_recorded_and_checked(hub: SimpleNamespace, tmp_path: Path) -> None:
+    out, pinned = tmp_path / "out", source.REVISION
     meta = prepare.prepare(out, choices=CHOICES)
-    assert meta["revision"] == "a" * 40 == json.loads((out / "source.json").read_text())["revision"]
-    assert all(row["provenance"].startswith("a" * 40) for row in schema.rows(out / "train.parquet"))
-    assert prepare.prepare(out) == meta and hub.asked == ["a" * 40]
-    hub.sha = "b" * 40
-    assert prepare.prepare(out) == meta
+    assert meta["revision"] == pinned == json.loads((out / "source.json").read_text())["revision"]
+    assert all(row["provenance"].startswith(pinned) for row in schema.rows(out / "train.parquet"))
+    assert prepare.prepare(out) == meta and hub.asked == [pinned]
     (out / "meta.json").unlink()  # as if interrupted before the end
-    with pytest.raises(UserError, match=f"begun with revision {'a' * 40}.*is {'b' * 40}; give --revision"):
-        prepare.prepare(out, choices=CHOICES)
-    assert prepare.prepare(out, revision="a" * 40, choices=CHOICES) == meta
-    with pytest.raises(UserError, match="begun with revision"):
-        prepare.prepare(out, revision="c" * 40)
+    assert prepare.prepare(out, choices=CHOICES) == meta
+    with pytest.raises(UserError, match=f"begun with revision {pinned}.*main is {'a' * 40}; give --revision"):
+        prepare.prepare(out, revision="main", choices=CHOICES)
+    assert hub.asked == [pinned, pinned]
+    source.fetch(tmp_path / "other", "main")
+    source.fetch(tmp_path / "other", None)
+    assert hub.asked[2:] == ["a" * 40] * 2  # what a folder was begun with stays
+
+
+def test_files_that_are_not_the_pinned_ones_are_said(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    source.check_unchanged(tmp_path / "out", published)
+    assert "train.jsonl: not the file of revision eb5c1c2e" in capsys.readouterr().err
+    digest = hashlib.sha256((published / "train.jsonl").read_bytes()).hexdigest()
+    monkeypatch.setattr(source, "ROWS_SHA256", digest)
+    source.check_unchanged(tmp_path / "out", published)
+    assert "not the file" not in capsys.readouterr().err
 
 
 def test_without_a_network_there_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -312,6 +399,4 @@ def test_command_line(published: Path, tmp_path: Path, capsys: pytest.CaptureFix
     ]
     assert prepare.main(arguments) == 0
     said = capsys.readouterr().out.splitlines()
-    assert said[-1].startswith(
-        "train 28, validation 5, test 7 rows; 0 left out; bbox is x0, y0, x1, y1 in pixels"
-    )
+    assert said[-1].startswith("train 28, validation 5, test 7 rows; bbox is x0, y0, x1, y1 in pixels")

@@ -55,6 +55,12 @@ def test_ways_to_write_the_answer(answer: str) -> None:
     assert read_question(f"<image>Who?\nA. one\nB. two\n{HINT}", answer).answer == "B"
 
 
+def test_options_that_differ_in_case_alone_are_kept() -> None:
+    text = f"Which word?\n\n{HINT}\n\nA. Open\nB. OPEN\n\nAnswer with the option's letter from the given choices."
+    question = read_question(f"<image>\n{text}", "B")
+    assert question.options == ("Open", "OPEN") and question.text == text and question.hint == HINT
+
+
 def test_another_hint_is_found() -> None:
     text = "What is in the red box?\nA. one\nB. two\nLook at the red box only. Take your time."
     question = read_question("<image>" + text, "A")
@@ -74,7 +80,7 @@ def test_a_marker_in_the_middle_leaves_the_rest() -> None:
         (f"<image>Who?\n{HINT}", "A", "no options"),
         (f"<image>Who?\nA. one\n{HINT}", "A", "no options"),
         (f"<image>Who?\nB. one\nC. two\n{HINT}", "B", "no options"),
-        (f"<image>Who?\nA. one\nB. One\n{HINT}", "A", "read the same"),
+        (f"<image>Who?\nA. one\nB. one\n{HINT}", "A", "read the same"),
         (f"<image>Who?\nA. \nB. two\n{HINT}", "A", "option A is empty"),
         (f"<image>Who?\nA. one\nB. two\n{HINT}", "C", "not one of 2 options"),
         (f"<image>Who?\nA. one\nB. two\n{HINT}", "one", "is not a letter"),
