@@ -46,7 +46,7 @@ def started(model: str, concurrency: int, seed: int, extra: Mapping[str, Any], l
         UserError: there is no such model, the server did not start, or it ended within the block; says the cause.
     """
     check_model(model)
-    device = "cuda" if environment_checks.cuda_devices() else "cpu"
+    device = device_here()
     with temporary.scratch() as place, log.open("ab") as output:
         begin, socket = output.tell(), place / "vllm"
         options = flags(settings(device, concurrency, seed) | dict(extra))
@@ -138,6 +138,11 @@ def settings(device: str, concurrency: int, seed: int) -> dict[str, Any]:
     }
 
 
+def device_here() -> str:
+    """`cuda` where an NVIDIA driver shows a device, else `cpu`."""
+    return "cuda" if environment_checks.cuda_devices() else "cpu"
+
+
 def check_model(model: str) -> None:
     """Refuse a folder that is not a whole model, and an id that the hub (or its cache here) does not have."""
     if Path(model).is_dir():
@@ -146,7 +151,8 @@ def check_model(model: str) -> None:
     from huggingface_hub import hf_hub_download
 
     try:
-        hf_hub_download(model, "config.json")
+        # A CPU machine works offline, as in training: what is not in the hub's cache here is not fetched.
+        hf_hub_download(model, "config.json", local_files_only=device_here() == "cpu")
     except (OSError, ValueError, httpx.HTTPError) as error:
         raise UserError(
             f"model={model}: neither a folder here nor a model that could be fetched ({one_line(str(error))})."
