@@ -7,6 +7,7 @@ bounds declared beside the defaults are errors.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,12 +15,12 @@ from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from vopd import bounds
+from vopd import bounds, method_settings
 from vopd.bounds import Each, Range, above, bounded, one_of, within
 from vopd.common import overrides, yaml_files
 from vopd.common.paths import ROOT
 from vopd.errors import UserError
-from vopd.method import default_settings
+from vopd.method import default_settings, typed_settings
 
 RECIPES = ROOT / "recipes"
 OPEN = ("verl", "rollout.chat_template")
@@ -226,7 +227,11 @@ def load(recipe_name: str, given: list[str]) -> DictConfig:
     _check_early(base, given)
     base.method = _method_settings(recipe, profile, recipe_path)
     OmegaConf.set_struct(base.method, True)
-    return _checked(_tree(base).override(given))
+    config = _checked(_tree(base).override(given))
+    if kind := method_settings.alone(config.method.module):
+        values = {str(key): value for key, value in config.method.items() if key != "module"}
+        typed_settings(kind, values)
+    return config
 
 
 def _check_early(base: DictConfig, given: list[str]) -> None:
@@ -241,7 +246,13 @@ def _method_settings(recipe: dict[str, Any], profile: dict[str, Any], recipe_pat
     chosen = dict(recipe.get(METHOD, {}))
     if not chosen.get("module"):
         raise UserError(f"{recipe_path}: method.module is missing; name the module that holds the method.")
-    defaults = default_settings(str(chosen["module"]), recipe_path.parent)
+    module = str(chosen["module"])
+    kind = method_settings.alone(module)
+    defaults = (
+        {f.name: getattr(kind(), f.name) for f in dataclasses.fields(kind)}
+        if kind
+        else default_settings(module, recipe_path.parent)
+    )
     unknown = sorted(set(chosen) - {"module"} - set(defaults))
     if unknown:
         raise UserError(

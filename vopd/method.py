@@ -311,6 +311,30 @@ def _import(name: str) -> ModuleType:
 IMPORTING = "importing the recipe's module"
 
 
+def typed_settings(kind: type, values: Mapping[str, Any], own: Path | None = None) -> Any:
+    """The `Settings` of a method with these values.
+
+    Args:
+        kind: the class.
+        values: by name.
+        own: the module's file, for mistakes in it.
+
+    Raises:
+        UserError: unknown key, wrong type, a value outside its bound.
+    """
+    try:
+        with recipe_errors.told("making the recipe's Settings", own):
+            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
+    except UserError as error:
+        cause = error.__cause__
+        if not isinstance(cause, OmegaConfBaseException):
+            raise
+        key = f"method.{cause.full_key}" if cause.full_key else "method"
+        raise UserError(f"{key}: {str(cause).splitlines()[0]}") from cause
+    bounds.check(kind, typed, "method.")
+    return typed
+
+
 def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     """Make the method that a resolved `method:` section describes.
 
@@ -322,16 +346,7 @@ def build(settings: Mapping[str, Any], beside: Path | None = None) -> Method:
     module = load_module(str(values.pop("module")), beside)
     own = Path(module.__file__) if module.__file__ else None
     kind = _settings_class(module, str(settings["module"]))
-    try:
-        with recipe_errors.told("making the recipe's Settings", own):
-            typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(kind), values))
-    except UserError as error:
-        cause = error.__cause__
-        if not isinstance(cause, OmegaConfBaseException):
-            raise
-        key = f"method.{cause.full_key}" if cause.full_key else "method"
-        raise UserError(f"{key}: {str(cause).splitlines()[0]}") from cause
-    bounds.check(kind, typed, "method.")
+    typed = typed_settings(kind, values, own)
     if not callable(getattr(module, "build", None)):
         raise UserError(f"method.module={settings['module']} has no `build`; see docs/adding_a_recipe.md.")
     with recipe_errors.told("making the method", own):

@@ -20,6 +20,8 @@ COMMANDS = [
 ]  # fmt: skip
 MISTAKES = [
     (("run", "vision_opd", "train.lr=-1"), "train.lr=-1.0 is not allowed"),
+    (("run", "vision_opd", "method.beta=2"), "method.beta=2.0 is not allowed"),
+    (("run", "grpo", "method.no=2"), "method.no: there is no such setting"),
     (("run", "nothing"), "There is no recipe 'nothing'"),
     (("compare", "vision_opd", "seeds=x"), "seeds=x is not understood"),
     (("evaluate", "model=m", "benchmarks=[vstar]", "seed=-1"), "seed=-1 is not allowed"),
@@ -51,6 +53,11 @@ def test_every_command_helps_without_torch(arguments: tuple[str, ...]) -> None:
     assert done.returncode == 0, done.stderr
     assert f"vopd {' '.join(arguments)}" in done.stdout
     assert "example" in done.stdout.lower() or "=" in done.stdout or "--" in done.stdout
+
+
+def test_the_settings_of_a_recipe_are_listed_without_torch() -> None:
+    done = called("run", "dapo", "--help", code=WITHOUT_TORCH)
+    assert done.returncode == 0 and "clip_high: 0.28" in done.stdout, done.stderr
 
 
 @pytest.mark.parametrize(
