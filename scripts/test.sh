@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs every check: lint, format, types, unit tests, tests with several processes, end-to-end tests.
+# Runs every check: lint, format, types, unit tests, slow ones, tests with several processes, end-to-end tests.
 # With arguments only pytest, with these: bash scripts/test.sh -k divergence; ... -m e2e
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,6 +21,7 @@ step ruff format --check .
 step mypy
 # A file stays with one of the two workers, for the sake of what its tests share.
 OMP_NUM_THREADS=1 step pytest -q -n 2 --dist loadfile
+OMP_NUM_THREADS=1 step pytest -q -n 2 --dist loadfile -m slow
 step pytest -q -m distributed
 step pytest -q -m e2e
 echo "== all checks passed in $SECONDS s"

@@ -10,6 +10,8 @@ from data.miniature import ceiling, pretrain
 from data.miniature.pretrain import Learner, Stage
 from vopd.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 
 class Short(Learner):
     """Two short stages; `dies_at` kills the second one once."""

@@ -25,6 +25,8 @@ from vopd.common import fingerprint, ownership
 from vopd.config import ROOT
 from vopd.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 Overrides = Callable[..., list[str]]
 
 

@@ -19,6 +19,8 @@ from vopd.backbone.dataset import TripletDataset
 from vopd.backbone.rollout import decode
 from vopd.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 ROWS = 40
 CHOICES = {"validation": 6, "test": 6, "seed": 0}
 Spoil = Callable[[int, dict], dict]

@@ -300,11 +300,16 @@ def test_a_folder_in_the_place_of_a_file(model):
 
 
 def test_nothing_of_ours_loads_code_or_pickles():
-    """Every auto class is told so, every checkpoint is read as tensors alone, no YAML makes objects."""
-    wrong = []
+    """Every auto class is told so, every checkpoint is read as tensors alone, no YAML makes objects.
+
+    The one `exec` runs a class of a module of this repository, which an import would run as well.
+    """
+    own_code, wrong = ("vopd/method_settings.py", "exec"), []
     for file in sorted(p for folder in ("vopd", "data", "baselines") for p in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
             if not isinstance(node, ast.Call):
+                continue
+            if (file.relative_to(ROOT).as_posix(), ast.unparse(node.func)) == own_code:
                 continue
             called, given = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
             if (
