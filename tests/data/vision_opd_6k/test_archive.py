@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from data.vision_opd_6k.archive import Bounds, extract, parts_of, safe_name
 from vopd.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 FILES = {"images/a.jpg": b"a" * 3000, "images/sub/b.jpg": b"b" * 70000, "c.jpg": b""}
 
 

@@ -10,6 +10,8 @@ from PIL import Image
 from data import crop_match
 from data.vision_opd_6k import boxes
 
+pytestmark = pytest.mark.slow
+
 SCALES = {"small": (0.2, 40), "real": (1, 6)}
 Row = tuple[list[int], Image.Image, Image.Image]
 

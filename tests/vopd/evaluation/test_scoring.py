@@ -220,6 +220,7 @@ def test_a_box_is_read_in_any_size_and_in_a_tag(box: str, size: str, around: str
     assert parse_answer(around.format(box.format(letter, size=size)), "letter", COLOURS).value == letter
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     ["(", "A", " ", "answer is ", "Answer: ", "\\boxed{", "<think>", "</think>", "the ", "A. ", "1,", "-",
