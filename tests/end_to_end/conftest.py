@@ -1,4 +1,4 @@
-"""Small triplet files for runs through `vopd.runner.run`, and the overrides that make such a run short."""
+"""Small triplet files for runs through `vopd run`, and the overrides that make such a run short."""
 
 from collections.abc import Callable
 from pathlib import Path
