@@ -31,7 +31,7 @@ def missing(questions: Questions, views: list[str], rows: int, records: Path) ->
     if records.is_file():
         done = {(r.id, r.view) for r in read_answers(records).records}
     asked = questions.questions[: rows or None]
-    return [(q, view) for view in views if view in questions.views for q in asked if (q.id, view) not in done]
+    return [(q, view) for view in views for q in asked if view in q.views and (q.id, view) not in done]
 
 
 @contextmanager

@@ -1,18 +1,21 @@
 """A benchmark's questions, read from published files as its YAML file says (vopd/evaluation/benchmarks/).
 
 The files come from the hub (a snapshot, whose revision is recorded in `lock.json` beside it at the first download
-and asked for ever after) or from a local folder in the published layout. Column names that nobody here has read
-from a published file are `verified: false`; whether they are there is checked before anything else.
+and asked for ever after) or from a local folder in the published layout. Where public code that ran on the published
+file names its columns they are `verified: true`; whether they are there is checked before anything else. What else a
+description expects of the files (rows, crops, ids) is counted at load, and told in `Questions.remarks`.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import dataclasses
 import errno
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +28,7 @@ from vopd.common.provenance import hash_contents, hash_json
 from vopd.errors import UserError
 from vopd.evaluation import description
 from vopd.evaluation.description import BY_GOLD, PAIR, Benchmark, leads_out
+from vopd.evaluation.reencoding import reencoded
 from vopd.evaluation.scoring import Parsed, is_correct
 from vopd.evaluation.scoring.letters import option_labels
 from vopd.evaluation.scoring.numbers import parse_gold_number
@@ -33,6 +37,8 @@ FOLDER = Path(__file__).parent / "benchmarks"
 LOCK = "lock.json"
 MOST_ROWS = 1_000_000
 MOST_OPTIONS = 26
+REPEATED = "#"
+"""Stands between an id that several questions have and the number of the one that is meant."""
 PICTURES = (*pictures.FORMATS, "GIF", "BMP")
 """Formats of published pictures, by Pillow's names."""
 _READERS = {".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".jsonl": "json"}
@@ -52,30 +58,74 @@ class Question:
     answer_type: str
     groups: Mapping[str, str]
     cluster: str | None
+    has_crop: bool = False
+
+    @property
+    def views(self) -> tuple[str, ...]:
+        """The views that it can be asked in."""
+        return ("full", "crop") if self.has_crop else ("full",)
 
 
 class Questions:
-    """The questions of one benchmark, and their pictures on demand."""
+    """The questions of one benchmark, and their pictures on demand.
+
+    official_pictures: hand over pictures as the paper's evaluation encodes them, where it does (`spec.reencoded`).
+    """
 
     def __init__(
-        self, name: str, spec: Benchmark, files: Sequence[Path], folder: Path, revision: str | None
+        self,
+        name: str,
+        spec: Benchmark,
+        files: Sequence[Path],
+        folder: Path,
+        revision: str | None,
+        official_pictures: bool = False,
     ) -> None:
         self.name, self.spec, self.revision = name, spec, revision
+        self.pictures = "official" if official_pictures and spec.reencoded else "published"
         self._files, self._folder = files, folder
         table = _table(name, files, spec)
         # What is not named is not looked at: reading a cell can mean to open a file that it names.
         self._table = table.select_columns(_check_columns(name, spec, table.features))
         columns = [c for c in (spec.columns.image, spec.columns.crop) if c]
         self._plain = self._table.remove_columns(columns)
-        self.questions = [self._question(i, self._row(i)) for i in range(len(self._plain))]
-        if not self.questions:
+        self._crops = _filled(self._table, spec.columns.crop)
+        found = [self._question(i, self._row(i)) for i in range(len(self._plain))]
+        if not found:
             raise UserError(f"{name}: its files hold no question; get them again.")
+        self.questions = found if spec.columns.unique else _numbered(found)
+        self._repeated = sum(new.id != old.id for new, old in zip(self.questions, found, strict=True))
         _check_ids(name, self.questions)
 
     @property
     def views(self) -> tuple[str, ...]:
         """The views that can be asked."""
-        return ("full", "crop") if self.spec.columns.crop else ("full",)
+        return ("full", "crop") if any(self._crops) else ("full",)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What the files hold otherwise than published, or than could be known beforehand: a sentence each."""
+        spec, count = self.spec, len(self.questions)
+        found = []
+        if count != spec.rows:
+            found.append(f"its files hold {count} questions, {spec.rows} are published")
+        if spec.letters is not None:
+            letters = sum(q.answer_type == "letter" for q in self.questions)
+            said = f"{letters} letter and {count - letters} open questions"
+            known = (spec.letters, spec.rows - spec.letters)
+            same = (letters, count - letters) == known
+            found.append(said if same else f"{said}, {known[0]} and {known[1]} are published")
+        if spec.columns.crop and not all(self._crops):
+            found.append(f"{sum(self._crops)} of {count} questions have a crop; the view crop asks those")
+        if self._repeated:
+            found.append(
+                f"{self._repeated} questions repeat an id; theirs end in {REPEATED}2, {REPEATED}3 and so on"
+            )
+        pinned = spec.hub.revision if spec.hub else None
+        commit = pinned and re.fullmatch("[0-9a-f]{7,40}", pinned)  # a tag or branch is not compared
+        if commit and self.revision and not self.revision.startswith(commit[0]):
+            found.append(f"its files are of revision {self.revision}, the pinned one is {pinned}")
+        return [f"{self.name}: {sentence}." for sentence in found]
 
     def digest(self) -> str:
         """sha256 of what is asked and scored."""
@@ -88,7 +138,11 @@ class Questions:
         return hash_contents([*self._files, *(file for file in named if file.is_file())])
 
     def picture(self, question: Question, view: str) -> bytes:
-        """The encoded picture as published; PictureError if there is none."""
+        """The encoded picture, as published or as the paper's evaluation sends it; PictureError if there is none."""
+        content = self._published(question, view)
+        return reencoded(content, PICTURES) if self.pictures == "official" else content
+
+    def _published(self, question: Question, view: str) -> bytes:
         columns = self.spec.columns
         if self.spec.pictures and view == "full":
             return pictures.read(self._picture_file(question.row, self._row(question.row)))
@@ -141,6 +195,7 @@ class Questions:
             answer_type=answer_type,
             groups={name: _cell(row, column, where) for name, column in spec.groups.items()},
             cluster=self._cluster(index, row),
+            has_crop=self._crops[index],
         )
         if spec.pictures:
             self._picture_file(index, row)
@@ -170,7 +225,6 @@ class Questions:
 def find(name: str) -> tuple[str, Benchmark]:
     """Name and description of a benchmark given by name or by the path of a YAML file; UserError if there is none."""
     known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
-    known = sorted(p.stem for p in FOLDER.glob("*.yaml"))
     is_path = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_path else FOLDER / f"{name}.yaml"
     if not (path.is_file() if is_path else name in known):
@@ -182,8 +236,10 @@ def find(name: str) -> tuple[str, Benchmark]:
     return path.stem, description.read(path)
 
 
-def load(name: str, data: Path) -> Questions:
+def load(name: str, data: Path, official_pictures: bool = False) -> Questions:
     """The questions of a benchmark: from its own folder, from `data`/<name>, or downloaded to there.
+
+    official_pictures: as in `Questions`.
 
     Raises:
         UserError: no such benchmark, files or columns; two questions of one id; a gold answer not of its type.
@@ -193,7 +249,7 @@ def load(name: str, data: Path) -> Questions:
     revision = None
     if spec.hub and (not folder.is_dir() or (folder / LOCK).is_file()):
         revision = _download(spec, folder)
-    return Questions(name, spec, _files(name, spec, folder), folder, revision)
+    return Questions(name, spec, _files(name, spec, folder), folder, revision, official_pictures)
 
 
 def _files(name: str, spec: Benchmark, folder: Path) -> list[Path]:
@@ -223,7 +279,11 @@ def _is_inside(file: Path, folder: Path) -> bool:
 
 
 def _download(spec: Benchmark, folder: Path) -> str:
-    """Fetch the files into `folder` at the revision of the lock, which the first download writes."""
+    """Fetch the files into `folder` at the revision of the lock, which the first download writes.
+
+    A pinned revision may be short, a tag or a branch; the lock gets the whole commit, which the hub is asked for, as
+    `snapshot_download` resolves none itself.
+    """
     import httpx
     from huggingface_hub import HfApi, snapshot_download
 
@@ -235,7 +295,7 @@ def _download(spec: Benchmark, folder: Path) -> str:
             if sorted(folder.glob(spec.files)):
                 return revision
         else:
-            revision = spec.hub.revision or str(HfApi().dataset_info(spec.hub.id).sha)
+            revision = str(HfApi().dataset_info(spec.hub.id, revision=spec.hub.revision).sha)
             folder.mkdir(parents=True)
             write_text(lock, json.dumps({"id": spec.hub.id, "revision": revision}) + "\n")
         patterns = [spec.files] + ([description.PLACEHOLDER.sub("*", spec.pictures)] if spec.pictures else [])
@@ -244,8 +304,10 @@ def _download(spec: Benchmark, folder: Path) -> str:
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        pinned = f" at revision {spec.hub.revision}" if spec.hub.revision else ""
         raise UserError(
-            f"{spec.hub.id} could not be downloaded ({said}); try again, or put the published files into {folder}."
+            f"{spec.hub.id} could not be downloaded{pinned} ({said}); try again, or put the published files into "
+            f"{folder}."
         ) from error
     return revision
 
@@ -350,7 +412,9 @@ def _check_columns(name: str, spec: Benchmark, features: Mapping[str, Any]) -> l
     wanted = list(dict.fromkeys([*pictures, columns.question, *plain, *options]))
     missing = [c for c in wanted if c not in features]
     if missing:
-        why = "" if columns.verified else " (its names were never read from a published file)"
+        why = " (its names were never read from a published file)"
+        if columns.verified:
+            why = f" (its names are from {columns.source or 'a published file'})"
         raise UserError(
             f"{name}: no column {', '.join(map(repr, missing))}; expected are {', '.join(wanted)}, found "
             f"{', '.join(features)}; correct the benchmark's YAML file{why}."
@@ -415,6 +479,31 @@ def _cell(row: Mapping[str, Any], column: str, where: str) -> str:
     return str(value)
 
 
+def _filled(table: Any, column: str | None) -> list[bool]:
+    """For each row, whether a column of pictures holds one; none are without a column. Pictures are not read."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if column is None:
+        return [False] * len(table)
+    values = table.data.column(column)
+    if pa.types.is_struct(values.type):
+        values = pc.struct_field(values, "bytes")
+    return [bool(length) for length in pc.binary_length(values).to_pylist()]
+
+
+def _numbered(questions: Sequence[Question]) -> list[Question]:
+    """The same questions; from the second of an id on, ids end in their number."""
+    seen: Counter[str] = Counter()
+    found = []
+    for question in questions:
+        seen[question.id] += 1
+        number = seen[question.id]
+        own = f"{question.id}{REPEATED}{number}" if number > 1 else question.id
+        found.append(dataclasses.replace(question, id=own))
+    return found
+
+
 def _check_ids(name: str, questions: Sequence[Question]) -> None:
     seen: set[str] = set()
     for question in questions:
@@ -432,7 +521,7 @@ def _type_of(answer: str) -> str:
 
 
 def _options(spec: Benchmark, row: Mapping[str, Any], where: str) -> list[str]:
-    """Option texts in order, with their labels if published so; empty ones end the list."""
+    """Option texts in order, with their labels if published so; empty ones are left out, as in the official code."""
     if spec.options is None:
         return []
     if isinstance(spec.options, str):
@@ -441,11 +530,12 @@ def _options(spec: Benchmark, row: Mapping[str, Any], where: str) -> list[str]:
             return inline_options(value)
         if not isinstance(value, list):
             raise UserError(f"{where}: {spec.options} holds {value!r:.80}; a list of options is expected.")
-        found = [_cell({spec.options: option}, spec.options, where).strip() for option in value]
+        shown = [option for option in value if not (isinstance(option, str) and not option.strip())]
+        found = [_cell({spec.options: option}, spec.options, where).strip() for option in shown]
     else:
         values = {column: row[column] for column in spec.options}
-        shown = [c for c, value in values.items() if value is not None and str(value).strip()]
-        found = [_cell(values, column, where).strip() for column in shown]
+        given = [c for c, value in values.items() if value is not None and str(value).strip()]
+        found = [_cell(values, column, where).strip() for column in given]
     if len(found) > MOST_OPTIONS:
         raise UserError(f"{where}: has {len(found)} options, more than there are letters; correct the file.")
     return found

@@ -34,12 +34,13 @@ from vopd.common.paths import ROOT
 from vopd.common.redaction import check_address, redacted
 from vopd.common.terminal import Terminal
 from vopd.errors import UserError
-from vopd.evaluation import asking, benchmark, judge, metrics, results, server
+from vopd.evaluation import acceptance, asking, benchmark, judge, metrics, results, server
 from vopd.evaluation.endpoint import Endpoint, Resizing, Sampling, opens_reasoning, resizing_if_known
 from vopd.evaluation.records import read_answers
 
 # Files of a benchmark's folder of records; settings.json says that they are ours.
 WRITTEN = ("records.jsonl", "judge.jsonl", "summary.json")
+PICTURES = ("published", "official")
 ANSWERING = (
     "model",
     "name",
@@ -52,6 +53,7 @@ ANSWERING = (
     "seed",
     "prompt",
     "data",
+    "pictures",
 )
 
 
@@ -82,6 +84,8 @@ class Settings:
     data: str = ".cache/benchmarks"
     out: str = "${oc.env:VOPD_RUNS,runs}/evaluation"
     scorer: str = "strict"
+    pictures: str = "published"
+    acceptance: str | None = None
     exclude: list[str] = field(default_factory=list)
     judge: Judge = field(default_factory=Judge)
     speed: bool = False
@@ -97,6 +101,8 @@ endpoint     OpenAI-compatible server, such as http://localhost:8000/v1; without
 rows         only the first so many questions of each benchmark; 0 is all
 data         folder with one folder a benchmark, in the published layout; what is not there is downloaded
 scorer       strict, or official: the published rule, its defects included
+pictures     published, or official: as the paper's evaluation encodes those of V* (PNG, made smaller above 20 MiB)
+acceptance   {accepted}, or the path of a YAML file: compare with published figures
 exclude      exclusion lists (JSON): a second, de-overlapped variant of each figure
 judge        endpoint and model of a server that judges what could not be read
 speed        print 1 / mean seconds per question (the paper's Figure 6); use concurrency=1 for one at a time
@@ -110,7 +116,10 @@ Settings and their defaults:
 def help_text() -> str:
     """Usage and every setting with its default."""
     known = ", ".join(sorted(p.stem for p in benchmark.FOLDER.glob("*.yaml")))
-    return HELP.format(known=known, settings=OmegaConf.to_yaml(OmegaConf.structured(Settings)))
+    accepted = ", ".join(sorted(p.stem for p in acceptance.FOLDER.glob("*.yaml")))
+    return HELP.format(
+        known=known, accepted=accepted, settings=OmegaConf.to_yaml(OmegaConf.structured(Settings))
+    )
 
 
 def settings_of(overrides: list[str]) -> Settings:
@@ -131,6 +140,10 @@ def settings_of(overrides: list[str]) -> Settings:
             raise UserError(f"{key} is empty; give {key}=..., or leave it out.")
     if settings.scorer not in metrics.SCORERS:
         raise UserError(f"scorer={settings.scorer} is unknown; use {' or '.join(metrics.SCORERS)}.")
+    if settings.pictures not in PICTURES:
+        raise UserError(f"pictures={settings.pictures} is unknown; use {' or '.join(PICTURES)}.")
+    if settings.acceptance is not None:
+        acceptance.find(settings.acceptance)
     if unknown := sorted(set(settings.views) - {"full", "crop"}) or ([] if settings.views else ["(none)"]):
         raise UserError(f"views: {unknown[0]} is unknown; use full, crop or both.")
     check_address("endpoint", settings.endpoint)
@@ -148,16 +161,25 @@ class Evaluation:
         self.folder = _from_root(settings.out) / model_name(settings.model)
         if (model := _from_root(settings.model)).is_dir():
             settings.model = str(model)
-        self.sets = [benchmark.load(name, _from_root(settings.data)) for name in settings.benchmarks]
+        self.expected = acceptance.find(settings.acceptance) if settings.acceptance else None
+        data, official = _from_root(settings.data), settings.pictures == "official"
+        self.sets = [benchmark.load(name, data, official) for name in settings.benchmarks]
         for questions in self.sets:
             if not set(settings.views) & set(questions.views):
                 raise UserError(f"{questions.name} has no crops; ask for its view full.")
         if len({questions.name for questions in self.sets}) < len(self.sets):
             raise UserError("benchmarks: a name is given twice; records are kept by name.")
+        if self.expected and not {questions.name for questions in self.sets} & set(self.expected.benchmarks):
+            raise UserError(
+                f"acceptance={settings.acceptance} has no figure of these benchmarks; name one of "
+                f"{', '.join(self.expected.benchmarks)}."
+            )
         self.exclusions = results.read_exclusions([_from_root(p) for p in settings.exclude], self.sets)
 
     def go(self) -> int:
-        """Ask, judge, score and print; 1 if questions are left without an answer, or responses without a verdict."""
+        """Ask, judge, score and print; 1 if questions are left without an answer, or responses without a verdict, or if
+        a published figure is missed."""
+        self._say_what_is_uncertain()
         failures = self._ask_all()
         summaries, unjudged = [], list[str]()
         for questions in self.sets:
@@ -179,7 +201,38 @@ class Evaluation:
             self.console.print(
                 f"{len(unjudged)} responses got no verdict; the same command asks for them again."
             )
-        return int(bool(failures or unjudged))
+        accepted = self._accepted(summaries)
+        return int(bool(failures or unjudged) or not accepted)
+
+    def _say_what_is_uncertain(self) -> None:
+        unverified = [questions.name for questions in self.sets if not questions.spec.columns.verified]
+        sentences = [remark for questions in self.sets for remark in questions.remarks]
+        if unverified:
+            sentences.insert(
+                0,
+                f"{', '.join(unverified)}: nobody here knows the published columns for sure; those that are named are "
+                "there, and hold the expected kind of values.",
+            )
+        for sentence in sentences:
+            self.console.print(sentence, markup=False, soft_wrap=True)
+
+    def _accepted(self, summaries: list[dict[str, Any]]) -> bool:
+        """Print the comparison with published figures, if one is asked for; whether they are met."""
+        if self.expected is None:
+            return True
+        s = self.settings
+        now = {key: getattr(s, key) for key in ("temperature", "thinking", "max_tokens", "scorer")}
+        now |= {"model": s.model, "judge": s.judge.model if s.judge.endpoint else None}
+        if any(questions.spec.reencoded for questions in self.sets):
+            now["pictures"] = s.pictures
+        comparison = acceptance.compare(self.expected, summaries)
+        self.console.print(acceptance.table(comparison))
+        for sentence in [
+            *acceptance.differences(self.expected, now, summaries),
+            *acceptance.verdict(comparison),
+        ]:
+            self.console.print(sentence, markup=False, soft_wrap=True)
+        return comparison.accepted
 
     def _ask_all(self) -> list[str]:
         todo = {}
@@ -249,6 +302,7 @@ class Evaluation:
             "engine": "endpoint" if s.endpoint else f"vllm {provenance.library_versions()['vllm']}",
             "prompt": questions.spec.prompt + questions.spec.suffix,
             "data": questions.digest(),
+            "pictures": questions.pictures,
             **{key: getattr(s, key) for key in ("thinking", "temperature", "top_p", "max_tokens", "seed")},
         }
         made_from = self._made_from(questions)
@@ -261,10 +315,9 @@ class Evaluation:
                     "another out=..."
                 )
         elif (folder / "records.jsonl").is_file():
-            # Records made before names were written down have none to compare.
-            differs = [
-                key for key in ANSWERING if before.get(key, now[key] if key == "name" else None) != now[key]
-            ]
+            # Records made before names were written down have none to compare; pictures were as published then.
+            before = {"name": now["name"], "pictures": "published"} | before
+            differs = [key for key in ANSWERING if before.get(key) != now[key]]
             if differs:
                 key = differs[0]
                 raise UserError(
@@ -377,7 +430,7 @@ def _interrupt(*_: Any) -> None:
 
 @reports_errors(interrupted="the same command asks what is missing", kept="what was answered is kept")
 def main(overrides: list[str]) -> int:
-    """Exit code 0, 1 if questions got no answer, 2 for bad input, 130 after Ctrl-C."""
+    """Exit code 0, 1 if questions got no answer or published figures are missed, 2 for bad input, 130 after Ctrl-C."""
     if not overrides or "--help" in overrides or "-h" in overrides:
         print(help_text())
         return 0

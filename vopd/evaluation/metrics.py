@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,10 +89,16 @@ def figures(records: Sequence[Record], spec: Benchmark) -> dict[str, Any]:
     }
     for group in wanted.per:
         result[f"by {group}"] = _per(records, [group])
-    if wanted.mean:
-        result["official mean"] = _mean(records, wanted.mean, right, groups)
+    for name, mean in wanted.means().items():
+        result[name] = _mean(records, mean, right, groups)
+        result[f"{name}, parts"] = _per(records, mean.over, mean.name)
     if wanted.pairs:
         result["pair accuracy"] = _interval(pairs(records), None)
+    if wanted.other_gold:
+        corrected = [_by_other_gold(r) if r.id in wanted.other_gold else r for r in records]
+        result["accuracy, corrected golds"] = _interval(answers(corrected), groups)
+        if wanted.pairs:
+            result["pair accuracy, corrected golds"] = _interval(pairs(corrected), None)
     if wanted.yes_no:
         result["yes/no"] = yes_no(records)
         for name, part in _split(records, ["category"]).items():
@@ -108,7 +114,10 @@ def _interval(right: Mapping[str, bool], groups: Mapping[str, str] | None) -> di
     return dataclasses.asdict(statistics.accuracy(right, groups))
 
 
-def _split(records: Sequence[Record], over: Sequence[str]) -> dict[str, list[Record]]:
+def _split(
+    records: Sequence[Record], over: Sequence[str], named: Callable[[str], str] = str
+) -> dict[str, list[Record]]:
+    """Records by the values of these groups; named: what a value counts as."""
     parts: dict[str, list[Record]] = {}
     for record in records:
         groups = record.details["groups"]
@@ -117,22 +126,22 @@ def _split(records: Sequence[Record], over: Sequence[str]) -> dict[str, list[Rec
                 f"The record of question '{record.id}' has no group '{absent[0]}', which the benchmark's metrics name; "
                 "it was made by another version of the benchmark: give another out=... and ask again."
             )
-        parts.setdefault(" / ".join(str(groups[g]) for g in over), []).append(record)
+        parts.setdefault(" / ".join(named(str(groups[g])) for g in over), []).append(record)
     return dict(sorted(parts.items()))
 
 
-def _per(records: Sequence[Record], over: Sequence[str]) -> dict[str, Any]:
+def _per(records: Sequence[Record], over: Sequence[str], named: Callable[[str], str] = str) -> dict[str, Any]:
     return {
         name: {"questions": len(part), **(_interval(answers(part), clusters(part)) or {})}
-        for name, part in _split(records, over).items()
+        for name, part in _split(records, over, named).items()
     }
 
 
 def _mean(
     records: Sequence[Record], mean: Mean, right: Mapping[str, bool], groups: Mapping[str, str] | None
 ) -> dict[str, float] | None:
-    """The official average with its interval; None while a weighted group has no answers yet."""
-    strata = {r.id: name for name, part in _split(records, mean.over).items() for r in part}
+    """An average over groups with its interval; None while a weighted group has no answers yet."""
+    strata = {r.id: name for name, part in _split(records, mean.over, mean.name).items() for r in part}
     present = sorted(set(strata.values()))
     weights = dict(mean.weights) or {name: 1 / len(present) for name in present}
     unknown = sorted(set(present) - set(weights))
@@ -153,24 +162,45 @@ def pairs(records: Sequence[Record]) -> dict[str, bool]:
     return {cluster: all(both) for cluster, both in found.items() if len(both) > 1}
 
 
+def _by_other_gold(record: Record) -> Record:
+    """A record of a question with two options, scored by the option that is not its gold.
+
+    What counts for the published gold does not for the other one, whoever said so (the parser or a judge).
+    """
+    other = {"A": "B", "B": "A"}.get(record.gold.strip().strip("().").upper())
+    if other is None:
+        raise UserError(
+            f"metrics.other_gold names question '{record.id}', whose gold '{record.gold}' is neither (a) nor (b)."
+        )
+    return dataclasses.replace(record, gold=other, correct=not record.correct and record.parsed == other)
+
+
 def yes_no(records: Sequence[Record]) -> dict[str, float | None]:
     """Accuracy, precision, recall and F1 of "yes", and the share of "yes" among the predictions.
 
-    An unparsed response is neither yes nor no. None where a figure is not defined.
+    An unparsed response is neither yes nor no. None where a figure is not defined. official_f1, official_yes_ratio: as
+    the paper's evaluation counts them, in which whatever is not correct where the gold is "no" is a "yes", and the
+    ratio is that of the golds.
     """
     says_yes = [r.parsed == "yes" for r in records]
     is_yes = [r.gold.strip().strip(".").lower() == "yes" for r in records]
     both = sum(said and true for said, true in zip(says_yes, is_yes, strict=True))
-    precision = both / sum(says_yes) if any(says_yes) else None
-    recall = both / sum(is_yes) if any(is_yes) else None
-    total = (precision or 0) + (recall or 0)
+    hits = sum(r.correct for r, true in zip(records, is_yes, strict=True) if true)
+    alarms = sum(not r.correct for r, true in zip(records, is_yes, strict=True) if not true)
     return {
         "accuracy": sum(r.correct for r in records) / len(records),
-        "precision": precision,
-        "recall": recall,
-        "f1": 2 * precision * recall / total if precision and recall else (None if not any(is_yes) else 0.0),
+        "precision": both / sum(says_yes) if any(says_yes) else None,
+        "recall": both / sum(is_yes) if any(is_yes) else None,
+        "f1": _f1(both, sum(says_yes), sum(is_yes)),
         "yes_ratio": sum(says_yes) / len(records),
+        "official_f1": _f1(hits, hits + alarms, sum(is_yes)),
+        "official_yes_ratio": sum(is_yes) / len(records),
     }
+
+
+def _f1(both: int, said: int, true: int) -> float | None:
+    """Harmonic mean of both/said and both/true; None where nothing is true."""
+    return 2 * both / (said + true) if true else None
 
 
 def _resized(records: Sequence[Record]) -> float | None:

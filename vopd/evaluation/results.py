@@ -143,22 +143,33 @@ def plain(text: str) -> str:
 def _cells(result: Mapping[str, Any], view: str, part: Mapping[str, Any]) -> list[str]:
     if view == "gap":
         return ["", percent(part), *[""] * 6]
-    official = percent(part.get("pair accuracy") or part.get("official mean"))
-    if "yes/no" in part and part["yes/no"]["f1"] is not None:
-        official = f"F1 {100 * part['yes/no']['f1']:.1f}, yes {100 * part['yes/no']['yes_ratio']:.1f}"
     whole = result["rows_published"]
     count = f"{part['questions']}" if part["questions"] == whole else f"{part['questions']} of {whole}"
     resized = "?" if part["resized"] is None else f"{100 * part['resized']:.0f}%"
     return [
         count,
         percent(part["accuracy"]),
-        official,
+        _official(part),
         f"{100 * part['unparsed']:.1f}%",
         f"{100 * part['truncated']:.1f}%",
         str(result["judge_failed"]),
         _tokens(part),
         resized,
     ]
+
+
+def _official(part: Mapping[str, Any]) -> str:
+    """What a benchmark's own rule reports, and below it what another one makes of the same answers."""
+    if "yes/no" in part and part["yes/no"]["f1"] is not None:
+        return f"F1 {100 * part['yes/no']['f1']:.1f}, yes {100 * part['yes/no']['yes_ratio']:.1f}"
+    lines = [percent(part.get("pair accuracy") or part.get("official mean"))]
+    if part.get("paper mean"):
+        lines.append(f"paper's mean {100 * part['paper mean']['value']:.1f}")
+    if corrected := part.get("accuracy, corrected golds"):
+        pairs = part.get("pair accuracy, corrected golds")
+        lines.append(f"corrected {100 * corrected['value']:.1f}")
+        lines[-1] += f", pairs {100 * pairs['value']:.1f}" if pairs else ""
+    return "\n".join(lines)
 
 
 def _tokens(part: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from vopd.evaluation.records import read_records
 
 NAMES = sorted(p.stem for p in benchmark.FOLDER.glob("*.yaml"))
 OURS = [n for n in NAMES if n.startswith("miniature")]
+UNKNOWN = {"pope", "mme_realworld_cn", "mme_realworld_lite"}  # columns
+UNPINNED = {*OURS, "hrbench_4k", "hrbench_8k", "mme_realworld_en", "mme_realworld_cn"}
 EXPECTED = {  # questions in the fixture, clusters, options of the first question
     "cv_bench": (6, None, 2), "hrbench_4k": (8, 2, 4), "hrbench_8k": (8, 2, 4), "miniature_holdout": (6, None, 4),
     "miniature_test": (6, None, 4), "mme_realworld_cn": (3, None, 5), "mme_realworld_en": (3, None, 5),
@@ -41,13 +44,16 @@ def load(
     return lambda name: benchmark.load(name, published)
 
 
-def test_all_benchmarks_are_there_and_none_invents_a_revision() -> None:
+def test_all_benchmarks_are_there_and_say_what_is_known() -> None:
     assert sorted(EXPECTED) == NAMES
     for name in NAMES:
         spec = benchmark.find(name)[1]
         assert (spec.hub is None) == (name in OURS)
-        assert spec.hub is None or spec.hub.revision is None
-        assert spec.columns.verified == (name in OURS)
+        revision = spec.hub.revision if spec.hub else None
+        assert (revision is None) == (name in UNPINNED)
+        assert revision is None or re.fullmatch("[0-9a-f]{40}", revision)
+        assert spec.columns.verified == (name not in UNKNOWN)
+        assert spec.columns.verified == bool(spec.columns.source)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -159,7 +165,7 @@ def rewrite(published: Path, tmp_path: Path, change: Callable[[Any], Any]) -> Pa
 def test_a_missing_column_is_an_error_that_names_expected_and_found(published: Path, tmp_path: Path) -> None:
     data = rewrite(published, tmp_path, lambda t: t.rename_column("label", "answer"))
     with pytest.raises(
-        UserError, match=r"no column 'label'; expected are .*label.*found .*answer.*never read"
+        UserError, match=r"no column 'label'; expected are .*label.*found .*answer.*second hand"
     ):
         benchmark.load("vstar", data)
 
@@ -198,10 +204,19 @@ def test_the_first_download_records_the_revision_and_later_ones_ask_for_it(
         target.write_bytes(next((published / "vstar" / "data").glob("*.parquet")).read_bytes())
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    pinned: list[str | None] = []
     shas = iter(["abc123", "moved-on"])
-    api = SimpleNamespace(dataset_info=lambda repo: SimpleNamespace(sha=next(shas)))
+
+    def dataset_info(repo: str, revision: str | None) -> SimpleNamespace:
+        pinned.append(revision)
+        return SimpleNamespace(sha=next(shas))
+
+    api = SimpleNamespace(dataset_info=dataset_info)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
-    assert benchmark.load("vstar", tmp_path).revision == "abc123"
+    first = benchmark.load("vstar", tmp_path)
+    assert first.revision == "abc123"
+    assert pinned == ["b44023b4dca749ed8a76b85eb576627d05a1c174"]
+    assert f"of revision abc123, the pinned one is {pinned[0]}" in " ".join(first.remarks)
     lock = tmp_path / "vstar" / "lock.json"
     assert json.loads(lock.read_text()) == {"id": "lmms-lab/vstar-bench", "revision": "abc123"}
     assert benchmark.load("vstar", tmp_path).revision == "abc123"
@@ -214,7 +229,7 @@ def test_the_first_download_records_the_revision_and_later_ones_ask_for_it(
 def test_every_metric_group_is_a_group_of_the_benchmark() -> None:
     for name in NAMES:
         spec = benchmark.find(name)[1]
-        used = {*spec.metrics.per, *(spec.metrics.mean.over if spec.metrics.mean else [])}
+        used = {*spec.metrics.per, *(n for mean in spec.metrics.means().values() for n in mean.over)}
         used |= {"category"} if spec.metrics.yes_no else set()
         assert used <= set(spec.groups), name
     assert metrics.SCORERS == ("strict", "official")

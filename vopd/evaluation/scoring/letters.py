@@ -59,7 +59,7 @@ class Claim:
     why: str
 
 
-_LABEL = re.compile(r"^\s*\(?([A-Za-z])\s?[.):]\s*(?=\S)")
+_LABEL = re.compile(r"^\s*[(（]?([A-Za-z])\s?[.):）：．、]\s*(?=\S)")  # full-width as published
 
 
 def option_labels(options: Sequence[str]) -> tuple[list[str], list[str]]:
