@@ -193,5 +193,6 @@ def test_a_download_that_fails_is_a_sentence(tmp_path: Path, monkeypatch: pytest
         raise httpx.ConnectError("no route to host")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", offline)
-    with pytest.raises(UserError, match=r"vstar-bench could not be downloaded at revision b44023b\w+ \(no route to host\).*put the"):
+    sentence = r"vstar-bench could not be downloaded at revision b44023b\w+ \(no route to host\).*put the"
+    with pytest.raises(UserError, match=sentence):
         benchmark.load("vstar", tmp_path)

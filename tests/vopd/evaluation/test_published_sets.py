@@ -1,6 +1,7 @@
 """What is particular to each published set: small files in its layout, and the figures its own evaluation makes."""
 
 import base64
+import dataclasses
 import io
 import json
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from PIL import Image
 from tests.vopd.evaluation import conftest as layouts
 from tests.vopd.evaluation.test_metrics import figures, record
 from vopd.errors import UserError
-from vopd.evaluation import benchmark, description, evaluate, reencoding
+from vopd.evaluation import benchmark, description, evaluate, metrics, reencoding
 from vopd.evaluation.scoring import parse_answer
 
 Start = Callable[..., Any]
@@ -135,13 +136,15 @@ def test_mmvp_is_reported_by_the_published_and_by_the_corrected_golds() -> None:
 
 
 def test_a_judge_that_accepts_a_response_for_the_published_gold_does_not_accept_it_for_the_other() -> None:
-    from vopd.evaluation import metrics
-
-    spec = benchmark.find("mmvp")[1]
-    records = [record(i, "Perhaps", "(a)", cluster="49") for i in ("99", "100")]
-    scored = metrics.score(records, spec, "strict", {(i, "full"): "right" for i in ("99", "100")}).records
-    result = metrics.figures(scored, spec)
-    assert (result["accuracy"]["value"], result["accuracy, corrected golds"]["value"]) == (1.0, 0.0)
+    records = [
+        dataclasses.replace(
+            record("99", "...", "(a)", cluster="49"), parsed="B", correct=True
+        ),  # judged right
+        dataclasses.replace(record("100", "...", "(a)", cluster="49"), parsed="B", correct=False),
+    ]
+    result = metrics.figures(records, benchmark.find("mmvp")[1])
+    assert (result["accuracy"]["value"], result["accuracy, corrected golds"]["value"]) == (0.5, 0.5)
+    assert result["pair accuracy, corrected golds"]["value"] == 0.0
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------
