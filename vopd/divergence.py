@@ -1,9 +1,10 @@
 """Divergences between two next-token distributions, per token, in plain torch.
 
 Every distillation method compares a teacher with the student at each response token; what differs is
-the direction (beta) and the support (the student's top k, or the whole vocabulary). The gradient of
-top_k_tail_divergence is a closed form rather than autograd's: its backward makes one (T, V) tensor
-instead of one per step of the formula.
+the direction (beta) and the support (the student's top k, or the whole vocabulary). Gradients are closed
+forms rather than autograd's: a backward makes one (T, V) tensor instead of one per step of the formula, and
+all that it keeps of the forward, beside the logits, is one bucket or number per token. What is made on the way
+is made for a few rows at a time: on a CPU it then stays in the cache.
 
 Shape suffixes: T tokens, V vocabulary, K support (the chosen tokens), B buckets (K + 1 with a tail,
 V without). All inputs are float32 or float64; all results are in nats, one number per token.
@@ -14,6 +15,7 @@ Sources: generalised JSD and top-k + tail, Vision-OPD (arXiv 2605.18740); pointw
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,14 +23,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _NEG_INF = float("-inf")
+# Entries of (rows, V) that are worked on at once: 2 MiB of float32 on a CPU, 256 MiB where a launch must be worth it.
+_ENTRIES = {"cpu": 2**19}
+_MOST_ENTRIES = 2**26
 
 
 class TopKTailDivergence(NamedTuple):
-    """Per-token divergence and, for logging, how much of each distribution the support holds."""
+    """Per-token divergence, and by-products of the same pass over the logits, detached.
+
+    Masses are how much of each distribution the support holds; entropy and log normaliser (the logsumexp of the
+    logits) are the student's.
+    """
 
     divergence_T: Tensor
     student_mass_T: Tensor
     teacher_mass_T: Tensor
+    entropy_T: Tensor
+    log_normaliser_T: Tensor
+
+    def log_prob(self, student_logits_TV: Tensor, token_T: Tensor) -> Tensor:
+        """The student's log-probability (T,) of the sampled token, without gradient."""
+        return _at(student_logits_TV.detach(), token_T) - self.log_normaliser_T
 
 
 def student_top_k(student_logits_TV: Tensor, k: int) -> Tensor:
@@ -36,24 +51,7 @@ def student_top_k(student_logits_TV: Tensor, k: int) -> Tensor:
 
     The choice carries no gradient. Raises ValueError if k is not in 1..V.
     """
-    vocabulary = student_logits_TV.shape[-1]
-    if not 1 <= k <= vocabulary:
-        raise ValueError(
-            f"top-k of k={k} does not fit a vocabulary of V={vocabulary}: choose k from 1 to {vocabulary}."
-        )
-    logits_TV = student_logits_TV.detach()
-    ids_V = torch.arange(vocabulary, device=logits_TV.device, dtype=torch.int32)
-    if k == vocabulary:
-        return ids_V.long().expand(logits_TV.shape)
-    top = logits_TV.topk(k, dim=-1)
-    threshold_T1 = top.values[:, -1:]
-    # topk breaks ties at the threshold as it likes, differently by device: refill them by lowest id.
-    above_T1 = (top.values > threshold_T1).sum(-1, keepdim=True)
-    rank_TV = torch.where(logits_TV == threshold_T1, -ids_V, -vocabulary - ids_V)
-    tied_TK = rank_TV.topk(k, dim=-1).indices
-    place_K = torch.arange(k, device=logits_TV.device)
-    refill_TK = tied_TK.gather(-1, (place_K - above_T1).clamp(min=0))
-    return torch.where(place_K < above_T1, top.indices, refill_TK)
+    return _support(student_logits_TV.detach(), k)[0]
 
 
 def bucketed_log_probs(logits_TV: Tensor, support_TK: Tensor) -> Tensor:
@@ -107,18 +105,15 @@ def top_k_tail_divergence(
     g_i = dD/dq_i, gbar = sum_i q_i g_i,
     dD/dz = (g_tail - gbar) softmax(z) + sum_{j in support} p_j (g_j - g_tail) e_j.
     The support is chosen from these very logits and carries no gradient. Top-k + tail is a lower bound of
-    the full divergence and grows with k. Masses (T,) are in [0, 1], detached.
+    the full divergence and grows with k. Masses (T,) are in [0, 1].
     Raises ValueError for k > V, beta outside [0, 1], or logits in half precision.
     """
     _require_full_precision(student_logits_TV, teacher_logits_TV)
     if k is None:
-        divergence_T = _FullDivergence.apply(student_logits_TV, teacher_logits_TV, beta)
-        ones_T = torch.ones_like(divergence_T)
-        return TopKTailDivergence(divergence_T, ones_T, ones_T)
-    support_TK = student_top_k(student_logits_TV, k)
-    return TopKTailDivergence(
-        *_TopKTailDivergence.apply(student_logits_TV, teacher_logits_TV, support_TK, beta)
-    )
+        divergence_T, *rest = _FullDivergence.apply(student_logits_TV, teacher_logits_TV, beta)
+        ones_T = torch.ones_like(rest[0])
+        return TopKTailDivergence(divergence_T, ones_T, ones_T, *rest)
+    return TopKTailDivergence(*_TopKTailDivergence.apply(student_logits_TV, teacher_logits_TV, k, beta))
 
 
 def pointwise_forward_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, clip: float) -> Tensor:
@@ -127,22 +122,70 @@ def pointwise_forward_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, c
     Entries at the clip carry no gradient; clip=inf is the forward KL. The teacher carries none.
     """
     _require_full_precision(student_logits_TV, teacher_logits_TV)
-    teacher_log_probs_TV = teacher_logits_TV.detach().log_softmax(-1)
-    terms_TV = _kl_terms(teacher_log_probs_TV, student_logits_TV.log_softmax(-1))
-    return terms_TV.clamp(max=clip).sum(-1)
+    value_T: Tensor = _PointwiseForwardKL.apply(student_logits_TV, teacher_logits_TV, clip)
+    return value_T
 
 
 def sampled_token_log_prob(logits_TV: Tensor, token_T: Tensor) -> Tensor:
     """Log-probability (T,) of the sampled token under softmax(logits), temperature 1."""
     _require_full_precision(logits_TV)
-    return logits_TV.gather(-1, token_T.unsqueeze(-1)).squeeze(-1) - logits_TV.logsumexp(-1)
+    log_prob_T: Tensor = _SampledTokenLogProb.apply(logits_TV, token_T)
+    return log_prob_T
 
 
 def entropy(logits_TV: Tensor) -> Tensor:
     """Entropy (T,) of softmax(logits), from 0 to log V."""
     _require_full_precision(logits_TV)
-    log_probs_TV = logits_TV.log_softmax(-1)
+    if torch.is_grad_enabled() and logits_TV.requires_grad:
+        return _entropy(logits_TV.log_softmax(-1))
+    return torch.cat([_entropy(logits_TV[rows].log_softmax(-1)) for rows in _few_rows(logits_TV)])
+
+
+def _few_rows(logits_TV: Tensor) -> Iterator[slice]:
+    """All rows in slices, at least one, of as many as are worked on at once."""
+    rows, vocabulary = logits_TV.shape
+    at_once = max(1, _ENTRIES.get(logits_TV.device.type, _MOST_ENTRIES) // max(vocabulary, 1))
+    for start in range(0, max(rows, 1), at_once):
+        yield slice(start, min(start + at_once, rows))
+
+
+def _at(logits_TV: Tensor, token_T: Tensor) -> Tensor:
+    return logits_TV.gather(-1, token_T.unsqueeze(-1)).squeeze(-1)
+
+
+def _entropy(log_probs_TV: Tensor) -> Tensor:
     return -(log_probs_TV.exp() * log_probs_TV.masked_fill(log_probs_TV == _NEG_INF, 0.0)).sum(-1)
+
+
+def _support(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids (T, K) of the k largest logits, the lower id first among equals, and the largest logit outside (T, 1)."""
+    vocabulary = logits_TV.shape[-1]
+    if not 1 <= k <= vocabulary:
+        raise ValueError(
+            f"top-k of k={k} does not fit a vocabulary of V={vocabulary}: choose k from 1 to {vocabulary}."
+        )
+    if k == vocabulary:
+        ids_TV = torch.arange(vocabulary, device=logits_TV.device).expand(logits_TV.shape)
+        return ids_TV, logits_TV.new_full((len(logits_TV), 1), _NEG_INF)
+    top = logits_TV.topk(k + 1, dim=-1)
+    ids_TK, outside_T1 = top.indices[:, :k].clone(), top.values[:, k:]
+    tied_T = top.values[:, k - 1] == outside_T1[:, 0]
+    if bool(tied_T.any()):
+        # topk breaks ties at the threshold as it likes, differently by device: refill them by lowest id.
+        ids_TK[tied_T] = _refilled(logits_TV[tied_T], ids_TK[tied_T], outside_T1[tied_T])
+    return ids_TK, outside_T1
+
+
+def _refilled(logits_TV: Tensor, ids_TK: Tensor, threshold_T1: Tensor) -> Tensor:
+    """The ids above the threshold, and as many of the lowest at it as there is room for."""
+    (_, vocabulary), k = logits_TV.shape, ids_TK.shape[-1]
+    ids_V = torch.arange(vocabulary, device=logits_TV.device, dtype=torch.int32)
+    rank_TV = torch.where(logits_TV == threshold_T1, -ids_V, -vocabulary - ids_V)
+    tied_TK = rank_TV.topk(k, dim=-1).indices
+    above_T1 = (logits_TV.gather(-1, ids_TK) > threshold_T1).sum(-1, keepdim=True)
+    place_K = torch.arange(k, device=logits_TV.device)
+    refill_TK = tied_TK.gather(-1, (place_K - above_T1).clamp(min=0))
+    return torch.where(place_K < above_T1, ids_TK, refill_TK)
 
 
 def _log_tail_sum(logits_TV: Tensor, support_TK: Tensor) -> Tensor:
@@ -169,7 +212,18 @@ def _kl_terms(p_log_probs_TB: Tensor, q_log_probs_TB: Tensor) -> Tensor:
 
 
 def _kl(p_log_probs_TB: Tensor, q_log_probs_TB: Tensor) -> Tensor:
-    return _kl_terms(p_log_probs_TB, q_log_probs_TB).sum(-1)
+    """KL(p||q) (T,), never negative: the sum of p (r + e^-r - 1) with r = log(p/q).
+
+    Adding q - p, which sums to 0, to each term p r makes all of them positive. Near agreement the plain terms cancel in
+    the sum, and an error of the normalisers, 1e-7 in float32, is as large as the KL.
+    """
+    empty_TB = p_log_probs_TB == _NEG_INF
+    r_TB = (p_log_probs_TB - q_log_probs_TB).masked_fill(empty_TB, 0.0)
+    p_TB = p_log_probs_TB.exp()
+    near_TB = (r_TB.abs() < 1.0) & ~empty_TB
+    near_r_TB = r_TB.masked_fill(~near_TB, 0.0)
+    near_terms_TB = p_TB * (near_r_TB + torch.expm1(-near_r_TB)).clamp(min=0.0)
+    return torch.where(near_TB, near_terms_TB, p_TB * r_TB + q_log_probs_TB.exp() - p_TB).sum(-1)
 
 
 def _log_ratios_to_mixture(teacher_TB: Tensor, student_TB: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -208,21 +262,34 @@ def _bucket_gradient(teacher_TB: Tensor, student_TB: Tensor, beta: float) -> Ten
     return weighted_TB - student_TB.exp() * weighted_TB.sum(-1, keepdim=True)
 
 
-class _FullDivergence(torch.autograd.Function):
-    """Divergence over the whole vocabulary; saves the two log-probabilities and nothing between."""
+class _Buckets(NamedTuple):
+    """One distribution over support and tail, and by-products of the same pass."""
 
-    @staticmethod
-    def forward(ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, beta: float) -> Tensor:
-        student_TV, teacher_TV = student_logits_TV.log_softmax(-1), teacher_logits_TV.log_softmax(-1)
-        ctx.save_for_backward(student_TV, teacher_TV)
-        ctx.beta = beta
-        return divergence(teacher_TV, student_TV, beta)
+    log_probs_TB: Tensor
+    log_tail_T1: Tensor
+    entropy_T: Tensor
+    log_normaliser_T: Tensor
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
-        student_TV, teacher_TV = ctx.saved_tensors
-        return _bucket_gradient(teacher_TV, student_TV, ctx.beta).mul_(grad_T.unsqueeze(-1)), None, None
+
+def _buckets(logits_TV: Tensor, support_TK: Tensor, outside_T1: Tensor) -> _Buckets:
+    """As `bucketed_log_probs`, in one exponential; outside_T1 is the largest logit outside the support."""
+    largest_T1 = outside_T1.masked_fill(outside_T1 == _NEG_INF, 0.0)
+    above_TV = logits_TV - largest_T1
+    # In the support the exponential may overflow; it does not count.
+    weight_TV = above_TV.exp().scatter_(-1, support_TK, 0.0)
+    sum_T1 = weight_TV.sum(-1, keepdim=True)
+    log_tail_T1 = sum_T1.log() + largest_T1
+    support_logits_TK = logits_TV.gather(-1, support_TK)
+    log_normaliser_T1 = torch.logaddexp(support_logits_TK.logsumexp(-1, keepdim=True), log_tail_T1)
+    log_probs_TB = torch.cat([support_logits_TK, log_tail_T1], -1) - log_normaliser_T1
+    # The tail's share of sum p log p: its mass times the mean log-probability in it. 0 * -inf counts 0.
+    least = torch.finfo(logits_TV.dtype).min
+    moment_T1 = above_TV.clamp_(min=least).mul_(weight_TV).sum(-1, keepdim=True)
+    tail_T1 = log_probs_TB[:, -1:].exp() * (moment_T1 / sum_T1 + largest_T1 - log_normaliser_T1)
+    support_TK1 = log_probs_TB[:, :-1]
+    inside_T = (support_TK1.exp() * support_TK1.clamp(min=least)).sum(-1)
+    entropy_T = -(inside_T + tail_T1.masked_fill(sum_T1 == 0.0, 0.0)[:, 0])
+    return _Buckets(log_probs_TB, log_tail_T1, entropy_T, log_normaliser_T1[:, 0])
 
 
 class _TopKTailDivergence(torch.autograd.Function):
@@ -230,26 +297,127 @@ class _TopKTailDivergence(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, support_TK: Tensor, beta: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        log_tail_T1 = _log_tail_sum(student_logits_TV, support_TK)
-        student_TB = _normalised_buckets(student_logits_TV, support_TK, log_tail_T1)
-        teacher_TB = bucketed_log_probs(teacher_logits_TV, support_TK)
-        ctx.save_for_backward(student_logits_TV, support_TK, log_tail_T1, student_TB, teacher_TB)
-        ctx.beta = beta
-        student_mass_T, teacher_mass_T = student_TB[:, :-1].exp().sum(-1), teacher_TB[:, :-1].exp().sum(-1)
-        ctx.mark_non_differentiable(student_mass_T, teacher_mass_T)
-        return divergence(teacher_TB, student_TB, beta), student_mass_T, teacher_mass_T
+        ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, k: int, beta: float
+    ) -> tuple[Tensor, ...]:
+        parts = [
+            _top_k_tail_rows(student_logits_TV[rows], teacher_logits_TV[rows], k, beta)
+            for rows in _few_rows(student_logits_TV)
+        ]
+        *numbers, support_TK, log_tail_T1, gradient_TB = (torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.save_for_backward(student_logits_TV, support_TK, log_tail_T1, gradient_TB)
+        ctx.mark_non_differentiable(*numbers[1:])
+        return tuple(numbers)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor, *_mass_grads: Tensor) -> tuple[Tensor, None, None, None]:
-        student_logits_TV, support_TK, log_tail_T1, student_TB, teacher_TB = ctx.saved_tensors
-        bucket_grad_TB = _bucket_gradient(teacher_TB, student_TB, ctx.beta) * grad_T.unsqueeze(-1)
+    def backward(ctx: Any, grad_T: Tensor, *_others: Tensor) -> tuple[Tensor, None, None, None]:
+        student_logits_TV, support_TK, log_tail_T1, gradient_TB = ctx.saved_tensors
+        bucket_grad_TB = gradient_TB * grad_T.unsqueeze(-1)
         # Each tail token takes its share p_v / q_tail = exp(z_v - log tail sum) of the tail's gradient. An
         # empty tail has no token to take any: subtracting +inf makes every share exp(-inf) = 0.
         log_tail_T1 = log_tail_T1.masked_fill(log_tail_T1 == _NEG_INF, float("inf"))
-        # The support's entries may overflow here; they are overwritten.
-        share_TV = (student_logits_TV - log_tail_T1).exp_()
-        grad_TV = share_TV.mul_(bucket_grad_TB[:, -1:]).scatter_(-1, support_TK, bucket_grad_TB[:, :-1])
+        grad_TV = torch.empty_like(student_logits_TV)
+        for rows in _few_rows(grad_TV):
+            # The support's entries may overflow here; they are overwritten.
+            share_TV = torch.sub(student_logits_TV[rows], log_tail_T1[rows], out=grad_TV[rows]).exp_()
+            share_TV.mul_(bucket_grad_TB[rows, -1:]).scatter_(-1, support_TK[rows], bucket_grad_TB[rows, :-1])
         return grad_TV, None, None, None
+
+
+def _top_k_tail_rows(student_TV: Tensor, teacher_TV: Tensor, k: int, beta: float) -> tuple[Tensor, ...]:
+    """The numbers of TopKTailDivergence for these rows, then support, log tail sum and bucket gradient."""
+    support_TK, outside_T1 = _support(student_TV, k)
+    student = _buckets(student_TV, support_TK, outside_T1)
+    outside_T1 = teacher_TV.scatter(-1, support_TK, _NEG_INF).amax(-1, keepdim=True)
+    teacher = _buckets(teacher_TV, support_TK, outside_T1)
+    student_TB, teacher_TB = student.log_probs_TB, teacher.log_probs_TB
+    return (
+        divergence(teacher_TB, student_TB, beta),
+        student_TB[:, :-1].exp().sum(-1),
+        teacher_TB[:, :-1].exp().sum(-1),
+        student.entropy_T,
+        student.log_normaliser_T,
+        support_TK,
+        student.log_tail_T1,
+        _bucket_gradient(teacher_TB, student_TB, beta),
+    )
+
+
+class _FullDivergence(torch.autograd.Function):
+    """Divergence over the whole vocabulary, entropy and log normaliser; keeps nothing but the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, beta: float
+    ) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(student_logits_TV, teacher_logits_TV)
+        ctx.beta = beta
+        parts = []
+        for rows in _few_rows(student_logits_TV):
+            log_normaliser_T1 = student_logits_TV[rows].logsumexp(-1, keepdim=True)
+            student_TV = student_logits_TV[rows] - log_normaliser_T1
+            teacher_TV = teacher_logits_TV[rows] - teacher_logits_TV[rows].logsumexp(-1, keepdim=True)
+            divergence_T = divergence(teacher_TV, student_TV, beta)
+            parts.append((divergence_T, _entropy(student_TV), log_normaliser_T1[:, 0]))
+        numbers = tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        ctx.mark_non_differentiable(*numbers[1:])
+        return numbers
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor, *_others: Tensor) -> tuple[Tensor, None, None]:
+        student_logits_TV, teacher_logits_TV = ctx.saved_tensors
+        grad_TV = torch.empty_like(student_logits_TV)
+        for rows in _few_rows(grad_TV):
+            student_TV, teacher_TV = (x[rows].log_softmax(-1) for x in (student_logits_TV, teacher_logits_TV))
+            gradient_TV = _bucket_gradient(teacher_TV, student_TV, ctx.beta)
+            torch.mul(gradient_TV, grad_T[rows].unsqueeze(-1), out=grad_TV[rows])
+        return grad_TV, None, None
+
+
+class _PointwiseForwardKL(torch.autograd.Function):
+    """The clipped sum; with kept entries c, dD/dz = p_S sum(c p_T) - c p_T. Keeps nothing but the logits."""
+
+    @staticmethod
+    def forward(ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, clip: float) -> Tensor:
+        ctx.save_for_backward(student_logits_TV, teacher_logits_TV)
+        ctx.clip = clip
+        parts = []
+        for rows in _few_rows(student_logits_TV):
+            teacher_TV, student_TV = (x[rows].log_softmax(-1) for x in (teacher_logits_TV, student_logits_TV))
+            parts.append(_kl_terms(teacher_TV, student_TV).clamp_(max=clip).sum(-1))
+        return torch.cat(parts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
+        student_logits_TV, teacher_logits_TV = ctx.saved_tensors
+        grad_TV = torch.empty_like(student_logits_TV)
+        for rows in _few_rows(grad_TV):
+            teacher_TV, student_TV = (x[rows].log_softmax(-1) for x in (teacher_logits_TV, student_logits_TV))
+            clipped_TV = _kl_terms(teacher_TV, student_TV) >= ctx.clip
+            kept_TV = teacher_TV.exp_().masked_fill_(clipped_TV, 0.0)
+            grad_rows_TV = student_TV.exp_().mul_(kept_TV.sum(-1, keepdim=True)).sub_(kept_TV)
+            torch.mul(grad_rows_TV, grad_T[rows].unsqueeze(-1), out=grad_TV[rows])
+        return grad_TV, None, None
+
+
+class _SampledTokenLogProb(torch.autograd.Function):
+    """z_y - logsumexp(z), whose gradient is e_y - softmax(z)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, token_T: Tensor) -> Tensor:
+        log_normaliser_T = torch.cat([logits_TV[rows].logsumexp(-1) for rows in _few_rows(logits_TV)])
+        ctx.save_for_backward(logits_TV, token_T, log_normaliser_T)
+        return _at(logits_TV, token_T) - log_normaliser_T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
+        logits_TV, token_T, log_normaliser_T = ctx.saved_tensors
+        grad_TV = torch.empty_like(logits_TV)
+        for rows in _few_rows(grad_TV):
+            normaliser_T1, upstream_T1 = log_normaliser_T[rows].unsqueeze(-1), grad_T[rows].unsqueeze(-1)
+            probs_TV = torch.sub(logits_TV[rows], normaliser_T1, out=grad_TV[rows]).exp_()
+            probs_TV.mul_(-upstream_T1).scatter_add_(-1, token_T[rows].unsqueeze(-1), upstream_T1)
+        return grad_TV, None
