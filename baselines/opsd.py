@@ -45,7 +45,9 @@ class OPSD(Method):
         student_CV, teacher_CV, s = chunk.student_logits_CV, chunk.scorer_logits["teacher"], self.settings
         if s.clip is not None:
             return {"divergence": pointwise_forward_kl(student_CV, teacher_CV, s.clip)}
-        return {"divergence": top_k_tail_divergence(student_CV, teacher_CV, s.top_k, s.beta).divergence_T}
+        found = top_k_tail_divergence(student_CV, teacher_CV, s.top_k, s.beta)
+        log_prob_C = found.log_prob(student_CV, chunk.tokens_C)
+        return {"divergence": found.divergence_T, "entropy": found.entropy_T, "log_prob": log_prob_C}
 
     def loss(
         self, per_token: Mapping[str, torch.Tensor], mask_BT: torch.Tensor, batch: UpdateBatch

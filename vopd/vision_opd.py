@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from vopd.bounds import above, one_of, within
-from vopd.divergence import divergence_name, entropy, top_k_tail_divergence
+from vopd.divergence import divergence_name, top_k_tail_divergence
 from vopd.method import WEIGHTS, Method, ScoreChunk, Scorer, UpdateBatch, sequence_mean
 from vopd.views import VIEWS
 
@@ -37,16 +37,14 @@ class VisionOPD(Method):
     settings: Settings = field(default_factory=Settings)
 
     def score(self, chunk: ScoreChunk) -> dict[str, torch.Tensor]:
-        divergence_C, student_mass_C, teacher_mass_C = top_k_tail_divergence(
-            chunk.student_logits_CV, chunk.scorer_logits["teacher"], self.settings.top_k, self.settings.beta
-        )
-        with torch.no_grad():
-            entropy_C = entropy(chunk.student_logits_CV)
+        student_CV, teacher_CV = chunk.student_logits_CV, chunk.scorer_logits["teacher"]
+        found = top_k_tail_divergence(student_CV, teacher_CV, self.settings.top_k, self.settings.beta)
         return {
-            "divergence": divergence_C,
-            "student_mass": student_mass_C,
-            "teacher_mass": teacher_mass_C,
-            "entropy": entropy_C,
+            "divergence": found.divergence_T,
+            "student_mass": found.student_mass_T,
+            "teacher_mass": found.teacher_mass_T,
+            "entropy": found.entropy_T,
+            "log_prob": found.log_prob(student_CV, chunk.tokens_C),
         }
 
     def loss(

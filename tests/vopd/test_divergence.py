@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import log_softmax, logsumexp, rel_entr, softmax
 
+import vopd.divergence as divergence_module
 from vopd.divergence import (
     bucketed_log_probs,
     divergence,
@@ -122,6 +123,8 @@ def test_value_masses_and_bounds_on_random_logits(
     beta = data.draw(st.sampled_from(BETAS) | st.floats(0.01, 0.99))
     student_TV, teacher_TV = _logits(seed, 3, vocabulary, scale)
     result = top_k_tail_divergence(student_TV, teacher_TV, k, beta)
+    torch.testing.assert_close(result.entropy_T, entropy(student_TV), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(result.log_normaliser_T, student_TV.logsumexp(-1))
     s, t = student_TV.numpy(), teacher_TV.numpy()
     expected = [_numpy_divergence(s[i], t[i], k, beta) for i in range(3)]
     np.testing.assert_allclose(result.divergence_T.numpy(), expected, rtol=1e-8, atol=1e-12)
@@ -287,6 +290,9 @@ def test_masked_tokens_count_nothing(k: int | None, beta: float) -> None:
         top_k_tail_divergence(*padded, k, beta).divergence_T,
         top_k_tail_divergence(student_TV, teacher_TV, k, beta).divergence_T,
     )
+    torch.testing.assert_close(
+        top_k_tail_divergence(*padded, k, beta).entropy_T, entropy(student_TV), rtol=1e-9, atol=0
+    )
     gradient_TV = _gradient(*padded, k, beta)
     torch.testing.assert_close(gradient_TV[:, :4], _gradient(student_TV, teacher_TV, k, beta))
     assert (gradient_TV[:, 4:] == 0).all()
@@ -390,6 +396,79 @@ def test_half_precision_logits_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match=r"bfloat16.*float32"):
             call()
+
+
+def _check_near_agreement(kl: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    """KL of two distributions over 152k tokens that differ by 3% in the logits: 1e-4 or so, in float32."""
+    generator = torch.Generator().manual_seed(0)
+    student_TV = torch.randn(8, 151_936, generator=generator) * 3
+    teacher_TV = student_TV + 0.03 * torch.randn(8, 151_936, generator=generator)
+    exact = [x.double().log_softmax(-1) for x in (teacher_TV, student_TV)]
+    exact_T = (exact[0].exp() * (exact[0] - exact[1])).sum(-1)
+    found_T = kl(teacher_TV, student_TV)
+    assert (found_T >= 0).all()
+    assert ((found_T.double() - exact_T).abs() / exact_T).max() < 3e-5
+
+
+def test_kl_near_agreement_is_exact_and_the_sum_of_plain_terms_is_not() -> None:
+    _check_near_agreement(lambda t, s: top_k_tail_divergence(s, t, None, 0.0).divergence_T)
+    _check_near_agreement(lambda t, s: divergence(*(x - x.logsumexp(-1, keepdim=True) for x in (t, s)), 0.0))
+
+    def plain(teacher_TV: torch.Tensor, student_TV: torch.Tensor) -> torch.Tensor:
+        t, s = teacher_TV.log_softmax(-1), student_TV.log_softmax(-1)
+        return (t.exp() * (t - s)).sum(-1)
+
+    with pytest.raises(AssertionError):
+        _check_near_agreement(plain)
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 2**31 - 1), st.floats(1e-6, 50.0), st.sampled_from((0.0, 1.0)), st.data())
+def test_kl_is_never_negative(seed: int, distance: float, beta: float, data: st.DataObject) -> None:
+    student_TV = _logits(seed, 4, 30)[0].float()
+    teacher_TV = student_TV + distance * _logits(seed + 1, 4, 30, 1.0)[0].float()
+    k = data.draw(st.sampled_from((1, 5, 30, None)))
+    assert (top_k_tail_divergence(student_TV, teacher_TV, k, beta).divergence_T >= 0).all()
+
+
+@pytest.mark.parametrize("k", [100, None])
+def test_float32_by_products_are_those_of_float64(k: int | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student_TV = torch.randn(4, 151_936, generator=generator) * 3
+    teacher_TV = student_TV + torch.randn(4, 151_936, generator=generator)
+    token_T = torch.tensor([0, 7, 151_935, 8])
+    found = top_k_tail_divergence(student_TV, teacher_TV, k, 0.5)
+    exact_TV = student_TV.double()
+    for value_T, exact_T in (
+        (found.entropy_T, entropy(exact_TV)),
+        (entropy(student_TV), entropy(exact_TV)),
+        (found.log_prob(student_TV, token_T), sampled_token_log_prob(exact_TV, token_T)),
+    ):
+        torch.testing.assert_close(value_T.double(), exact_T, rtol=3e-6, atol=0)
+
+
+@pytest.mark.parametrize("k", [3, V, None])
+def test_numbers_do_not_depend_on_how_many_rows_are_worked_on_at_once(
+    k: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student_TV, teacher_TV = _logits(15, tokens=9)
+    token_T = torch.arange(9) % V
+
+    def everything() -> list[torch.Tensor]:
+        leaf = student_TV.clone().requires_grad_()
+        found = top_k_tail_divergence(leaf, teacher_TV, k, 0.3)
+        clipped_T, log_prob_T = (
+            pointwise_forward_kl(leaf, teacher_TV, 0.1),
+            sampled_token_log_prob(leaf, token_T),
+        )
+        (found.divergence_T + clipped_T + log_prob_T).sum().backward()
+        return [*found, clipped_T, log_prob_T, entropy(student_TV), leaf.grad]
+
+    at_once = everything()
+    for entries in (1, 2 * V, 4 * V + 1):
+        monkeypatch.setitem(divergence_module._ENTRIES, "cpu", entries)
+        for whole, by_rows in zip(at_once, everything(), strict=True):
+            assert torch.equal(whole, by_rows)
 
 
 # --- the support -------------------------------------------------------------------------------

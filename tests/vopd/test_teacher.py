@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from vopd.backbone.head import Component, ScoringContext, ScoringHead, active
+from vopd.backbone.head import ScoringHead, active
+from vopd.backbone.scoring import Component, ScoringContext
 from vopd.method import ScoreChunk, Scorer
 from vopd.teacher import TeacherWeights, components, stores
 

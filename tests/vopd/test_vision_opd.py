@@ -54,7 +54,8 @@ def test_it_scores_what_it_declares_and_the_student_alone_gets_gradient() -> Non
     given = chunk()
     given.scorer_logits["teacher"].requires_grad_()
     scored = method.score(given)
-    assert set(scored) == set(method.outputs)
+    assert set(scored) == {*method.outputs, "log_prob"}
+    assert not scored["log_prob"].requires_grad
     logits = (given.student_logits_CV, given.scorer_logits["teacher"])
     to_student, to_teacher = torch.autograd.grad(scored["divergence"].sum(), logits, allow_unused=True)
     assert to_student.abs().max() > 0

@@ -26,10 +26,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from vopd.backbone import model_inputs as inputs
 from vopd.backbone import shards, verl_internals
 from vopd.backbone.cpu import delta_rule
-from vopd.backbone.head import Component, GatherContext, ScoringContext, active, install_head
+from vopd.backbone.head import GatherContext, active, install_head
 from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
 from vopd.backbone.rows import RenderedView
+from vopd.backbone.scoring import Component, ScoringContext
 from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
 from vopd.method import Method, ScoreChunk, UpdateBatch, calling
@@ -90,6 +91,10 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         self._scorer_hidden, self._scorer_head = self._score_with_teachers(data)
         scored = time.perf_counter()
         outputs = self.forward_backward_batch(data, loss_function, forward_only=False)
+        self._scorer_hidden, self._scorer_head = (
+            {},
+            {},
+        )  # gigabytes; the optimiser's step is where memory peaks
         # Without a kept row there is no gradient, but the optimiser's momentum and decay would move the weights.
         norm = self.optimizer_step() if kept else 0.0
         finite = bool(torch.isfinite(torch.tensor(norm)))
@@ -152,9 +157,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
             tokens=int(micro_batch["batch_num_tokens"]),
             ranks=int(micro_batch["dp_size"]),
             advantages_BT=_pad(extras_N["advantages"], lengths) if "advantages" in extras_N else None,
-            old_log_probs_BT=_pad(extras_N["old_log_probs"], lengths)
-            if "old_log_probs" in extras_N
-            else None,
+            old_log_probs_BT=self._old_log_probs(per_token, extras_N, lengths),
             weights_B=self._of_rows(micro_batch, "weights"),
             kept_B=self._of_rows(micro_batch, "kept"),
         )
@@ -173,6 +176,16 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
             if ENTROPY not in numbers:
                 numbers[ENTROPY] = entropy(chunk.student_logits_CV)
         return numbers
+
+    def _old_log_probs(
+        self, per_token: dict[str, torch.Tensor], extras_N: dict[str, torch.Tensor], lengths: list[int]
+    ) -> torch.Tensor | None:
+        """The policy's before the first update of the batch: where there is one update, those of this very pass."""
+        assert self.method is not None
+        if not self.method.needs_old_log_probs:
+            return None
+        given_N = extras_N.get("old_log_probs")
+        return per_token[LOG_PROB].detach() if given_N is None else _pad(given_N, lengths)
 
     def _of_rows(self, micro_batch: TensorDict, name: str) -> torch.Tensor | None:
         return micro_batch[name].to(self._device()) if name in micro_batch.keys() else None

@@ -75,7 +75,7 @@ class MethodWorker(verl_internals.ActorRolloutRefWorker):
     def update_actor(self, data: TensorDict) -> TensorDict:
         engine = self.actor.engine
         engine.update_in_batch = 0
-        if engine.method.needs_old_log_probs:
+        if engine.method.needs_old_log_probs and self.config.vopd.train.updates_per_batch > 1:
             data["old_log_probs"] = self.actor.log_probs(data)
         return super().update_actor(data)
 

@@ -175,7 +175,7 @@ def make_methods() -> dict[str, Any]:
 
         def score(self, chunk: Any) -> dict[str, torch.Tensor]:
             teacher_CV = chunk.scorer_logits["teacher"].log_softmax(-1)
-            divergence_C, _, _ = top_k_tail_divergence(
+            divergence_C, *_ = top_k_tail_divergence(
                 chunk.student_logits_CV, chunk.scorer_logits["teacher"], 20, 0.5
             )
             teacher_C = teacher_CV.gather(-1, chunk.tokens_C[:, None])[:, 0]
@@ -572,6 +572,18 @@ def case_old_before_update(s: Setting) -> dict[str, Any]:
     return {
         "apart": max((old[i] - first[i]["log_prob"]).abs().max().item() for i in first),
         "apart_after_update": max((old[i] - second[i]["log_prob"]).abs().max().item() for i in second),
+    }
+
+
+def case_one_update_a_batch(s: Setting) -> dict[str, Any]:
+    """A method with a ratio: old log-probs by a pass before the update, and none given (the update's own)."""
+    engine = s.attach(s.methods["ratio"]())
+    with engine.eval_mode():
+        old = list(engine.log_probs(mini_batch(s.fields)).unbind())
+    given = [f | {"old_log_probs": o} for f, o in zip(s.fields, old, strict=True)]
+    return {
+        "pass": update(engine, mini_batch(given)),
+        "own": update(s.attach(s.methods["ratio"]()), mini_batch(s.fields)),
     }
 
 

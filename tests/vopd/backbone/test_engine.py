@@ -6,18 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 from torch import nn
 
-import vopd.backbone.head as head_module
 from vopd.backbone.engine import warmup_factor
-from vopd.backbone.head import Component, ScoringContext, ScoringHead, active
+from vopd.backbone.head import ScoringHead, active
 from vopd.backbone.model_inputs import response_positions
 from vopd.backbone.packing import honest, swallows_boundaries
+from vopd.backbone.projection import Projection
+from vopd.backbone.scoring import Component, ScoringContext
 from vopd.divergence import top_k_tail_divergence
 from vopd.method import ScoreChunk
 
@@ -46,10 +49,8 @@ def bfloat16_errors() -> tuple[float, float]:
     weight_VH = (0.4 * torch.randn(500, 32)).bfloat16()
 
     def score(chunk: ScoreChunk) -> dict[str, torch.Tensor]:
-        divergence_C, _, _ = top_k_tail_divergence(
-            chunk.student_logits_CV, chunk.scorer_logits["teacher"], 20, 0.5
-        )
-        return {"divergence": divergence_C}
+        student_CV, teacher_CV = chunk.student_logits_CV, chunk.scorer_logits["teacher"]
+        return {"divergence": top_k_tail_divergence(student_CV, teacher_CV, 20, 0.5).divergence_T}
 
     head = ScoringHead(nn.Parameter(weight_VH))
     context = ScoringContext(
@@ -62,7 +63,7 @@ def bfloat16_errors() -> tuple[float, float]:
     with active(head, context), torch.autocast("cpu", dtype=torch.bfloat16):
         ours_N = head(hidden_NH[None])[0, :, 0].double()
     exact = [(h.double() @ weight_VH.double().t()) for h in (hidden_NH, teacher_NH)]
-    exact_N, _, _ = top_k_tail_divergence(*exact, 20, 0.5)
+    exact_N, *_ = top_k_tail_divergence(*exact, 20, 0.5)
     return (ours_N - exact_N).abs().mean().item(), exact_N.mean().item()
 
 
@@ -76,10 +77,13 @@ def test_half_precision_operands_are_projected_in_float32() -> None:
 
 
 def test_logits_twin_logits_rounded_to_bfloat16_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = head_module._Projection.logits
-    monkeypatch.setattr(
-        head_module._Projection, "logits", lambda self, rows: exact(self, rows).bfloat16().float()
-    )
+    exact = Projection.write_logits
+
+    def rounded(self: Projection, rows: slice, logits_CV: torch.Tensor) -> None:
+        exact(self, rows, logits_CV)
+        logits_CV.copy_(logits_CV.bfloat16())
+
+    monkeypatch.setattr(Projection, "write_logits", rounded)
     with pytest.raises(AssertionError):
         check_projection_noise_below_signal()
 
@@ -343,6 +347,30 @@ def test_old_log_probs_are_those_of_the_policy_before_the_update(one_rank: Resul
     played = one_rank("old_before_update")
     assert played["apart"] < 1e-5
     assert played["apart_after_update"] > 1e-3
+
+
+@pytest.mark.distributed
+def test_with_one_update_a_batch_the_old_log_probs_are_the_updates_own(one_rank: Results) -> None:
+    played = one_rank("one_update_a_batch")
+    assert played["own"]["loss"] == pytest.approx(played["pass"]["loss"], rel=1e-6)
+    for name, grad in played["pass"]["grads"].items():
+        assert (played["own"]["grads"][name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
+@pytest.mark.parametrize(("updates", "passes"), [(1, 0), (2, 1)])
+def test_the_pass_for_old_log_probs_is_made_where_a_batch_has_several_updates(
+    updates: int, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vopd.backbone.worker import MethodWorker, verl_internals
+
+    worker = MethodWorker.__new__(MethodWorker)
+    worker.actor = mock.Mock()
+    worker.actor.engine.method.needs_old_log_probs = True
+    worker.config = OmegaConf.create({"vopd": {"train": {"updates_per_batch": updates}}})
+    data: dict[str, Any] = {}
+    monkeypatch.setattr(verl_internals.ActorRolloutRefWorker, "update_actor", lambda _self, given: given)
+    assert ("old_log_probs" in worker.update_actor(data)) == (passes > 0)
+    assert worker.actor.log_probs.call_count == passes
 
 
 def check_same(played: dict[str, Any], first: str, second: str) -> None:

@@ -6,6 +6,7 @@ Run as a script (`python test_head.py RANK RANKS DIRECTORY`) this file is one ra
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,15 +20,17 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import CheckpointError, checkpoint
 
 import vopd.backbone.head as head_module
-from vopd.backbone.head import (
-    Component,
-    GatherContext,
-    ScoringContext,
-    ScoringHead,
-    active,
-    install_head,
+from vopd.backbone.head import GatherContext, ScoringHead, active, install_head
+from vopd.backbone.projection import Logits
+from vopd.backbone.scoring import Component, Score, ScoringContext
+from vopd.divergence import (
+    bucketed_log_probs,
+    divergence,
+    entropy,
+    sampled_token_log_prob,
+    student_top_k,
+    top_k_tail_divergence,
 )
-from vopd.divergence import divergence, entropy, sampled_token_log_prob, top_k_tail_divergence
 from vopd.method import ScoreChunk
 
 N, H, V = 37, 16, 101
@@ -231,8 +234,8 @@ def test_mixture_is_the_normalised_geometric_mean() -> None:
     }
     with active(head, ScoringContext(spy, ("zero",), context.tokens_N, 8, scorers)):
         head(hidden_NH[None]).sum().backward()
-    forward, backward = torch.cat(seen[:5], 1), torch.cat(seen[5:], 1)
-    assert torch.equal(forward, backward)
+    assert len(seen) == 5  # once per chunk: the backward has what it needs
+    forward = torch.cat(seen, 1)
     assert a.weight_VH.grad is None
     p_a, p_b = ((x.hidden_NH @ x.weight_VH.T).softmax(-1) for x in (a, b))
     mixed = p_a**0.7 * p_b**0.3
@@ -297,6 +300,103 @@ def test_cuda_bfloat16_keeps_float32_logits() -> None:
     expected.mean().backward()
     for low, full in ((hidden, hidden32), (weight, weight32)):
         assert (low.grad.float() - full.grad).norm() < 0.02 * full.grad.norm()
+
+
+# --- what the backward does again -------------------------------------------------------------------
+
+
+class _Products(TorchDispatchMode):
+    """How many products had a chunk of logits as their result, and how many were added to the weight's gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = self.weight_gradients = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += func.name().startswith("aten::mm") and result.shape[-1] == V
+        self.weight_gradients += func.name().startswith("aten::addmm")
+        return result
+
+
+def _calls_and_products(score_of_chunk: Score, chunk: int) -> tuple[list[int], list[int]]:
+    """Calls of score and projections, in the forward and in the backward; gradients are checked."""
+    hidden_NH, weight_VH, upstream_NM = _inputs()
+    head = ScoringHead(weight_VH)
+    context = _context(chunk=chunk)
+    calls = []
+
+    def counted(chunk: ScoreChunk) -> dict[str, Tensor]:
+        calls.append(len(chunk.tokens_C))
+        return score_of_chunk(chunk)
+
+    context.score = counted
+    with _Products() as forward, active(head, context):
+        numbers = head(hidden_NH[None])[0]
+    in_forward = len(calls)
+    with _Products() as backward:
+        (numbers * upstream_NM).sum().backward()
+    _, grad_hidden, grad_weight = _expected()
+    torch.testing.assert_close(hidden_NH.grad, grad_hidden, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(weight_VH.grad, grad_weight, rtol=1e-11, atol=1e-12)
+    assert backward.weight_gradients == in_forward
+    return [in_forward, len(calls) - in_forward], [forward.count, backward.count]
+
+
+def _composed(chunk: ScoreChunk) -> dict[str, Tensor]:
+    """The same numbers from plain operations, of which autograd keeps several of the size of the logits."""
+    student_CV, teacher_CV = chunk.student_logits_CV, chunk.scorer_logits["teacher"]
+    support_CK = student_top_k(student_CV, 10)
+    buckets = [bucketed_log_probs(x, support_CK) for x in (teacher_CV, student_CV)]
+    log_probs_CV = student_CV.log_softmax(-1)
+    return score(chunk) | {
+        "divergence": divergence(*buckets, 0.5),
+        "log_prob": log_probs_CV.gather(-1, chunk.tokens_C[:, None])[:, 0],
+    }
+
+
+def test_the_backward_projects_the_student_alone_and_not_the_last_chunk(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chunks = -(-N // 8)
+    # A support of 10 of 101 tokens is much; of 152k it is nothing.
+    monkeypatch.setattr(Logits, "bytes_of_chunk", lambda _: 10**6)
+    assert _calls_and_products(score, 8) == ([chunks, 0], [2 * chunks, chunks - 1])
+    assert _calls_and_products(score, N) == ([1, 0], [2, 0])
+
+
+def test_a_score_that_keeps_much_runs_again() -> None:
+    chunks = -(-N // 8)
+    assert _calls_and_products(_composed, 8) == ([chunks, chunks], [2 * chunks, 2 * chunks - 1])
+
+
+def test_a_frozen_head_has_no_gradient_and_makes_none() -> None:
+    hidden_NH, weight_VH, upstream_NM = _inputs()
+    weight_VH.requires_grad_(False)
+    head = ScoringHead(weight_VH)
+    with _Products() as products:
+        with active(head, _context()):
+            numbers = head(hidden_NH[None])[0]
+        (numbers * upstream_NM).sum().backward()
+    torch.testing.assert_close(hidden_NH.grad, _expected()[1], rtol=1e-11, atol=1e-12)
+    assert weight_VH.grad is None
+    assert products.weight_gradients == 0
+
+
+def test_a_graph_without_a_backward_is_freed_and_a_second_backward_is_refused() -> None:
+    hidden_NH, weight_VH, _ = _inputs()
+    head = ScoringHead(weight_VH)
+    context = _context()
+    teacher = weakref.ref(context.scorers["teacher"][0].weight_VH)
+    with active(head, context):
+        numbers = head(hidden_NH[None])
+    del context, numbers
+    assert teacher() is None
+    with active(head, _context()):
+        numbers = head(hidden_NH[None]).sum()
+    numbers.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="run the forward again"):
+        numbers.backward()
 
 
 # --- memory -----------------------------------------------------------------------------------------
