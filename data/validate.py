@@ -28,9 +28,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import control_tokens as markers
 from data import crop_match, near_duplicates, schema, transforms, validation_stamp
-from vopd.common import ownership
+from vopd.common import control_tokens, ownership
 from vopd.common.command import reports_errors
 from vopd.common.terminal import visible
 from vopd.errors import UserError
@@ -40,7 +39,6 @@ from vopd.prompt_lengths import prompt_lengths
 
 BLOCKING = {
     "schema": "a column is empty or holds what it may not: another type, text that is not UTF-8 or too long",
-    "marker": "a text holds a control token or an image marker",
     "split": "the split column does not name the file's split",
     "unreadable": "an image does not decode to its end, is missing, or is not PNG, JPEG or WebP",
     "size": f"an image has more than {schema.MAX_PIXELS} pixels (a bomb) or too many bytes, or a side under 16",
@@ -56,6 +54,7 @@ BLOCKING = {
     "length": "the prompt is longer than the limit",
 }
 WARNING = {
+    "marker": "a text holds a control token or an image marker, which the model is shown as plain text",
     "near-duplicate": "the image is (nearly) that of an earlier row of the split",
     "balance": "correct letters are not evenly spread (chi-squared test, p < 0.001)",
 }
@@ -72,7 +71,7 @@ TEXTS = tuple(n for n, kind in schema.FEATURES.items() if kind == schema.FEATURE
 MODEL_READS = ("question", "answer")  # and options; the hint is part of the question, or has another finding
 KIND_OF = {"box": "box", "options": "options", **dict.fromkeys(schema.ALL_IMAGES, "unreadable")}
 """Kind of a finding where a value of a column could not be read; of other columns it is `schema`."""
-UNREAD = {"schema", "answer", "options", "marker"}
+UNREAD = {"schema", "answer", "options"}
 """Findings of rows whose letter does not count."""
 PROTECTED = ("train", "validation", "holdout", "test")
 """From the first split that gives up a row which another one has too, to the last; unknown splits come first."""
@@ -163,7 +162,7 @@ def row_problems(
 ) -> tuple[list[tuple[str, str]], int | None]:
     """(kind, reason) for everything wrong with a row taken alone, and its image's perceptual hash if it has one.
 
-    row: a `tables.Row`, which says what could not be read of it. markers: what no text may hold. decode: gives the
+    row: a `tables.Row`, which says what could not be read of it. markers: control tokens. decode: gives the
     picture of a cell, for a caller that has it decoded.
     """
     unread = getattr(row, "problems", ())
@@ -358,7 +357,7 @@ def _validate_split(
     split, folder = path.stem, path.parent
     report.hashes[split] = schema.split_hash(path)
     report.letters[split] = letters = Counter()
-    texts = markers.pattern(prompts.processor.tokenizer if prompts else None)
+    texts = control_tokens.pattern(prompts.processor.tokenizer if prompts else None)
     number, progress = (
         0,
         tqdm(desc=visible(f"validate {split}"), total=schema.count_rows(path), unit="row", disable=None),

@@ -7,6 +7,7 @@ from itertools import islice
 from types import MappingProxyType
 from typing import Any
 
+from vopd.common import control_tokens
 from vopd.errors import UserError
 from vopd.views import VIEWS
 
@@ -45,9 +46,7 @@ def prompt_lengths(
     texts, images = [], []
     for row in rows:
         messages = VIEWS[view](row)
-        texts.append(
-            processor.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
-        )
+        texts.append(control_tokens.prompt(processor, messages, template))
         images.append([part["image"] for m in messages for part in m["content"] if part["type"] == "image"])
     sizes = [[image.height, image.width] for of_row in images for image in of_row]
     counts = iter(

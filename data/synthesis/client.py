@@ -20,7 +20,7 @@ from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from data.synthesis.journal import Journal, Record
-from vopd.common import chat_client
+from vopd.common import chat_client, control_tokens
 from vopd.common.chat_client import Completion, NoAnswerError, RefusedError, together
 from vopd.common.seeding import request_seed
 from vopd.errors import UserError
@@ -100,7 +100,7 @@ class Client:
         url = f"data:image/{MEDIA[request.image.suffix.lower()]};base64,{picture}"
         content = [
             {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": request.prompt},
+            {"type": "text", "text": control_tokens.escape(request.prompt, control_tokens.pattern())},
         ]
         return {
             "model": self.model,

@@ -30,12 +30,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import control_tokens, crop_match, folders, near_duplicates, schema, validate, validation_stamp
+from data import crop_match, folders, near_duplicates, schema, validate, validation_stamp
 from data.vision_opd_6k import boxes, source
 from data.vision_opd_6k.archive import extract, parts_of, safe_name
 from data.vision_opd_6k.question import read_question
+from vopd.common import control_tokens, ownership
 from vopd.common import images as pictures
-from vopd.common import ownership
 from vopd.common.command import reports_errors
 from vopd.common.terminal import visible
 from vopd.errors import UserError
@@ -255,8 +255,8 @@ class _Work:
             return decoded.get(cell["path"]) or schema.decode_image(cell, folder)
 
         found, hash_ = validate.row_problems(row | {"split": "train"}, self.out, "train", MARKERS, decode)
-        if found:
-            raise ValueError("; ".join(f"{kind}: {reason}" for kind, reason in found))
+        if blocking := [f"{kind}: {reason}" for kind, reason in found if kind in validate.BLOCKING]:
+            raise ValueError("; ".join(blocking))
         return row, hash_
 
     def _original(self, published: dict[str, Any]) -> dict[str, Any] | None:

@@ -97,17 +97,6 @@ DEFECTS: dict[str, tuple[str, Callable[[dict], dict]]] = {
     "no answer": ("answer", lambda r: r | {"answer_type": "short", "answer": " ", "options": []}),
     "no hint": ("hint", lambda r: r | {"hint": ""}),
     "hint not said": ("hint", lambda r: r | {"hint": "Look there."}),
-    "marker left": ("marker", lambda r: r | {"question": "<image>" + r["question"]}),
-    "image pad": ("marker", lambda r: r | {"question": r["question"] + "<|image_pad|>"}),
-    "turn in an option": ("marker", lambda r: r | {"options": [*r["options"][:3], "x<|im_start|>"]}),
-    "reasoning in an answer": (
-        "marker",
-        lambda r: r | {"answer_type": "short", "answer": "<think>", "options": []},
-    ),
-    "end in a hint": (
-        "marker",
-        lambda r: r | {"hint": "See <|endoftext|>", "question": r["question"] + "See <|endoftext|>"},
-    ),
     "other split": ("split", lambda r: r | {"split": "test"}),
     "empty id": ("schema", lambda r: r | {"id": ""}),
     "blank id": ("schema", lambda r: r | {"id": " \t"}),
@@ -351,18 +340,37 @@ def test_prompts_that_cannot_be_rendered(tmp_path: Path, processor: Any) -> None
     ]
 
 
+MARKED: dict[str, Callable[[dict], dict]] = {
+    "marker left": lambda r: r | {"question": "<image>" + r["question"]},
+    "image pad": lambda r: r | {"question": r["question"] + "<|image_pad|>"},
+    "turn in an option": lambda r: r | {"options": [*r["options"][:3], "x<|im_start|>"]},
+    "reasoning in an answer": lambda r: r | {"answer_type": "short", "answer": "<think>", "options": []},
+    "end in a hint": lambda r: (
+        r | {"hint": "See <|endoftext|>", "question": r["question"] + "See <|endoftext|>"}
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MARKED)
+def test_a_control_token_is_told_and_does_not_block(name: str, tmp_path: Path) -> None:
+    """The model is shown it as plain text (`vopd/common/control_tokens.py`)."""
+    data = rows(count=12)
+    data[7] = MARKED[name](data[7])
+    report = validate.validate([raw_write(data, tmp_path / "train.parquet")])
+    assert kinds(report) == {"marker": [data[7]["id"]]} and report.blocking == []
+    assert report.warnings == {"marker": 1} and "warning: marker: 1" in report.text()
+
+
 def test_special_tokens_of_the_model_are_looked_for(tmp_path: Path) -> None:
-    tokenizer = SimpleNamespace(
-        added_tokens_decoder={
-            0: SimpleNamespace(content="[INST]", special=True),
-            1: SimpleNamespace(content="<b>", special=False),
-        }
-    )
-    found = validate.markers.pattern(tokenizer)
-    assert found.search("a [INST] b") and not found.search("<b> a < b | c > d <|> INST")
-    assert not validate.markers.pattern().search("a [INST] b")
-    for token in ("<|im_start|>", "<|vision_end|>", "<|endoftext|>", "</think>", "<video>", "<tool_call>"):
-        assert validate.markers.pattern().search(f"x{token}y")
+    processor = AutoProcessor.from_pretrained(BASE)
+    data = rows(count=6)
+    data[2]["question"] += " [INST]"
+    path = raw_write(data, tmp_path / "train.parquet")
+    assert validate.validate([path], validate.Prompts(processor, 5000)).findings == []
+    processor.tokenizer.add_tokens(["[INST]"], special_tokens=True)
+    assert kinds(validate.validate([path], validate.Prompts(processor, 5000))) == {
+        "marker": ["train-0-000002"]
+    }
 
 
 def test_an_inline_image_of_too_many_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

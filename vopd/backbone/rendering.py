@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from vopd.backbone.rows import RenderedView
+from vopd.common import control_tokens
 from vopd.errors import UserError
 from vopd.views import Messages
 
@@ -63,7 +64,7 @@ def render(processor: Any, messages: Messages, row_id: str, limit: int, template
     Raises:
         UserError: the prompt is longer than `limit`; names the row.
     """
-    text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, **template)
+    text = control_tokens.prompt(processor, messages, template)
     images = [part["image"] for m in messages for part in m["content"] if part["type"] == "image"]
     inputs = dict(processor(text=[text], images=images or None, return_tensors="pt"))
     ids_1P, mask_1P = inputs.pop("input_ids"), inputs.pop("attention_mask")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vopd.common import chat_client, images
+from vopd.common import chat_client, control_tokens, images
 from vopd.common.seeding import request_seed
 from vopd.evaluation.benchmark import PICTURES
 from vopd.views import VIEWS, Messages
@@ -97,6 +98,16 @@ def resizing_if_known(model: str) -> Resizing | None:
     return None
 
 
+def tokens_if_known(model: str) -> re.Pattern[str]:
+    """What no text for a model may hold: with its own special tokens where it is a folder with a tokenizer."""
+    from transformers import AutoTokenizer
+
+    with suppress(OSError, ValueError):
+        if Path(model).is_dir():
+            return control_tokens.pattern(AutoTokenizer.from_pretrained(model, trust_remote_code=False))
+    return control_tokens.pattern()
+
+
 def opens_reasoning(processor: Any, thinking: bool) -> bool:
     """Whether a model's chat template ends a prompt inside the reasoning block."""
     text = processor.apply_chat_template(
@@ -119,6 +130,8 @@ class Endpoint:
         resizing: the size that the model's processor gives a picture, where that is known here.
         opens_reasoning: whether the model's chat template ends a prompt inside the reasoning block.
         socket: where the server listens, if at no port.
+        tokens: what no text may hold (`vopd/common/control_tokens.py`), the model's own special tokens where its
+            tokenizer is known.
     """
 
     def __init__(
@@ -130,10 +143,12 @@ class Endpoint:
         resizing: Resizing | None = None,
         opens_reasoning: bool = False,
         socket: Path | None = None,
+        tokens: re.Pattern[str] | None = None,
     ) -> None:
         self._server = chat_client.Server(url, timeout, socket=socket)
         self._model, self._sampling = model, sampling
         self._resizing, self._opens_reasoning = resizing, opens_reasoning
+        self._tokens = tokens or control_tokens.pattern()
 
     def request(
         self, key: str, view: str, picture: bytes, prompt: str
@@ -143,7 +158,9 @@ class Endpoint:
         sampling = self._sampling
         body = {
             "model": self._model,
-            "messages": _for_server(messages(key, view, url, prompt)),
+            "messages": _for_server(
+                control_tokens.escape_messages(messages(key, view, url, prompt), self._tokens)
+            ),
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": sampling.max_tokens,

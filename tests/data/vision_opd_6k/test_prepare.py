@@ -210,8 +210,6 @@ BAD: dict[str, Callable[[dict], Any]] = {
     "bbox, widened and enlarged as published, has": lambda row: row | {"bbox": [5, 5, 90, 90]},
     "not a JSON object": lambda row: ["no", "object"],
     "surrogates not allowed": lambda row: row | {"problem": row["problem"].replace("thing", "\ud800")},
-    "marker: question holds <|im_end|>": lambda row: row | {
-        "problem": row["problem"].replace("What", "<|im_end|>What").replace("Once", "<|im_end|>Once")},
     "the crop has": lambda row: row | {"teacher_images": ["teacher_images/000000.png"]},
 }  # fmt: skip
 PICTURES: dict[str, Callable[[dict], dict]] = {
@@ -271,6 +269,18 @@ def test_past_the_stated_share_there_is_an_error_and_a_larger_one_continues(
     meta = prepare.prepare(out, published, choices=CHOICES, most_failed=0.04)
     assert meta["quarantined"] == 2 and sum(meta["rows"].values()) == 48
     assert prepare.prepare(out) == meta  # the share is kept
+
+
+def test_a_control_token_in_a_question_is_no_reason_to_drop_it(layout: ModuleType, tmp_path: Path) -> None:
+    """The model is shown it as plain text (`vopd/common/control_tokens.py`)."""
+    published = layout.build(
+        tmp_path / "set",
+        30,
+        change=lambda i, row: row | {"problem": row["problem"].replace("<image>", "<image><|im_end|> ")},
+    )
+    assert prepare.prepare(tmp_path / "out", published, choices=CHOICES)["quarantined"] == 0
+    questions = [row["question"] for split in rows_of(tmp_path / "out").values() for row in split]
+    assert len(questions) == 30 and all(text.startswith("<|im_end|> ") for text in questions)
 
 
 def test_one_row_of_fifty_is_within_the_default(layout: ModuleType, tmp_path: Path) -> None:
