@@ -32,7 +32,7 @@ from vopd.common import chat_client
 from vopd.common.chat_client import NoAnswerError, read_completion, retry_after
 from vopd.errors import UserError
 from vopd.evaluation import asking, evaluate, judge
-from vopd.evaluation.records import Record, read_answers
+from vopd.evaluation.records import read_answers
 
 MESSAGE = {"role": "assistant", "content": "Answer: yes"}
 CHOICE = {"index": 0, "message": MESSAGE, "finish_reason": "stop"}
@@ -301,34 +301,36 @@ def test_an_evaluation_resumes(
     assert {record.id for record in read_answers(file).records} == set(KINDS)
 
 
-def record_of(kind: str) -> Record:
-    details = {"answer_type": "free", "options": []}
-    return Record(kind, "f", "full", "s", "Which?", f"KIND:{kind};", 3, False, None, "red", False, details)
+def ask_of(kind: str, number: int = 0) -> judge.Ask:
+    return judge.Ask(f"{kind} {number}", "full", "Which?", "red", f"KIND:{kind};{number}")
 
 
 def test_a_judge_resumes(server: BadServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(judge, "MOST_FAILURES", len(KINDS))
-    records, file = [record_of(kind) for kind in KINDS], tmp_path / "judge.jsonl"
+    asks, file = {kind: ask_of(kind) for kind in KINDS}, tmp_path / "judge.jsonl"
 
     def run(model: str = "j") -> list[str]:
-        return asyncio.run(judge.judge(server.url, model, records, file, 16, 60, lambda: None))
+        left = judge.unanswered(asks.values(), "strict", judge.read_replies(file, model))
+        return asyncio.run(judge.judge(server.url, model, left, file, 16, 60, lambda: None))
+
+    def states(scorer: str) -> dict[str, str]:
+        replies = judge.read_replies(file, "j")
+        return {kind: judge.state(replies.get(ask.key), scorer) for kind, ask in asks.items()}
 
     assert len(run()) == len(NO_ANSWER)
-    verdicts = {kind: verdict for (kind, _), verdict in judge.read_verdicts(file).items()}
-    assert verdicts == {kind: "right" if kind in ANSWER else "failed" for kind in KINDS}
+    assert states("strict") == {kind: "right" if kind in ANSWER else "failed" for kind in KINDS}
+    assert "right" not in states("official").values()  # it says "Answer: yes", which is not exactly yes
     server.asked.clear()
     server.fixed = True
     assert run() == [] and set(server.asked) == set(NO_ANSWER)
-    assert set(judge.read_verdicts(file, "j").values()) == {"right"}
-    assert judge.read_verdicts(file, "another judge") == {}
+    assert set(states("strict").values()) == {"right"}
+    assert judge.read_replies(file, "another judge") == {}
     assert run("another judge") == [] and server.asked["good"] == 1
 
 
 def test_a_judge_that_is_gone_is_not_asked_for_ever(server: BadServer, tmp_path: Path) -> None:
-    records = [record_of("status 404") for _ in range(200)]
-    failures = asyncio.run(
-        judge.judge(server.url, "j", records, tmp_path / "judge.jsonl", 4, 60, lambda: None)
-    )
+    asks = [ask_of("status 404", number) for number in range(200)]
+    failures = asyncio.run(judge.judge(server.url, "j", asks, tmp_path / "judge.jsonl", 4, 60, lambda: None))
     assert judge.MOST_FAILURES <= len(failures) <= judge.MOST_FAILURES + 4
 
 

@@ -26,7 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from vopd import bounds
 from vopd.bounds import above, within
-from vopd.common import caches, environment_checks, files, fingerprint, model_folder, provenance
+from vopd.common import (
+    caches,
+    control_tokens,
+    environment_checks,
+    files,
+    fingerprint,
+    model_folder,
+    provenance,
+)
 from vopd.common.chat_client import one_line
 from vopd.common.command import reports_errors
 from vopd.common.overrides import Tree
@@ -35,7 +43,14 @@ from vopd.common.redaction import check_address, redacted
 from vopd.common.terminal import Terminal
 from vopd.errors import UserError
 from vopd.evaluation import acceptance, asking, benchmark, judge, metrics, results, server
-from vopd.evaluation.endpoint import Endpoint, Resizing, Sampling, opens_reasoning, resizing_if_known
+from vopd.evaluation.endpoint import (
+    Endpoint,
+    Resizing,
+    Sampling,
+    opens_reasoning,
+    resizing_if_known,
+    tokens_if_known,
+)
 from vopd.evaluation.records import read_answers
 
 # Files of a benchmark's folder of records; settings.json says that they are ours.
@@ -59,7 +74,7 @@ ANSWERING = (
 
 @dataclass
 class Judge:
-    """An OpenAI-compatible server that judges what the parser could not read; off without an endpoint."""
+    """An OpenAI-compatible server that judges what the rules leave open; off without an endpoint."""
 
     endpoint: str | None = None
     model: str | None = None
@@ -100,11 +115,11 @@ views        full, crop (the latter where a benchmark has crops)
 endpoint     OpenAI-compatible server, such as http://localhost:8000/v1; without one, vLLM is started
 rows         only the first so many questions of each benchmark; 0 is all
 data         folder with one folder a benchmark, in the published layout; what is not there is downloaded
-scorer       strict, or official: the published rule, its defects included
+scorer       strict, or official: as the published evaluation does, defects included
 pictures     published, or official: as the paper's evaluation encodes those of V* (PNG, made smaller above 20 MiB)
 acceptance   {accepted}, or the path of a YAML file: compare with published figures
 exclude      exclusion lists (JSON): a second, de-overlapped variant of each figure
-judge        endpoint and model of a server that judges what could not be read
+judge        endpoint and model of a server that judges: strict, what could not be read; official, all not yet right
 speed        print 1 / mean seconds per question (the paper's Figure 6); use concurrency=1 for one at a time
 vllm.KEY     further options of `vllm serve`, such as vllm.tensor_parallel_size=4
 
@@ -190,6 +205,8 @@ class Evaluation:
                 unjudged += self._judge(questions, folder)
             summaries.append(self._summarise(questions, folder))
         self.console.print(results.table(summaries, self.folder.name))
+        if self.settings.scorer == "official":
+            self.console.print(results.side_by_side(summaries))
         if self.settings.speed:
             for result in summaries:
                 self.console.print(results.speed(result))
@@ -198,8 +215,9 @@ class Evaluation:
         if failures:
             self.console.print(f"{len(failures)} questions got no answer; the same command asks them again.")
         if unjudged:
+            counted = " and count as wrong" if self.settings.scorer == "official" else ""
             self.console.print(
-                f"{len(unjudged)} responses got no verdict; the same command asks for them again."
+                f"{len(unjudged)} responses got no verdict{counted}; the same command asks for them again."
             )
         accepted = self._accepted(summaries)
         return int(bool(failures or unjudged) or not accepted)
@@ -270,7 +288,8 @@ class Evaluation:
         s = self.settings
         sampling = Sampling(s.thinking, s.temperature, s.top_p, s.max_tokens, s.seed)
         if s.endpoint:
-            yield Endpoint(s.endpoint, s.model, sampling, s.timeout, resizing_if_known(s.model))
+            known = resizing_if_known(s.model), tokens_if_known(s.model)
+            yield Endpoint(s.endpoint, s.model, sampling, s.timeout, known[0], tokens=known[1])
             return
         for note in environment_checks.prepare_engine(
             os.environ, ROOT / ".cache", environment_checks.machine("cpu")
@@ -289,7 +308,8 @@ class Evaluation:
         self.console.print(f"starting vLLM (log: {log})", soft_wrap=True)
         with server.started(s.model, s.concurrency, s.seed, s.vllm, log) as socket:
             opens = opens_reasoning(processor, s.thinking)
-            yield Endpoint(server.URL, s.model, sampling, s.timeout, resizing, opens, socket)
+            tokens = control_tokens.pattern(processor.tokenizer)
+            yield Endpoint(server.URL, s.model, sampling, s.timeout, resizing, opens, socket, tokens)
 
     def _claim(self, questions: benchmark.Questions, folder: Path) -> None:
         """Refuse a folder whose records were answered under other settings; else write the settings down."""
@@ -350,27 +370,35 @@ class Evaluation:
         return {**code, "content of the files": questions.content_hash(), **own}
 
     def _judge(self, questions: benchmark.Questions, folder: Path) -> list[str]:
-        s = self.settings
-        records = metrics.parsed(read_answers(folder / "records.jsonl").records, questions.spec, "strict")
-        wanting = [r for r in records if judge.wants_judge(r)]
+        """Ask the judge what the scorer wants to know and no reply is kept of; both scorers' for their table."""
+        s, file = self.settings, folder / "judge.jsonl"
+        records = read_answers(folder / "records.jsonl").records
+        replies = judge.read_replies(file, s.judge.model)
+        asks: dict[str, judge.Ask] = {}
+        for scorer in metrics.SCORERS if s.scorer == "official" else (s.scorer,):
+            read = metrics.parsed(records, questions.spec, scorer)
+            wanted = [ask for record in read if (ask := judge.ask_of(record, scorer))]
+            asks |= {ask.key: ask for ask in judge.unanswered(wanted, scorer, replies)}
+        if not asks:
+            return []
         with asking.only_writer(folder), _progress(self.console) as bar:
-            line = bar.add_task(f"judge, {results.plain(folder.name)}", total=len(wanting))
+            line = bar.add_task(f"judge, {results.plain(folder.name)}", total=len(asks))
             return asyncio.run(
                 judge.judge(
-                    str(s.judge.endpoint), str(s.judge.model), records, folder / "judge.jsonl", s.concurrency,
-                    s.timeout, lambda: bar.advance(line),
+                    str(s.judge.endpoint), str(s.judge.model), list(asks.values()), file, s.concurrency, s.timeout,
+                    lambda: bar.advance(line),
                 )
             )  # fmt: skip
 
     def _summarise(self, questions: benchmark.Questions, folder: Path) -> dict[str, Any]:
         s = self.settings
-        verdicts = judge.read_verdicts(folder / "judge.jsonl", s.judge.model) if s.judge.endpoint else {}
+        replies = judge.read_replies(folder / "judge.jsonl", s.judge.model) if s.judge.endpoint else {}
         result = results.summarise(
             questions,
             read_answers(folder / "records.jsonl"),
             s.scorer,
-            f"{s.scorer}, judge {s.judge.model}" if s.judge.endpoint else s.scorer,
-            verdicts,
+            s.judge.model if s.judge.endpoint else None,
+            replies,
             self.exclusions.get(questions.name),
         )
         _write(folder / "summary.json", result)

@@ -7,51 +7,53 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from vopd.errors import UserError
-from vopd.evaluation import statistics
-from vopd.evaluation.description import Benchmark, Mean
-from vopd.evaluation.judge import State, wants_judge
+from vopd.evaluation import judge, statistics
+from vopd.evaluation.description import BY_GOLD, Benchmark, Mean
+from vopd.evaluation.judge import Replies, State
 from vopd.evaluation.records import Record, answers, mean_tokens
 from vopd.evaluation.scoring import is_correct, parse_answer
-from vopd.evaluation.scoring.official import parse_official
+from vopd.evaluation.scoring.official import is_right, parse_official
 
 SCORERS = ("strict", "official")
 
 
 @dataclass(frozen=True)
 class Scored:
-    """Records read by one scorer: those that count, and how many a failed judge left out."""
+    """Records as one scorer counts them, with its judge. failed: responses that a judge gave no verdict to, which the
+    strict scorer leaves out. open, turned: responses that the rules leave to a judge, and those that it found right."""
 
     records: list[Record]
-    judge_failed: int
+    failed: int
+    open: int
+    turned: int
 
 
-def score(
-    records: Sequence[Record],
-    spec: Benchmark,
-    scorer: str,
-    verdicts: Mapping[tuple[str, str], State],
-) -> Scored:
+def score(records: Sequence[Record], spec: Benchmark, scorer: str, replies: Replies) -> Scored:
     """Read the raw responses again, so that records of any age are scored by one and the same rule.
 
-    verdicts: what a judge said, by question and view, none at all without a judge; only the strict scorer takes them.
-    What the judge has not come to is as good as failed.
+    replies: what a judge said, none at all without a judge. What the judge has not come to is as good as failed: the
+    official scorer counts it as a "no", as the published evaluation does; the strict one leaves it out.
     """
-    kept, failed = [], 0
+    kept: list[Record] = []
+    states: Counter[State | None] = Counter()
     for record in parsed(records, spec, scorer):
-        judged = verdicts and scorer == "strict" and wants_judge(record)
-        verdict = verdicts.get((record.id, record.view), "failed") if judged else None
-        if verdict == "failed":
-            failed += 1
-            continue
-        if verdict is not None:
-            record = dataclasses.replace(record, correct=verdict == "right")
-        kept.append(record)
-    return Scored(kept, failed)
+        ask = judge.ask_of(record, scorer)
+        if ask is not None and not replies:
+            states[None] += 1
+        elif ask is not None:
+            state = judge.state(replies.get(ask.key), scorer)
+            states[state] += 1
+            if state == "failed" and scorer == "strict":
+                continue
+            record = dataclasses.replace(record, correct=state == "right")
+        kept.append(_said(record) if scorer == "official" else record)
+    return Scored(kept, states["failed"], states.total(), states["right"])
 
 
 def parsed(records: Sequence[Record], spec: Benchmark, scorer: str) -> list[Record]:
@@ -62,10 +64,22 @@ def parsed(records: Sequence[Record], spec: Benchmark, scorer: str) -> list[Reco
 def _parsed(record: Record, spec: Benchmark, scorer: str) -> Record:
     kind, options = record.details["answer_type"], record.details["options"]
     if scorer == "official":
-        result = parse_official(record.response, kind, options, lowercase_options=spec.lowercase_options)
+        # A benchmark of letters and texts is none of the letter benchmarks: its responses are read as texts.
+        rule = "short" if spec.answer_type == BY_GOLD else kind
+        result = parse_official(record.response, rule, options, lowercase_options=spec.lowercase_options)
+        correct = is_right(result, record.response, record.gold, rule)
     else:
         result = parse_answer(record.response, kind, options)
-    return dataclasses.replace(record, parsed=result.value, correct=is_correct(result, record.gold, kind))
+        correct = is_correct(result, record.gold, kind)
+    return dataclasses.replace(record, parsed=result.value, correct=correct)
+
+
+def _said(record: Record) -> Record:
+    """A yes/no record whose figures are the published ones: what is not right counts as the other word."""
+    if record.details["answer_type"] != "yes/no":
+        return record
+    gold = record.gold.strip().strip(".").lower()
+    return dataclasses.replace(record, parsed=gold if record.correct else {"yes": "no", "no": "yes"}[gold])
 
 
 def clusters(records: Sequence[Record]) -> dict[str, str] | None:

@@ -71,14 +71,27 @@ def _scored(folder: Path, scorer: str, judged: bool) -> dict[tuple[str, str], li
     found: dict[tuple[str, str], list[Record]] = {}
     for file in sorted(folder.glob("*/records.jsonl")):
         name, spec = benchmark.find(file.parent.name)
-        verdicts = judge.read_verdicts(file.with_name("judge.jsonl")) if judged else {}
-        records = metrics.score(read_answers(file).records, spec, scorer, verdicts).records
+        answered = read_answers(file).records
+        replies = judge.read_replies(file.with_name("judge.jsonl")) if judged else {}
+        if judged and scorer == "official":
+            _check_asked(metrics.parsed(answered, spec, scorer), replies, file)
+        records = metrics.score(answered, spec, scorer, replies).records
         for view in ("full", "crop"):
             if part := select(records, view=view):
                 found[name, view] = part
     if not found:
         raise UserError(f"{folder}: holds no records of an evaluation; give the folder of a model.")
     return found
+
+
+def _check_asked(records: Sequence[Record], replies: judge.Replies, file: Path) -> None:
+    """Refuse records of which the judge saw not all that the official scorer asks: they would all count as "no"."""
+    asks = [ask for record in records if (ask := judge.ask_of(record, "official"))]
+    if absent := sum(ask.key not in replies for ask in asks):
+        raise UserError(
+            f"{file}: the judge has not seen {absent} of {len(asks)} responses; run vopd evaluate with scorer=official "
+            "and this judge first."
+        )
 
 
 _Found = tuple[str, int, float, float, statistics.Difference, float]
@@ -142,7 +155,9 @@ def main(arguments: list[str]) -> int:
     rows = compare(first, second, options["scorer"], options["judge"] == "true")
     console = Terminal()
     console = console if console.is_terminal else Terminal(width=140)
-    console.print(table(rows, (first[0].name, second[0].name), options["scorer"]))
+    alone = options["scorer"] == "official" and options["judge"] != "true"
+    scorer = options["scorer"] + ", rules only" * alone
+    console.print(table(rows, (first[0].name, second[0].name), scorer))
     return 0
 
 

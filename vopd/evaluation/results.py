@@ -14,8 +14,9 @@ from vopd.common.chat_client import one_line
 from vopd.errors import UserError
 from vopd.evaluation import metrics, statistics
 from vopd.evaluation.benchmark import Questions
-from vopd.evaluation.judge import State
-from vopd.evaluation.records import RecordFile, answers, select
+from vopd.evaluation.description import Benchmark
+from vopd.evaluation.judge import Replies
+from vopd.evaluation.records import Record, RecordFile, answers, select
 
 FULL, CLEAN = "full", "de-overlapped"
 
@@ -58,24 +59,34 @@ def summarise(
     questions: Questions,
     file: RecordFile,
     scorer: str,
-    scorer_name: str,
-    verdicts: Mapping[tuple[str, str], State],
+    judge: str | None,
+    replies: Replies,
     exclusion: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """All figures of one benchmark. variants -> views -> figures; the gap where both views are answered."""
-    scored = metrics.score(file.records, questions.spec, scorer, verdicts)
+    """All figures of one benchmark. variants -> views -> figures; the gap where both views are answered.
+
+    judge: the name of the model whose replies these are; None without a judge.
+    """
+    scored = metrics.score(file.records, questions.spec, scorer, replies)
     result: dict[str, Any] = {
         "benchmark": questions.name,
         "title": questions.spec.title,
-        "scorer": scorer_name,
+        "scorer": _named(scorer, judge),
+        "judge": judge,
         "official_rule": questions.spec.official_rule,
         "rows_published": questions.spec.rows,
         "rows_found": len(questions.questions),
         "torn_lines": file.torn,
-        "judge_failed": scored.judge_failed,
+        "judge_failed": scored.failed,
         "concurrency": sorted({r.details["concurrency"] for r in file.records}),
         "variants": {},
     }
+    if scorer == "official":
+        result["side by side"] = {
+            view: _both_scorers(asked, questions.spec, replies)
+            for view in questions.views
+            if (asked := select(file.records, view=view))
+        }
     kept = {FULL: scored.records}
     if exclusion is not None:
         excluded = set(exclusion["excluded"])
@@ -95,6 +106,61 @@ def summarise(
             part["gap"] = dataclasses.asdict(statistics.gap(full, crop, metrics.clusters(views["full"])))
         result["variants"][variant] = part
     return result
+
+
+def _named(scorer: str, judge: str | None) -> str:
+    """A scorer with what stands behind it: to the official one a judge belongs, and its absence is said."""
+    if judge is not None:
+        return f"{scorer}, judge {judge}"
+    return f"{scorer}, rules only" if scorer == "official" else scorer
+
+
+def _both_scorers(records: Sequence[Record], spec: Benchmark, replies: Replies) -> dict[str, Any]:
+    """Scorer -> accuracies by its rules alone and with the judge, responses open to one, and what it did."""
+    found = {}
+    for scorer in metrics.SCORERS:
+        rules, judged = (metrics.score(records, spec, scorer, said) for said in ({}, replies))
+        found[scorer] = {
+            "questions": len(records),
+            "rules": _share_right(rules.records),
+            "judged": _share_right(judged.records),
+            "open": judged.open,
+            "turned": judged.turned,
+            "failed": judged.failed,
+        }
+    return found
+
+
+def _share_right(records: Sequence[Record]) -> float | None:
+    return sum(r.correct for r in records) / len(records) if records else None
+
+
+def side_by_side(summaries: Sequence[Mapping[str, Any]]) -> Table:
+    """The printed table of both scorers, from summaries of the official one; shares in per cent of the questions."""
+    shown = Table(
+        title="strict and official, in per cent of the questions; turned: wrong by the rules, right to the judge",
+        title_justify="left",
+    )
+    for text in ("benchmark", "view"):
+        shown.add_column(text)
+    shown.add_column("questions", justify="right")
+    for scorer in metrics.SCORERS:
+        for column in ("rules", "with judge", "turned", "no verdict"):
+            shown.add_column(f"{scorer}: {column}", justify="right")
+    for result in summaries:
+        for view, scorers in result["side by side"].items():
+            cells = [cell for scorer in metrics.SCORERS for cell in _side(result, scorers[scorer])]
+            shown.add_row(plain(result["title"]), view, str(scorers["strict"]["questions"]), *cells)
+    return shown
+
+
+def _side(result: Mapping[str, Any], part: Mapping[str, Any]) -> list[str]:
+    rules = f"{100 * part['rules']:.1f}"
+    if not result["judge"]:
+        return [rules, "no judge", f"{part['open']} open", "-"]
+    judged = "-" if part["judged"] is None else f"{100 * part['judged']:.1f}"
+    turned = f"{100 * part['turned'] / part['questions']:.1f} ({part['turned']} of {part['open']})"
+    return [rules, judged, turned, str(part["failed"])]
 
 
 def percent(interval: Mapping[str, float] | None) -> str:

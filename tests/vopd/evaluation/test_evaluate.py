@@ -304,7 +304,7 @@ def test_the_official_scorer_reads_the_same_records_and_is_named(
     assert evaluate.main([*arguments, "scorer=official"]) == 0
     official = summary_of(tmp_path, "vstar")
     assert len(server.asked) == 3
-    assert (strict["scorer"], official["scorer"]) == ("strict", "official")
+    assert (strict["scorer"], official["scorer"]) == ("strict", "official, rules only")
     values = [s["variants"]["full"]["full"]["by category"] for s in (strict, official)]
     assert values[0]["relative_position"]["value"] == 1.0  # gold B
     assert values[1]["relative_position"]["value"] == 0.0

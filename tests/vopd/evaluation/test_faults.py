@@ -118,7 +118,7 @@ def test_a_record_of_another_kind_is_named(
 def test_a_verdict_that_is_none_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "judge.jsonl").write_text(f'{line}\n{{"torn')
     with pytest.raises(UserError, match=r"Line 1 of .*judge\.jsonl"):
-        judge.read_verdicts(tmp_path / "judge.jsonl")
+        judge.read_replies(tmp_path / "judge.jsonl")
 
 
 def test_what_comes_from_a_file_is_printed_as_it_stands(

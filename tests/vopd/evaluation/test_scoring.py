@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
 from vopd.evaluation.scoring import table as scoring_table
-from vopd.evaluation.scoring.official import parse_official
+from vopd.evaluation.scoring.official import is_right, parse_official
 
 CRAFTED = [
     json.loads(line)
@@ -291,12 +291,36 @@ def test_the_official_rule_keeps_the_published_defects(text: str, published: str
     assert parse_official(text, "letter").value == published
 
 
+@pytest.mark.parametrize(
+    ("text", "gold", "answer_type", "right"),
+    [
+        ("$1,200.0$", "1200", "number", True),
+        ("7.", "7", "number", True),
+        ("12 cm", "12", "number", True),
+        ("Answer: 7", "7", "number", False),  # with its word it is no number
+        ("There are 7", "7", "number", False),
+        ("exit ONLY", "Exit only", "short", True),
+        ("\\text{Exit}", "exit", "short", True),
+        ("Exit only.", "Exit only", "short", False),
+        ("<answer> Exit </answer>", "exit", "short", True),
+        ("2 hours", "2 days", "short", True),  # units are dropped, whichever they are
+        ("b", "B", "letter", True),  # no capital, but the gold text as a whole
+        ("b.", "B", "letter", False),
+        ("9" * 5000, "9" * 5000, "number", True),
+    ],
+)
+def test_the_official_rules_take_the_gold_text_as_a_whole(
+    text: str, gold: str, answer_type: str, right: bool
+) -> None:
+    assert is_right(parse_official(text, answer_type), text, gold, answer_type) is right
+
+
 def test_the_official_rule_for_other_types() -> None:
     assert parse_official("Answer: yes", "yes/no").state == "unparsed"  # the published code fails on it
     assert parse_official("Yes.", "yes/no").value == "yes"
     assert parse_official("Nobody", "yes/no").value == "no"
     assert parse_official("There is a door", "letter", lowercase_options=True).value == "A"
     assert parse_official("(b) closed", "letter", lowercase_options=True).value == "B"
-    assert parse_official("Answer: 1,200", "number").value == "1200"
+    assert parse_official("Answer: 1,200", "number").value == "Answer: 1,200"
     with pytest.raises(UserError):
         parse_official("B", "colour")

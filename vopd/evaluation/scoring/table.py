@@ -1,7 +1,8 @@
 """Both scoring rules on a file of crafted responses: `python -m vopd.evaluation.scoring.table FILE.jsonl`.
 
 Each row of the file holds answer_type, options, response and the expected parse (null: nothing is stated). "missed"
-counts stated answers left unparsed, "misread" another answer than the stated one, or one where none is stated.
+counts stated answers left unparsed, "misread" another answer than the stated one, or one where none is stated. Rules
+alone: what is missed or misread is what the judge of `scorer=official` may turn.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from vopd.common.command import reports_errors
 from vopd.errors import UserError
 from vopd.evaluation.scoring import ANSWER_TYPES, Parsed, is_correct, parse_answer
-from vopd.evaluation.scoring.official import parse_official
+from vopd.evaluation.scoring.official import TEXTS, is_right, parse_official
 
 RULES = ("strict", "official")
 
@@ -25,12 +26,15 @@ def outcome(row: Mapping[str, Any], rule: str) -> str:
     kind, options, expected = row["answer_type"], row["options"], row["expected"]
     if rule == "strict":
         parsed: Parsed = parse_answer(row["response"], kind, options)
+        same = expected is not None and is_correct(parsed, expected, kind)
     else:
         lowercase = bool(options) and options[0].startswith("(a)")
         parsed = parse_official(row["response"], kind, options, lowercase_options=lowercase)
-    if parsed.value is None:
+        same = expected is not None and is_right(parsed, row["response"], expected, kind)
+    # The official rules read no answer out of a text: it is the gold as a whole, or the judge's.
+    unread = parsed.value is None or (rule == "official" and kind in TEXTS)
+    if unread and not same:
         return "as expected" if expected is None else "missed"
-    same = expected is not None and is_correct(parsed, expected, kind)
     return "as expected" if same else "misread"
 
 
