@@ -52,7 +52,7 @@ def score(records: Sequence[Record], spec: Benchmark, scorer: str, replies: Repl
             if state == "failed" and scorer == "strict":
                 continue
             record = dataclasses.replace(record, correct=state == "right")
-        kept.append(_said(record) if scorer == "official" else record)
+        kept.append(record)
     return Scored(kept, states["failed"], states.total(), states["right"])
 
 
@@ -72,14 +72,6 @@ def _parsed(record: Record, spec: Benchmark, scorer: str) -> Record:
         result = parse_answer(record.response, kind, options)
         correct = is_correct(result, record.gold, kind)
     return dataclasses.replace(record, parsed=result.value, correct=correct)
-
-
-def _said(record: Record) -> Record:
-    """A yes/no record whose figures are the published ones: what is not right counts as the other word."""
-    if record.details["answer_type"] != "yes/no":
-        return record
-    gold = record.gold.strip().strip(".").lower()
-    return dataclasses.replace(record, parsed=gold if record.correct else {"yes": "no", "no": "yes"}[gold])
 
 
 def clusters(records: Sequence[Record]) -> dict[str, str] | None:

@@ -163,7 +163,8 @@ def test_control_tokens_of_a_question_are_text(processor: Any, rows: list[dict[s
     special = torch.tensor(list(processor.tokenizer.added_tokens_decoder))
 
     def controls(text: str, view: str) -> list[int]:
-        prompt_P = rendered(processor, rows[1] | {"question": text}, view).prompt_ids_P
+        row = rows[1] | {"question": text, "answer": text, "options": []}
+        prompt_P = rendered(processor, row, view).prompt_ids_P
         return prompt_P[torch.isin(prompt_P, special)].tolist()
 
     for view in VIEWS:
