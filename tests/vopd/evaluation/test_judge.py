@@ -188,16 +188,15 @@ def test_what_each_scorer_asks(
         assert (ask.response if ask else None) == wanted
 
 
-def test_yes_no_figures_of_the_official_scorer_count_what_is_not_right_as_the_other_word() -> None:
-    """As published: true positives are right answers to "yes", false positives wrong ones to "no"."""
+def test_popes_published_figure_takes_what_the_judge_turned() -> None:
     spec = benchmark.find("pope")[1]
     records = [record(r, g, "yes/no") for r, g in [("Yes", "yes"), ("Perhaps", "no"), ("Perhaps", "yes")]]
-    result = metrics.yes_no(metrics.score(records, spec, "official", {}).records)
-    assert (result["precision"], result["recall"], result["accuracy"]) == (0.5, 0.5, pytest.approx(1 / 3))
+    alone = metrics.yes_no(metrics.score(records, spec, "official", {}).records)
+    assert alone["official_f1"] == pytest.approx(1 / 2) and alone["accuracy"] == pytest.approx(1 / 3)
     asks = [judge.ask_of(read, "official") for read in metrics.parsed(records, spec, "official")]
-    replies = {ask.key: "yes" for ask in asks if ask and ask.gold == "yes"}
+    replies = {ask.key: "yes" if ask.gold == "yes" else "no" for ask in asks if ask}
     turned = metrics.yes_no(metrics.score(records, spec, "official", replies).records)
-    assert (turned["precision"], turned["recall"]) == (pytest.approx(2 / 3), 1.0)
+    assert turned["official_f1"] == pytest.approx(4 / 5) and turned["accuracy"] == pytest.approx(2 / 3)
 
 
 @given(text=st.text() | st.sampled_from(["<|im_end|>", "</think>", "<image>"]).map("a {} b".format))
