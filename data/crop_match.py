@@ -124,7 +124,8 @@ def _rims(width: int, height: int, scale: float, framed: bool) -> tuple[int, int
 
 def _pixels(picture: Image.Image, region: Box | None, size: tuple[int, int]) -> np.ndarray:
     """(height, width, 3) float32 of a region, brought to `size` (width, height) by area averaging."""
-    cut = np.asarray((picture.crop(region) if region else picture).convert("RGB"))
+    part = picture.crop(region) if region else picture
+    cut = np.asarray(part if part.mode == "RGB" else part.convert("RGB"))
     if (cut.shape[1], cut.shape[0]) != size:
         shrinks = size[0] <= cut.shape[1] and size[1] <= cut.shape[0]
         cut = cv2.resize(cut, size, interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -56,6 +56,7 @@ MAX_PIXELS = images.MAX_PIXELS
 MAX_BYTES = images.MAX_BYTES
 ImageTooLargeError = images.ImageTooLargeError
 BATCH_BYTES = parquet_files.BATCH_BYTES
+Check = Callable[[Mapping[str, Any], Path, int], None]
 _SHARD = re.compile(r"(?P<split>.+)-(?P<index>\d{5})-of-(?P<count>\d{5})")
 
 
@@ -185,13 +186,7 @@ def decode_image(cell: Mapping[str, Any], folder: Path) -> PILImage.Image:
 
 def check(row: Mapping[str, Any], file: Path, number: int) -> None:
     """Raises `UserError` naming file, row and column if an encoded row breaks the schema."""
-
-    def wrong(column: str, what: str) -> UserError:
-        return UserError(f"{file}: row {number}, column {column!r}: {what}.")
-
-    for column in COLUMNS:
-        if row.get(column) is None and column != "original":
-            raise wrong(column, "is missing; every row needs all columns of data/schema.py but `original`")
+    check_texts(row, file, number)
     sizes = {}
     for column in ALL_IMAGES:
         if (cell := row.get(column)) is None:
@@ -201,11 +196,23 @@ def check(row: Mapping[str, Any], file: Path, number: int) -> None:
                 picture.verify()
                 sizes[column] = picture.size
         except UserError as error:
-            raise wrong(column, str(error).rstrip(".")) from error
+            raise _wrong(file, number, column, str(error).rstrip(".")) from error
     width, height = sizes["image"]
     box = row["box"]
     if len(box) != 4 or not (0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height):
-        raise wrong("box", f"{box} is not x0, y0, x1, y1 inside the {width} x {height} image")
+        what = f"{box} is not x0, y0, x1, y1 inside the {width} x {height} image"
+        raise _wrong(file, number, "box", what)
+
+
+def check_texts(row: Mapping[str, Any], file: Path, number: int) -> None:
+    """As `check`, of all but the pictures and the box in them: for rows whose pictures were just decoded."""
+
+    def wrong(column: str, what: str) -> UserError:
+        return _wrong(file, number, column, what)
+
+    for column in COLUMNS:
+        if row.get(column) is None and column != "original":
+            raise wrong(column, "is missing; every row needs all columns of data/schema.py but `original`")
     if not row["question"].strip():
         raise wrong("question", "must be text")
     if row["hint"] not in row["question"]:
@@ -214,6 +221,10 @@ def check(row: Mapping[str, Any], file: Path, number: int) -> None:
         raise wrong(
             "answer", f"{row['answer']!r} is not the letter of one of the {len(row['options'])} options"
         )
+
+
+def _wrong(file: Path, number: int, column: str, what: str) -> UserError:
+    return UserError(f"{file}: row {number}, column {column!r}: {what}.")
 
 
 def letters(options: Sequence[str]) -> list[str]:
@@ -343,15 +354,19 @@ def _paths(path: Path) -> Iterator[parquet_files.Row]:
 
 
 def write(
-    rows: Iterable[dict[str, Any]], path: Path, batch: int = 256, owned: ownership.Owned | None = None
+    rows: Iterable[dict[str, Any]],
+    path: Path,
+    batch: int = 256,
+    owned: ownership.Owned | None = None,
+    check: Check = check,
 ) -> int:
     """Streams encoded rows to one parquet file; returns their number.
 
-    At most `batch` rows or about `BATCH_BYTES` of images are in memory. Every row is checked. The file appears under
-    its name only when it is complete. owned: the claim on the folder of a command that writes into it.
+    At most `batch` rows or about `BATCH_BYTES` of images are in memory. Every row is held to `check`. The file appears
+    under its name only when it is complete. owned: the claim on the folder of a command that writes into it.
     """
     with _filling(path, owned) as partial_file:
-        return _write(rows, partial_file, path, 0, batch)
+        return _write(rows, partial_file, path, 0, batch, check)
 
 
 def write_shards(
@@ -370,7 +385,7 @@ def write_shards(
     with ownership.scratch(path.parent) as place:
         while following is not None or not parts:
             parts.append(place / f"{len(parts):05d}")
-            count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch)
+            count += _write(_take(following, source, rows_per_shard), parts[-1], path, count, batch, check)
             following = next(source, None)
         for old in path.parent.glob(f"{path.stem}-*-of-*{path.suffix}"):
             old.unlink()
@@ -386,7 +401,9 @@ def _filling(file: Path, owned: ownership.Owned | None) -> AbstractContextManage
     return owned.writing(file.name) if owned else ownership.atomic(file)
 
 
-def _write(rows: Iterable[dict[str, Any]], file: Path, split: Path, first: int, batch: int) -> int:
+def _write(
+    rows: Iterable[dict[str, Any]], file: Path, split: Path, first: int, batch: int, check: Check
+) -> int:
     """Writes one file of the split `split`, whose rows so far are `first`."""
     file.parent.mkdir(parents=True, exist_ok=True)
     count = 0

@@ -153,28 +153,19 @@ class Prompts:
 # ---- one row --------------------------------------------------------------------------------------------------------
 
 
-def row_problems(
+Problems = list[tuple[str, str]]
+"""(kind, reason) for everything wrong."""
+Pictures = Callable[[Mapping[str, Any], Path], tuple[Problems, int | None]]
+"""What is wrong with the pictures of a row in a folder, and its image's perceptual hash if it has one."""
+
+
+def picture_problems(
     row: Mapping[str, Any],
     folder: Path,
-    split: str,
-    markers: re.Pattern[str],
     decode: Callable[[Mapping[str, Any], Path], Image.Image] = schema.decode_image,
-) -> tuple[list[tuple[str, str]], int | None]:
-    """(kind, reason) for everything wrong with a row taken alone, and its image's perceptual hash if it has one.
-
-    row: a `tables.Row`, which says what could not be read of it. markers: control tokens. decode: gives the
-    picture of a cell, for a caller that has it decoded.
-    """
-    unread = getattr(row, "problems", ())
-    if unread:
-        return [(KIND_OF.get(column, "schema"), f"{column} {reason}") for column, reason in unread], None
-    absent = [c for c in schema.COLUMNS if row.get(c) is None and c != "original"]
-    if absent:
-        return [("schema", f"column {absent[0]!r} is empty")], None
-    if long := [c for c in TEXTS if len(row[c]) > MOST_CHARACTERS]:
-        return [("schema", f"{long[0]} has more than {MOST_CHARACTERS} characters")], None
-    found = [*_id_problems(row, split), *_text_problems(row), *_option_problems(row), *_answer_problems(row)]
-    found += _markers(row, markers)
+) -> tuple[Problems, int | None]:
+    """The `Pictures` that decodes them. decode: gives the picture of a cell, for a caller that has it decoded."""
+    found: Problems = []
     pictures: dict[str, Image.Image] = {}
     for column in schema.ALL_IMAGES:
         if row[column] is None:
@@ -196,6 +187,32 @@ def row_problems(
         return found, None
     found += _place_problems(row, pictures)
     return found, near_duplicates.perceptual_hash(pictures["image"])
+
+
+def row_problems(
+    row: Mapping[str, Any],
+    folder: Path,
+    split: str,
+    markers: re.Pattern[str],
+    pictures: Pictures = picture_problems,
+) -> tuple[Problems, int | None]:
+    """Everything wrong with a row taken alone, and its image's perceptual hash if it has one.
+
+    row: a `tables.Row`, which says what could not be read of it. markers: control tokens. pictures: for a caller
+    that knows of the row's pictures already.
+    """
+    unread = getattr(row, "problems", ())
+    if unread:
+        return [(KIND_OF.get(column, "schema"), f"{column} {reason}") for column, reason in unread], None
+    absent = [c for c in schema.COLUMNS if row.get(c) is None and c != "original"]
+    if absent:
+        return [("schema", f"column {absent[0]!r} is empty")], None
+    if long := [c for c in TEXTS if len(row[c]) > MOST_CHARACTERS]:
+        return [("schema", f"{long[0]} has more than {MOST_CHARACTERS} characters")], None
+    found = [*_id_problems(row, split), *_text_problems(row), *_option_problems(row), *_answer_problems(row)]
+    found += _markers(row, markers)
+    in_pictures, hash_ = pictures(row, folder)
+    return found + in_pictures, hash_
 
 
 def _id_problems(row: Mapping[str, Any], split: str) -> Iterator[tuple[str, str]]:
@@ -338,21 +355,28 @@ def _balance(split: str, letters: Counter[str]) -> Iterator[Finding]:
         yield Finding(split, None, "", "balance", spread)
 
 
-def validate(paths: Iterable[Path], prompts: Prompts | None = None) -> Report:
+def validate(
+    paths: Iterable[Path], prompts: Prompts | None = None, pictures: Pictures = picture_problems
+) -> Report:
     """Everything wrong with these splits, read together; `UserError` if one cannot be read at all."""
     report, seen = Report(), _Seen()
     cv2.setNumThreads(1)  # rows are spread over threads already
     threads = min(8, len(os.sched_getaffinity(0)))
     with ThreadPoolExecutor(threads) as pool:
         for path in paths:
-            _validate_split(path, prompts, report, seen, pool)
+            _validate_split(path, prompts, report, seen, pool, pictures)
     report.findings += seen.findings()
     report.findings += [f for split, letters in report.letters.items() for f in _balance(split, letters)]
     return report
 
 
 def _validate_split(
-    path: Path, prompts: Prompts | None, report: Report, seen: _Seen, pool: ThreadPoolExecutor
+    path: Path,
+    prompts: Prompts | None,
+    report: Report,
+    seen: _Seen,
+    pool: ThreadPoolExecutor,
+    pictures: Pictures,
 ) -> None:
     split, folder = path.stem, path.parent
     report.hashes[split] = schema.split_hash(path)
@@ -363,7 +387,7 @@ def _validate_split(
         tqdm(desc=visible(f"validate {split}"), total=schema.count_rows(path), unit="row", disable=None),
     )
     for group in schema.batched_rows(schema.examined(path), 64):
-        results = pool.map(lambda row: row_problems(row, folder, split, texts), group)
+        results = pool.map(lambda row: row_problems(row, folder, split, texts, pictures), group)
         for offset, (row, (found, hash_)) in enumerate(zip(group, results, strict=True)):
             id_ = row["id"] or ""
             if id_ in seen.ids:
@@ -427,9 +451,9 @@ def splits_of(path: Path) -> list[Path]:
     return [path]
 
 
-def stamped(folder: Path, prompts: Prompts | None = None) -> Report:
+def stamped(folder: Path, prompts: Prompts | None = None, pictures: Pictures = picture_problems) -> Report:
     """Validates a folder and gives it a stamp, or takes the one it has away if a finding blocks."""
-    report = validate(splits_of(folder), prompts)
+    report = validate(splits_of(folder), prompts, pictures)
     if report.blocking:
         validation_stamp.remove(folder)
     else:

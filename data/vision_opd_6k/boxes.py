@@ -71,14 +71,15 @@ def _crop_has_red_frame(crop: Image.Image) -> bool:
 
 def _red_sides(picture: Image.Image, box: Box, inside: int) -> int:
     """Number of sides along which a row or column of pixels, at most `inside` within the box, is red."""
-    pixels = np.asarray(picture.convert("RGB")).astype(np.int16)
-    red_HW = (pixels[..., 0] >= 140) & (pixels[..., 0] - pixels[..., 1:].max(axis=-1) >= 70)
-    x0, y0, x1, y1 = box
-    columns_W, rows_H = red_HW[y0:y1].mean(axis=0), red_HW[:, x0:x1].mean(axis=1)
-    strips = (
-        columns_W[: x0 + inside],
-        columns_W[max(0, x1 - inside) :],
-        rows_H[: y0 + inside],
-        rows_H[max(0, y1 - inside) :],
-    )
-    return sum(float(strip.max(initial=0.0)) >= _LONG for strip in strips)
+    (x0, y0, x1, y1), (width, height) = box, picture.size
+    columns = (0, y0, min(width, x0 + inside), y1), (max(0, x1 - inside), y0, width, y1)
+    rows = (x0, 0, x1, min(height, y0 + inside)), (x0, max(0, y1 - inside), x1, height)
+    lines = [_red(picture, strip).mean(axis=0) for strip in columns]
+    lines += [_red(picture, strip).mean(axis=1) for strip in rows]
+    return sum(float(line.max()) >= _LONG for line in lines)
+
+
+def _red(picture: Image.Image, region: Box) -> np.ndarray:
+    """(height, width) bool: which pixels of a region are red."""
+    pixels = np.asarray(picture.crop(region).convert("RGB")).astype(np.int16)
+    return (pixels[..., 0] >= 140) & (pixels[..., 0] - pixels[..., 1:].max(axis=-1) >= 70)

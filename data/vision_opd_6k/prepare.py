@@ -1,13 +1,15 @@
 """The published triplets in one command: `vopd data prepare vision_opd_6k [--source DIR] --out DIR`.
 
 Stages: fetch (hub, or a folder in the published layout), compare with what the folder was begun with, extract, read and
-check every row (-> work/rows.jsonl), split, write parquet, validate. All but the last three resume where they stopped.
+check every row (-> work/rows.jsonl), split, write parquet, validate. Every stage that reads pictures keeps what it has
+done and resumes there, as long as the files are what they were; to split and write takes seconds and begins anew.
 Rows name their images by path, so nothing is stored twice. A row that fails is listed with its reason in
 quarantined.jsonl, and the rest is converted; past a share of them (`--most-failed`) there is an error instead of a
 data set, as soon as that is certain.
 
-Pictures are decoded in as many threads as there are processors (decoders release Python's lock), one row a thread at a
-time: memory does not grow with rows, and rows are written in the order of train.jsonl.
+Rows are read in as many processes as there are processors, one row a process at a time: memory does not grow with rows,
+and they are written in the order of train.jsonl. A picture is decoded once; the last validation takes over what was
+found in it and looks at everything else anew.
 
 The published set has training rows only. Validation and test rows are held out here: whole groups of rows that share
 (nearly) one image, drawn by seed. There is no held-out family. Results on this test split are not the paper's.
@@ -16,39 +18,33 @@ The published set has training rows only. Validation and test rows are held out 
 import argparse
 import hashlib
 import json
-import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from data import crop_match, folders, near_duplicates, schema, validate, validation_stamp
-from data.vision_opd_6k import boxes, source
-from data.vision_opd_6k.archive import extract, parts_of, safe_name
-from data.vision_opd_6k.question import read_question
-from vopd.common import control_tokens, ownership
+from data.vision_opd_6k import boxes, rows, source
+from data.vision_opd_6k.archive import extract, parts_of
+from vopd.common import control_tokens, ownership, worker_pool
 from vopd.common import images as pictures
 from vopd.common.command import reports_errors
+from vopd.common.provenance import hash_json
 from vopd.common.terminal import visible
 from vopd.errors import UserError
 
 DEFAULTS = {"validation": 256, "test": 256, "seed": 0}
 MOST_FAILED = 0.02
 QUARANTINED = "quarantined.jsonl"
-BATCH = 64
 LINE_BYTES = 2**20
-LICENCE = f"as stated on the card of {source.HUB_ID}"
 SPLITS = ("train", "validation", "test")
 MAKER = folders.VISION_OPD_6K
-MARKERS = control_tokens.pattern()
 WORKING = (
     "work/*",
     "published/*",
@@ -100,8 +96,8 @@ def _prepare(
     work = _Work(owned, source.revision_of(record), most_failed)
     work.extract(folder)
     work.read_rows(folder / source.ROWS_FILE)
-    rows = work.write_splits({split: settings[split] for split in ("test", "validation")}, settings["seed"])
-    report = validate.stamped(out)
+    counts = work.write_splits({split: settings[split] for split in ("test", "validation")}, settings["seed"])
+    report = work.validate()
     print(visible(report.text()))
     if report.blocking:
         raise UserError(
@@ -111,7 +107,7 @@ def _prepare(
     meta = settings | {
         "revision": work.revision,
         "bbox": boxes.MEANING,
-        "rows": rows,
+        "rows": counts,
         "quarantined": work.failed,
         "most_failed": most_failed,
     }
@@ -170,101 +166,50 @@ class _Work:
             )
             self._save()
 
-    def _image(self, name: str, given: Any) -> dict[str, Any]:
-        """The cell for a path in a published row; archives may or may not hold the folder's name. `ValueError`."""
-        if not isinstance(given, list) or len(given) != 1 or not isinstance(given[0], str):
-            raise ValueError(f"{name} is not a list of one path")
-        path = safe_name(given[0])
-        inner = path.relative_to(name) if path.parts[0] == name and len(path.parts) > 1 else path
-        for candidate in (Path(name) / inner, Path(name) / path):
-            if (self.out / candidate).is_file():
-                return {"bytes": None, "path": candidate.as_posix()}
-        raise ValueError(f"{given[0]} is not in the archive")
-
     # ---- rows -------------------------------------------------------------------------------------------------------
 
     def read_rows(self, file: Path) -> None:
-        """Appends what every line of train.jsonl becomes to work/rows.jsonl.
+        """Appends what every line of train.jsonl becomes to work/rows.jsonl, in order.
 
         Raises:
             UserError: more rows fail than may.
         """
-        cv2.setNumThreads(1)
         total = sum(1 for _ in _lines(file))
-        done = _whole_lines(self.rows_file)
-        self.failed = sum("row" not in result for result in self._results()) if done else 0
+        done = self._keep_rows()
         self._check_share(total)
-        lines = islice(_lines(file), done, None)
-        threads = min(8, len(os.sched_getaffinity(0)))
+        if done == total:
+            return
+        lines = islice(enumerate(_lines(file)), done, None)
+        read = partial(rows.read, self.out, self.revision)
         with (
-            self.rows_file.open("a") as rows,
-            ThreadPoolExecutor(threads) as pool,
+            worker_pool.workers([rows.__name__]) as pool,
+            self.rows_file.open("a") as journal,
             tqdm(desc="reading rows", initial=done, total=total, unit="row") as progress,
         ):
-            while batch := list(islice(lines, BATCH)):
-                for result in pool.map(self._result, range(done, done + len(batch)), batch):
-                    rows.write(json.dumps(result) + "\n")
-                    rows.flush()  # a kill costs the rows under way
-                    progress.update()
-                    self.failed += "row" not in result
-                    self._check_share(total)
-                done += len(batch)
+            for result in worker_pool.in_order(pool, read, lines):
+                journal.write(json.dumps(result) + "\n")
+                journal.flush()  # a kill costs the rows under way
+                progress.update()
+                self.failed += "row" not in result
+                self._check_share(total)
 
-    def _result(self, number: int, line: str) -> dict[str, Any]:
-        """What line `number` (from 0) becomes: {"row", "hash"}, or {"line", "reason"} if it fails."""
-        id_ = f"vision-opd-6k-{number:06d}"
-        try:
-            row, hash_ = self._row(id_, number, _parse(line))
-        except (ValueError, UserError) as error:
-            return {"id": id_, "line": number + 1, "reason": str(error)}
-        return {"hash": hash_, "row": row}
+    def _keep_rows(self) -> int:
+        """How many rows were read before, as long as their pictures are what they were; the journal ends behind them.
 
-    def _row(self, id_: str, number: int, published: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
-        """A published row as a triplet that validation accepts, and its image's hash; `ValueError`, `UserError`."""
-        for key in ("problem", "answer"):
-            if not isinstance(published.get(key), str):
-                raise ValueError(f"{key} is not a text")
-            published[
-                key
-            ].encode()  # a half of a surrogate pair, which no file of ours can hold, is a ValueError
-        question = read_question(published["problem"], published["answer"])
-        cells = {
-            c: self._image(n, published.get(n)) for c, n in (("image", "images"), ("crop", "teacher_images"))
-        }
-        decoded = {cell["path"]: schema.decode_image(cell, self.out) for cell in cells.values()}
-        image, crop = (decoded[cells[column]["path"]] for column in ("image", "crop"))
-        box = boxes.box_of(published.get("bbox"), *image.size)
-        if wrong := boxes.problem(image, crop, box):
-            raise ValueError(wrong)
-        row = cells | {
-            "id": id_,
-            "original": self._original(published),
-            "box": box,
-            "question": question.text,
-            "hint": question.hint,
-            "options": question.options,
-            "answer": question.answer,
-            "answer_type": "letter",
-            "family": "multiple choice",
-            "source": source.HUB_ID,
-            "licence": LICENCE,
-            "provenance": f"{self.revision}, {source.ROWS_FILE} line {number + 1}",
-        }
-
-        def decode(cell: Mapping[str, Any], folder: Path) -> Image.Image:
-            return decoded.get(cell["path"]) or schema.decode_image(cell, folder)
-
-        found, hash_ = validate.row_problems(row | {"split": "train"}, self.out, "train", MARKERS, decode)
-        if blocking := [f"{kind}: {reason}" for kind, reason in found if kind in validate.BLOCKING]:
-            raise ValueError("; ".join(blocking))
-        return row, hash_
-
-    def _original(self, published: dict[str, Any]) -> dict[str, Any] | None:
-        """The picture without the box, where there is one: nothing needs it."""
-        try:
-            return self._image(source.ORIGINALS[0], published.get(source.ORIGINALS[0]))
-        except ValueError:
-            return None
+        Half a line at its end, from a kill, is cut off as well.
+        """
+        if not self.rows_file.is_file():
+            return 0
+        count = whole = 0
+        with self.rows_file.open("r+b") as journal:
+            for line in journal:
+                result = _journaled(line)
+                if result is None or not rows.holds(result, self.out):
+                    break
+                count, whole = count + 1, whole + len(line)
+                self.failed += "row" not in result
+            journal.truncate(whole)
+        return count
 
     def _check_share(self, total: int) -> None:
         """`UserError` if more rows have failed than may; quarantined.jsonl then has the reasons so far."""
@@ -294,10 +239,11 @@ class _Work:
         splits = assign(np.array(hashes, dtype=np.uint64), held_out, seed)
         validation_stamp.remove(self.out)
         for split in SPLITS:
-            rows = tqdm(
+            of_split = tqdm(
                 self._rows_of(split, splits), desc=f"writing {split}", total=splits.count(split), unit="row"
             )
-            schema.write(rows, self.out / f"{split}.parquet", owned=self.owned)
+            path = self.out / f"{split}.parquet"
+            schema.write(of_split, path, owned=self.owned, check=schema.check_texts)
         return dict(Counter(splits))
 
     def _results(self) -> Iterator[dict[str, Any]]:
@@ -309,6 +255,28 @@ class _Work:
         for row, belongs in zip(kept, splits, strict=True):
             if belongs == split:
                 yield row | {"split": split}
+
+    # ---- validation -------------------------------------------------------------------------------------------------
+
+    def validate(self) -> validate.Report:
+        """The last validation. Pictures that were decoded for their row, and are unchanged since, are not again."""
+        known = {
+            result["row"]["id"]: (_shown(result["row"]), result["hash"])
+            for result in self._results()
+            if "row" in result and rows.holds(result, self.out)
+        }
+
+        def pictures(row: Mapping[str, Any], folder: Path) -> tuple[validate.Problems, int | None]:
+            shown, hash_ = known.get(row["id"], (None, None))
+            return ([], hash_) if shown == _shown(row) else validate.picture_problems(row, folder)
+
+        return validate.stamped(self.out, pictures=pictures)
+
+
+def _shown(row: Mapping[str, Any]) -> str:
+    """Hash of what a row says of its pictures."""
+    cells = [row[column] and (row[column]["bytes"], row[column]["path"]) for column in schema.ALL_IMAGES]
+    return hash_json([cells, list(row["box"]), row["family"]])
 
 
 def assign(hashes_N: np.ndarray, held_out: dict[str, int], seed: int) -> list[str]:
@@ -346,28 +314,12 @@ def _lines(file: Path) -> Iterator[str]:
                 yield line.decode("utf-8", errors="replace")
 
 
-def _parse(line: str) -> dict[str, Any]:
-    """A line's JSON object; `ValueError` (which JSON errors are) for anything else."""
+def _journaled(line: bytes) -> dict[str, Any] | None:
+    """A line of the journal; None if a kill cut it short."""
     try:
-        content = json.loads(line)
-    except RecursionError as error:
-        raise ValueError("JSON nested too deeply") from error
-    if not isinstance(content, dict):
-        raise ValueError("not a JSON object")
-    return content
-
-
-def _whole_lines(file: Path) -> int:
-    """Number of lines of a file that may not be there; half a line at its end, from an interruption, is cut off."""
-    if not file.is_file():
-        return 0
-    count = whole = 0
-    with file.open("r+b") as stream:
-        for line in stream:
-            if line.endswith(b"\n"):
-                count, whole = count + 1, whole + len(line)
-        stream.truncate(whole)
-    return count
+        return dict(json.loads(line)) if line.endswith(b"\n") else None
+    except ValueError:
+        return None
 
 
 @reports_errors("data.vision_opd_6k", interrupted="give the command again, and it continues from here")
@@ -398,10 +350,10 @@ def main(arguments: list[str]) -> int:
     local = None if args.source == "hub" else Path(args.source)
     choices = {"validation": args.validation_rows, "test": args.test_rows, "seed": args.seed}
     meta = prepare(args.out, local, args.revision, choices, args.most_failed)
-    rows = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
+    counts = ", ".join(f"{split} {meta['rows'].get(split, 0)}" for split in SPLITS)
     share = meta["quarantined"] / (meta["quarantined"] + sum(meta["rows"].values()))
     print(f"{meta['quarantined']} rows ({share:.2%}) quarantined: reasons in {args.out / QUARANTINED}")
-    print(f"{rows} rows; bbox is {meta['bbox']}; revision {meta['revision']}")
+    print(f"{counts} rows; bbox is {meta['bbox']}; revision {meta['revision']}")
     return 0
 
 

@@ -7,6 +7,8 @@ public code that read it); another one is said, and every row is checked either 
 
 import hashlib
 import json
+import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from tqdm import tqdm
 
 from data.vision_opd_6k.archive import parts_of
 from vopd.common import ownership
+from vopd.common.provenance import hash_contents
 from vopd.common.terminal import say
 from vopd.errors import UserError
 
@@ -88,11 +91,16 @@ def check_unchanged(out: Path, folder: Path) -> dict[str, Any]:
         UserError: a file is not the one that was used before; names it.
     """
     record = _read(out)
-    files = {}
-    for file in tqdm(published_files(folder), desc="checking files", unit="file"):
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
+    published, files = published_files(folder), {}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        digests = tqdm(
+            pool.map(lambda file: hash_contents([file]), published),
+            desc="checking files",
+            total=len(published),
+            unit="file",
+        )
+        for file, digest in zip(published, digests, strict=True):
+            files[str(file.relative_to(folder))] = {"bytes": file.stat().st_size, "sha256": digest}
     known = record.get("files", files)
     for name in sorted({*known, *files}):
         if known.get(name) != files.get(name):

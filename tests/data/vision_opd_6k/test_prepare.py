@@ -2,7 +2,11 @@
 
 import hashlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -21,6 +25,7 @@ from vopd.errors import UserError
 
 pytestmark = pytest.mark.slow
 
+ROOT = Path(__file__).resolve().parents[3]
 ROWS = 40
 CHOICES = {"validation": 6, "test": 6, "seed": 0}
 Spoil = Callable[[int, dict], dict]
@@ -114,53 +119,119 @@ def test_another_choice_of_held_out_rows_extracts_and_reads_nothing_again(
 ) -> None:
     out = shutil.copytree(prepared, tmp_path / "out")
     monkeypatch.setattr(prepare, "extract", None)
-    monkeypatch.setattr(prepare, "read_question", None)
+    monkeypatch.setattr(prepare.worker_pool, "workers", None)
+    monkeypatch.setattr(prepare.validate, "picture_problems", None)
     prepare.prepare(out, published, choices={"seed": 1})
     new, old = rows_of(out), rows_of(prepared)
     assert len(new["test"]) == 6 and {r["id"] for r in new["test"]} != {r["id"] for r in old["test"]}
 
 
-class Killed(BaseException):
-    """What no code of ours catches, like a signal."""
+KILLED = """
+import importlib, os, sys
+from pathlib import Path
+
+from data.vision_opd_6k import prepare
+
+out, published, owner, name, last = sys.argv[1:]
+module, _, inside = owner.partition(":")
+owner = importlib.import_module(module)
+owner = getattr(owner, inside) if inside else owner
+exact, calls = getattr(owner, name), 0
+
+def killed(*args, **kwargs):
+    global calls
+    calls += 1
+    if calls == int(last):
+        os.kill(os.getpid(), 9)
+    return exact(*args, **kwargs)
+
+setattr(owner, name, killed)
+prepare.main(["--out", out, "--source", published, "--validation-rows=6", "--test-rows=6"])
+"""
+KILLS = {
+    "in the first archive": ("data.vision_opd_6k.archive", "_write", 9),
+    "in the second archive": ("data.vision_opd_6k.archive", "_write", ROWS + 9),
+    "between rows": ("data.vision_opd_6k.prepare:_Work", "_check_share", 25),
+    "before the second split": ("data.schema", "write", 2),
+    "in the last validation": ("data.validate", "row_problems", 30),
+    "before the record": ("vopd.common.ownership:Owned", "write_text", 1),
+}
+"""The call that does not return, of a function by its module (and class)."""
 
 
-@pytest.mark.parametrize("at", ["extract", "rows", "half a line", "parquet", "validate"])
-def test_a_killed_run_resumes_and_ends_the_same(
-    at: str, prepared: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def marked(journal: Path, line: int) -> None:
+    """Marks a line of the journal, which shows later whether it was kept."""
+    lines = journal.read_text().splitlines()
+    lines[line] = json.dumps(json.loads(lines[line]) | {"marked": True})
+    journal.write_text("\n".join(lines) + "\n")
+
+
+def marks(journal: Path) -> list[int]:
+    return [i for i, line in enumerate(journal.read_text().splitlines()) if "marked" in json.loads(line)]
+
+
+def test_killed_again_and_again_it_resumes_and_ends_with_the_same_bytes(
+    prepared: Path, published: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    calls = {
-        "extract": (prepare, "extract"),
-        "parquet": (schema, "write"),
-        "validate": (prepare.validate, "stamped"),
-    }
-    target, name = calls.get(at, (prepare, "read_question"))
-    exact, count = getattr(target, name), 0
-
-    def killed_on_the_way(*args: Any, **kwargs: Any) -> Any:
-        nonlocal count
-        count += 1
-        if at == "extract":
-            return (n for i, n in enumerate(exact(*args, **kwargs)) if i < 9 or killed())
-        return killed() if count > {"parquet": 1, "validate": 0}.get(at, 30) else exact(*args, **kwargs)
-
-    def killed() -> Any:
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(target, name, killed_on_the_way)
-        patch.setattr(prepare, "BATCH", 8)
-        with pytest.raises(Killed):
-            prepare.prepare(out, published, choices=CHOICES)
-    assert not (out / validation_stamp.NAME).exists() and not (out / "meta.json").exists()
-    rows_file = out / "work" / "rows.jsonl"
-    if at in ("rows", "half a line"):
-        assert 24 <= len(rows_file.read_text().splitlines()) < ROWS
-    if at == "half a line":
-        rows_file.write_bytes(rows_file.read_bytes()[:-7])
+    journal = out / "work" / "rows.jsonl"
+    for where, (owner, name, call) in KILLS.items():
+        arguments = [str(out), str(published), owner, name, str(call)]
+        process = subprocess.run(
+            [sys.executable, "-P", "-c", KILLED, *arguments],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert process.returncode == -signal.SIGKILL, (where, process.stderr.decode())
+        assert not (out / "meta.json").exists()
+        if where == "between rows":
+            assert len(journal.read_text().splitlines()) == 24  # the first call comes before the first row
+            marked(journal, 22)
+            journal.write_bytes(journal.read_bytes()[:-7])
     prepare.prepare(out, published, choices=CHOICES)
-    assert rows_of(out) == rows_of(prepared)
-    assert validation_stamp.check(out, prepare.SPLITS) == validation_stamp.check(prepared, prepare.SPLITS)
+    assert marks(journal) == [22]  # what was read before the kill was not read again
+    assert contents(out) == contents(prepared)
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """What a prepared folder holds, but for the notes of its making."""
+    files = (f for f in out.rglob("*") if f.is_file() and not f.name.startswith("."))
+    return {str(f.relative_to(out)): f.read_bytes() for f in files if f.parent.name != "work"}
+
+
+def test_a_row_is_kept_only_while_its_pictures_are_the_same(
+    prepared: Path, published: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(prepared, tmp_path / "out")  # other files, of the same content
+    journal = out / "work" / "rows.jsonl"
+    for line in (6, 7, 8):
+        marked(journal, line)
+    picture = out / json.loads(journal.read_text().splitlines()[7])["row"]["image"]["path"]
+    times = picture.stat().st_atime_ns, picture.stat().st_mtime_ns
+    picture.write_bytes(b"x" * picture.stat().st_size)
+    os.utime(picture, ns=times)
+    (out / "meta.json").unlink()
+    meta = prepare.prepare(out, published, choices=CHOICES, most_failed=0.05)
+    assert marks(journal) == [6] and meta["quarantined"] == 1
+    (line,) = [json.loads(line) for line in (out / "quarantined.jsonl").read_text().splitlines()]
+    assert line["line"] == 8 and "not a readable image" in line["reason"]
+
+
+def test_the_last_validation_sees_a_picture_that_changed_on_the_way(
+    prepared: Path, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(prepared, tmp_path / "out")
+    exact = schema.write
+
+    def written(*args: Any, **kwargs: Any) -> int:
+        (out / "images" / "images" / "000003.png").write_bytes(b"x")
+        return exact(*args, **kwargs)
+
+    monkeypatch.setattr(schema, "write", written)
+    with pytest.raises(UserError, match="some rows did not pass"):
+        prepare.prepare(out, published, choices={"seed": 1})
+    assert not (out / validation_stamp.NAME).exists()
 
 
 @pytest.mark.parametrize("name", ["train.jsonl", "images/images.tar.gz01"])
