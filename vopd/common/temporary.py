@@ -97,16 +97,16 @@ def sweep() -> list[Path]:
 
 def orphans(since: float) -> list[Path]:
     """Segments of shared memory made by this user since then (seconds since the epoch) that no process has mapped."""
-    found = []
+    found = {}
     with suppress(OSError):
         for file in SHARED_MEMORY.iterdir():
             with suppress(OSError):
                 state = file.stat(follow_symlinks=False)
                 ours = stat.S_ISREG(state.st_mode) and state.st_uid == os.geteuid()
                 if ours and file.name.startswith(SEGMENTS) and state.st_ctime >= since:
-                    found.append(file)
+                    found[file] = state.st_ino
     mapped = _mapped() if found else set()
-    return [file for file in found if file not in mapped]
+    return [file for file, inode in found.items() if inode not in mapped]
 
 
 def processes(folder: Path) -> list[psutil.Process]:
@@ -135,15 +135,19 @@ def _clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _mapped() -> set[Path]:
-    """What processes have mapped or open below the folder of shared memory."""
-    found: set[Path] = set()
+def _mapped() -> set[int]:
+    """Inodes of what processes have mapped or open below the folder of shared memory.
+
+    Names would not do: whoever makes a semaphore has it mapped under the name it had before it got its own.
+    """
+    found: set[int] = set()
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             lines = (process / "maps").read_text(errors="replace").splitlines()
-            found |= {Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHARED_MEMORY}/" in line}
+            found |= {int(line.split(maxsplit=5)[4]) for line in lines if f" {SHARED_MEMORY}/" in line}
         with suppress(OSError):
             for link in (process / "fd").iterdir():
                 with suppress(OSError):
-                    found.add(Path(os.readlink(link)))
+                    if os.readlink(link).startswith(f"{SHARED_MEMORY}/"):
+                        found.add(link.stat().st_ino)
     return found

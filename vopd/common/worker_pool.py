@@ -52,7 +52,7 @@ def in_order(
     """`function` of every item, in order; few items are drawn before their turn. What it raises is raised here.
 
     Raises:
-        UserError: a worker was killed from outside.
+        UserError: a worker ended, which is none of `function`'s doing: it was killed, or could not begin.
     """
     source, waiting = iter(items), deque[Future[Result]]()
     ahead = AHEAD * min(MOST, len(os.sched_getaffinity(0)))
@@ -64,8 +64,8 @@ def in_order(
             yield result
     except BrokenProcessPool as error:
         raise UserError(
-            "a process that looks at pictures was killed, perhaps because memory ran out; make room and give the "
-            "command again."
+            "a worker process ended before its work was done, perhaps because memory ran out; make room and give "
+            "the command again."
         ) from error
 
 

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from multiprocessing import shared_memory
+from multiprocessing import shared_memory, synchronize
 from pathlib import Path
 
 import psutil
@@ -133,19 +133,25 @@ def test_processes_that_outlive_the_run_are_ended(root: Path) -> None:
 def test_shared_memory_that_nobody_has_mapped_goes(root: Path) -> None:
     """What a killed process leaves: a segment and a semaphore. What is in use, or older, stays."""
     used = shared_memory.SharedMemory(create=True, size=64)
-    made = multiprocessing.get_context("spawn").Semaphore()
     left = temporary.SHARED_MEMORY / f"psm_{os.getpid()}_left"
     other = temporary.SHARED_MEMORY / f"other_{os.getpid()}"
     try:
         with temporary.scratch():
             time.sleep(0.01)
+            made = multiprocessing.get_context("spawn").Semaphore()
             left.touch()
             other.touch()
             assert left in temporary.orphans(time.time() - 60)
             assert left not in temporary.orphans(time.time() + 60)
         assert not left.exists() and other.exists()
         assert (temporary.SHARED_MEMORY / used.name.lstrip("/")).exists()
-        assert made.acquire(timeout=1)
+        # A process that is started now opens it by its name.
+        opener = multiprocessing.get_context("spawn").Process(
+            target=synchronize.Semaphore.get_value, args=(made,)
+        )
+        opener.start()
+        opener.join()
+        assert opener.exitcode == 0
     finally:
         left.unlink(missing_ok=True)
         other.unlink(missing_ok=True)

@@ -67,7 +67,7 @@ def test_an_error_of_the_function_is_raised_here() -> None:
 
 
 def test_a_worker_that_is_killed_is_a_sentence() -> None:
-    with worker_pool.workers([]) as pool, pytest.raises(UserError, match=r"was killed, .* memory"):
+    with worker_pool.workers([]) as pool, pytest.raises(UserError, match=r"a worker process ended .* memory"):
         list(worker_pool.in_order(pool, os._exit, [1, 2]))
 
 
