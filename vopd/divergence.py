@@ -4,7 +4,8 @@ Every distillation method compares a teacher with the student at each response t
 the direction (beta) and the support (the student's top k, or the whole vocabulary). Gradients are closed
 forms rather than autograd's: a backward makes one (T, V) tensor instead of one per step of the formula, and
 all that it keeps of the forward, beside the logits, is one bucket or number per token. What is made on the way
-is made for a few rows at a time: on a CPU it then stays in the cache.
+is made for a few rows at a time: on a CPU it then stays in the cache. On CUDA the passes over the vocabulary for
+top k + tail, sampled tokens and entropy are kernels (`vopd/divergence_triton.py`); plain torch is their reference.
 
 Shape suffixes: T tokens, V vocabulary, K support (the chosen tokens), B buckets (K + 1 with a tail,
 V without). All inputs are float32 or float64; all results are in nats, one number per token.
@@ -15,7 +16,11 @@ Sources: generalised JSD and top-k + tail, Vision-OPD (arXiv 2605.18740); pointw
 
 from __future__ import annotations
 
+import functools
+import logging
+import os
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +56,9 @@ def student_top_k(student_logits_TV: Tensor, k: int) -> Tensor:
 
     The choice carries no gradient. Raises ValueError if k is not in 1..V.
     """
-    return _support(student_logits_TV.detach(), k)[0]
+    logits_TV = student_logits_TV.detach()
+    _require_fit(logits_TV, k)
+    return _top_k(_kernels(logits_TV), logits_TV, k)
 
 
 def bucketed_log_probs(logits_TV: Tensor, support_TK: Tensor) -> Tensor:
@@ -138,7 +145,34 @@ def entropy(logits_TV: Tensor) -> Tensor:
     _require_full_precision(logits_TV)
     if torch.is_grad_enabled() and logits_TV.requires_grad:
         return _entropy(_log_probs(logits_TV)[0])
+    if kernels := _kernels(logits_TV):
+        _, sum_T1, moment_T1 = kernels.whole(logits_TV.detach())
+        return (sum_T1.log() - moment_T1 / sum_T1)[:, 0]
     return torch.cat([_entropy(_log_probs(logits_TV[rows])[0]) for rows in _few_rows(logits_TV)])
+
+
+def _kernels(logits_TV: Tensor, *others: Tensor) -> ModuleType | None:
+    """`vopd.divergence_triton` where it works on these logits; None where plain torch does.
+
+    It does on CUDA, or under Triton's interpreter, on float32 logits of one shape. float64 stays the reference.
+    """
+    if not logits_TV.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        return None
+    kinds = {(x.shape, x.dtype, x.device) for x in (logits_TV, *others)}
+    return _imported_kernels() if len(kinds) == 1 and logits_TV.dtype == torch.float32 else None
+
+
+@functools.cache
+def _imported_kernels() -> ModuleType | None:
+    try:
+        from vopd import divergence_triton
+    except ImportError as error:
+        logging.getLogger(__name__).warning(
+            "Triton cannot be imported (%s): divergences on the GPU run in plain torch, to the same results, slower.",
+            error,
+        )
+        return None
+    return divergence_triton
 
 
 def _few_rows(logits_TV: Tensor) -> Iterator[slice]:
@@ -166,13 +200,22 @@ def _entropy(log_probs_TV: Tensor) -> Tensor:
     return -(log_probs_TV.exp() * log_probs_TV.masked_fill(log_probs_TV == _NEG_INF, 0.0)).sum(-1)
 
 
-def _support(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Ids (T, K) of the k largest logits, the lower id first among equals, and the largest logit outside (T, 1)."""
+def _require_fit(logits_TV: Tensor, k: int) -> None:
     vocabulary = logits_TV.shape[-1]
     if not 1 <= k <= vocabulary:
         raise ValueError(
             f"top-k of k={k} does not fit a vocabulary of V={vocabulary}: choose k from 1 to {vocabulary}."
         )
+
+
+def _top_k(kernels: ModuleType | None, logits_TV: Tensor, k: int) -> Tensor:
+    support_TK = kernels.top_k(logits_TV, k) if kernels else None
+    return _support(logits_TV, k)[0] if support_TK is None else support_TK
+
+
+def _support(logits_TV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Ids (T, K) of the k largest logits, the lower id first among equals, and the largest logit outside (T, 1)."""
+    vocabulary = logits_TV.shape[-1]
     if k == vocabulary:
         ids_TV = torch.arange(vocabulary, device=logits_TV.device).expand(logits_TV.shape)
         return ids_TV, logits_TV.new_full((len(logits_TV), 1), _NEG_INF)
@@ -280,23 +323,36 @@ class _Buckets(NamedTuple):
     log_normaliser_T: Tensor
 
 
-def _buckets(logits_TV: Tensor, support_TK: Tensor, outside_T1: Tensor) -> _Buckets:
-    """As `bucketed_log_probs`, in one exponential; outside_T1 is the largest logit outside the support."""
+class _Sums(NamedTuple):
+    """The tail's m, sum of e^(z-m) and sum of e^(z-m)(z-m), for some m near its largest logit; 0 without a tail."""
+
+    largest_T1: Tensor
+    sum_T1: Tensor
+    moment_T1: Tensor
+
+
+def _tail_sums(logits_TV: Tensor, support_TK: Tensor, outside_T1: Tensor) -> _Sums:
+    """In one exponential; outside_T1 is the largest logit outside the support."""
     largest_T1 = outside_T1.masked_fill(outside_T1 == _NEG_INF, 0.0)
     above_TV = logits_TV - largest_T1
     # In the support the exponential may overflow; it does not count.
     weight_TV = above_TV.exp().scatter_(-1, support_TK, 0.0)
     sum_T1 = weight_TV.sum(-1, keepdim=True)
+    # 0 * -inf counts 0.
+    above_TV.clamp_(min=torch.finfo(logits_TV.dtype).min)
+    return _Sums(largest_T1, sum_T1, above_TV.mul_(weight_TV).sum(-1, keepdim=True))
+
+
+def _buckets(support_logits_TK: Tensor, tail: _Sums) -> _Buckets:
+    """As `bucketed_log_probs`."""
+    largest_T1, sum_T1, moment_T1 = tail
     log_tail_T1 = sum_T1.log() + largest_T1
-    support_logits_TK = logits_TV.gather(-1, support_TK)
     log_normaliser_T1 = torch.logaddexp(support_logits_TK.logsumexp(-1, keepdim=True), log_tail_T1)
     log_probs_TB = torch.cat([support_logits_TK, log_tail_T1], -1) - log_normaliser_T1
-    # The tail's share of sum p log p: its mass times the mean log-probability in it. 0 * -inf counts 0.
-    least = torch.finfo(logits_TV.dtype).min
-    moment_T1 = above_TV.clamp_(min=least).mul_(weight_TV).sum(-1, keepdim=True)
+    # The tail's share of sum p log p: its mass times the mean log-probability in it.
     tail_T1 = log_probs_TB[:, -1:].exp() * (moment_T1 / sum_T1 + largest_T1 - log_normaliser_T1)
     support_TK1 = log_probs_TB[:, :-1]
-    inside_T = (support_TK1.exp() * support_TK1.clamp(min=least)).sum(-1)
+    inside_T = (support_TK1.exp() * support_TK1.clamp(min=torch.finfo(log_tail_T1.dtype).min)).sum(-1)
     entropy_T = -(inside_T + tail_T1.masked_fill(sum_T1 == 0.0, 0.0)[:, 0])
     return _Buckets(log_probs_TB, log_tail_T1, entropy_T, log_normaliser_T1[:, 0])
 
@@ -308,9 +364,11 @@ class _TopKTailDivergence(torch.autograd.Function):
     def forward(
         ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, k: int, beta: float
     ) -> tuple[Tensor, ...]:
+        _require_fit(student_logits_TV, k)
+        kernels = _kernels(student_logits_TV, teacher_logits_TV)
         parts = [
-            _top_k_tail_rows(student_logits_TV[rows], teacher_logits_TV[rows], k, beta)
-            for rows in _few_rows(student_logits_TV)
+            _top_k_tail_rows(kernels, student_logits_TV[rows], teacher_logits_TV[rows], k, beta)
+            for rows in ([slice(None)] if kernels else _few_rows(student_logits_TV))
         ]
         *numbers, support_TK, log_tail_T1, gradient_TB = (
             torch.cat(column) for column in zip(*parts, strict=True)
@@ -327,6 +385,9 @@ class _TopKTailDivergence(torch.autograd.Function):
         # Each tail token takes its share p_v / q_tail = exp(z_v - log tail sum) of the tail's gradient. An
         # empty tail has no token to take any: subtracting +inf makes every share exp(-inf) = 0.
         log_tail_T1 = log_tail_T1.masked_fill(log_tail_T1 == _NEG_INF, float("inf"))
+        if kernels := _kernels(student_logits_TV):
+            grad_TV = kernels.scaled_exp(student_logits_TV, log_tail_T1, bucket_grad_TB[:, -1:])
+            return grad_TV.scatter_(-1, support_TK, bucket_grad_TB[:, :-1]), None, None, None
         grad_TV = torch.empty_like(student_logits_TV)
         for rows in _few_rows(grad_TV):
             # The support's entries may overflow here; they are overwritten.
@@ -335,12 +396,22 @@ class _TopKTailDivergence(torch.autograd.Function):
         return grad_TV, None, None, None
 
 
-def _top_k_tail_rows(student_TV: Tensor, teacher_TV: Tensor, k: int, beta: float) -> tuple[Tensor, ...]:
+def _top_k_tail_rows(
+    kernels: ModuleType | None, student_TV: Tensor, teacher_TV: Tensor, k: int, beta: float
+) -> tuple[Tensor, ...]:
     """The numbers of TopKTailDivergence for these rows, then support, log tail sum and bucket gradient."""
-    support_TK, outside_T1 = _support(student_TV, k)
-    student = _buckets(student_TV, support_TK, outside_T1)
-    outside_T1 = teacher_TV.scatter(-1, support_TK, _NEG_INF).amax(-1, keepdim=True)
-    teacher = _buckets(teacher_TV, support_TK, outside_T1)
+    if kernels:
+        support_TK = _top_k(kernels, student_TV, k)
+        tails = kernels.tails(student_TV, teacher_TV, support_TK)
+    else:
+        support_TK, outside_T1 = _support(student_TV, k)
+        student_tail = _tail_sums(student_TV, support_TK, outside_T1)
+        outside_T1 = teacher_TV.scatter(-1, support_TK, _NEG_INF).amax(-1, keepdim=True)
+        tails = student_tail, _tail_sums(teacher_TV, support_TK, outside_T1)
+    student, teacher = (
+        _buckets(logits_TV.gather(-1, support_TK), _Sums(*tail))
+        for logits_TV, tail in zip((student_TV, teacher_TV), tails, strict=True)
+    )
     student_TB, teacher_TB = student.log_probs_TB, teacher.log_probs_TB
     return (
         divergence(teacher_TB, student_TB, beta),
@@ -423,7 +494,11 @@ class _SampledTokenLogProb(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits_TV: Tensor, token_T: Tensor) -> Tensor:
-        log_normaliser_T = torch.cat([logits_TV[rows].logsumexp(-1) for rows in _few_rows(logits_TV)])
+        if kernels := _kernels(logits_TV):
+            largest_T1, sum_T1, _ = kernels.whole(logits_TV)
+            log_normaliser_T = (sum_T1.log() + largest_T1)[:, 0]
+        else:
+            log_normaliser_T = torch.cat([logits_TV[rows].logsumexp(-1) for rows in _few_rows(logits_TV)])
         ctx.save_for_backward(logits_TV, token_T, log_normaliser_T)
         return _at(logits_TV, token_T) - log_normaliser_T
 
@@ -431,6 +506,9 @@ class _SampledTokenLogProb(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None]:
         logits_TV, token_T, log_normaliser_T = ctx.saved_tensors
+        if kernels := _kernels(logits_TV):
+            grad_TV = kernels.scaled_exp(logits_TV, log_normaliser_T.unsqueeze(-1), -grad_T.unsqueeze(-1))
+            return grad_TV.scatter_add_(-1, token_T.unsqueeze(-1), grad_T.unsqueeze(-1)), None
         grad_TV = torch.empty_like(logits_TV)
         for rows in _few_rows(grad_TV):
             normaliser_T1, upstream_T1 = log_normaliser_T[rows].unsqueeze(-1), grad_T[rows].unsqueeze(-1)
