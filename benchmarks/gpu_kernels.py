@@ -114,7 +114,7 @@ def _error(found: Tensor, exact: Tensor) -> float:
 
 
 def _far_offsets() -> Row:
-    """The last rows of more than 2^31 logits, against the same rows alone; they must be equal."""
+    """The last rows of more than 2^31 logits, against those rows alone: the order of sums may differ. Takes 30 GB."""
     vocabulary, last, k = 151_936, 8, 100
     tokens = 2**31 // vocabulary + last
     generator = torch.Generator("cuda").manual_seed(SEED)
@@ -133,7 +133,7 @@ def _far_offsets() -> Row:
         (grad_TV,) = torch.autograd.grad(numbers.divergence_T.sum(), leaf_TV)
         results.append([number[-last:].detach() for number in (*numbers, grad_TV)])
     difference = max(float((x - y).abs().max()) for x, y in zip(*results, strict=True))
-    return Row(f"({tokens}, {vocabulary}): the last rows, 2^31 logits in", difference, 0.0)
+    return Row(f"({tokens}, {vocabulary}): the last rows, 2^31 logits in", difference, 1e-5)
 
 
 def main() -> None:

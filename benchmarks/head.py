@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from vopd import divergence
 from vopd.backbone.head import ScoringHead, active
 from vopd.backbone.scoring import Component, ScoringContext
 from vopd.method import Method, ScoreChunk
@@ -223,7 +224,12 @@ def main() -> None:
     if args.memory_of:
         print(json.dumps(peak_bytes(compared[args.memory_of], inputs(*shapes[0], args.device))))
         return
-    machine = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} thread(s) of a CPU"
+    machine = f"{args.threads} thread(s) of a CPU"
+    if args.device == "cuda":
+        kernels = divergence._kernels(torch.zeros(1, 1, device="cuda"))
+        machine = (
+            f"{torch.cuda.get_device_name()}, top-k divergence in {'Triton' if kernels else 'plain torch'}"
+        )
     print(f"torch {torch.__version__}, {machine}; least of {args.rounds} rounds, in turns")
     print("\n".join(left_out))
     for shape in shapes:
