@@ -4,7 +4,7 @@
 
 Head, one thread, top 100, chunk 128: seconds of forward and backward over tokens and over k, beside its four matrix
 products; peak memory over the vocabulary and over tokens, beside one chunk of logits of student, teacher and gradient.
-Step: whole runs of Vision-OPD on the miniature, seconds of the quickest step over tokens trained (prompts x rollouts),
+Step: whole runs of Vision-OPD on the miniature, seconds of the quickest step over tokens trained,
 beside a line through the origin and the largest. `--no-runs` leaves these out (they take a minute each). The numbers are
 printed as JSON as well.
 """
