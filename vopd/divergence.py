@@ -123,13 +123,16 @@ def top_k_tail_divergence(
     return TopKTailDivergence(*_TopKTailDivergence.apply(student_logits_TV, teacher_logits_TV, k, beta))
 
 
-def pointwise_forward_kl(student_logits_TV: Tensor, teacher_logits_TV: Tensor, clip: float) -> Tensor:
+def pointwise_forward_kl(
+    student_logits_TV: Tensor, teacher_logits_TV: Tensor, clip: float, temperature: float = 1.0
+) -> Tensor:
     """sum_v min(p_T(v) log(p_T(v) / p_S(v)), clip) per token (T,), over the full vocabulary (OPSD).
 
-    Entries at the clip carry no gradient; clip=inf is the forward KL. The teacher carries none.
+    Entries at the clip carry no gradient; clip=inf is the forward KL. The teacher carries none. Both p are
+    softmax(logits / temperature); the value is not multiplied by temperature^2.
     """
     _require_full_precision(student_logits_TV, teacher_logits_TV)
-    value_T: Tensor = _PointwiseForwardKL.apply(student_logits_TV, teacher_logits_TV, clip)
+    value_T: Tensor = _PointwiseForwardKL.apply(student_logits_TV, teacher_logits_TV, clip, temperature)
     return value_T
 
 
@@ -194,6 +197,10 @@ def _log_probs(logits_TV: Tensor) -> tuple[Tensor, Tensor]:
     """
     log_normaliser_T1 = logits_TV.logsumexp(-1, keepdim=True)
     return logits_TV - log_normaliser_T1, log_normaliser_T1
+
+
+def _tempered(logits_TV: Tensor, temperature: float) -> Tensor:
+    return logits_TV if temperature == 1.0 else logits_TV / temperature
 
 
 def _entropy(log_probs_TV: Tensor) -> Tensor:
@@ -459,34 +466,38 @@ class _FullDivergence(torch.autograd.Function):
 
 
 class _PointwiseForwardKL(torch.autograd.Function):
-    """The clipped sum; with kept entries c, dD/dz = p_S sum(c p_T) - c p_T. Keeps nothing but the logits."""
+    """The clipped sum; with kept entries c, dD/d(z / temperature) = p_S sum(c p_T) - c p_T. Keeps the logits alone."""
 
     @staticmethod
-    def forward(ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, clip: float) -> Tensor:
+    def forward(
+        ctx: Any, student_logits_TV: Tensor, teacher_logits_TV: Tensor, clip: float, temperature: float
+    ) -> Tensor:
         ctx.save_for_backward(student_logits_TV, teacher_logits_TV)
-        ctx.clip = clip
+        ctx.clip, ctx.temperature = clip, temperature
         parts = []
         for rows in _few_rows(student_logits_TV):
             (teacher_TV, _), (student_TV, _) = (
-                _log_probs(x[rows]) for x in (teacher_logits_TV, student_logits_TV)
+                _log_probs(_tempered(x[rows], temperature)) for x in (teacher_logits_TV, student_logits_TV)
             )
             parts.append(_kl_terms(teacher_TV, student_TV).clamp_(max=clip).sum(-1))
         return torch.cat(parts)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_T: Tensor) -> tuple[Tensor, None, None, None]:
         student_logits_TV, teacher_logits_TV = ctx.saved_tensors
+        upstream_T1 = grad_T.unsqueeze(-1) / ctx.temperature
         grad_TV = torch.empty_like(student_logits_TV)
         for rows in _few_rows(grad_TV):
             (teacher_TV, _), (student_TV, _) = (
-                _log_probs(x[rows]) for x in (teacher_logits_TV, student_logits_TV)
+                _log_probs(_tempered(x[rows], ctx.temperature))
+                for x in (teacher_logits_TV, student_logits_TV)
             )
             clipped_TV = _kl_terms(teacher_TV, student_TV) >= ctx.clip
             kept_TV = teacher_TV.exp_().masked_fill_(clipped_TV, 0.0)
             grad_rows_TV = student_TV.exp_().mul_(kept_TV.sum(-1, keepdim=True)).sub_(kept_TV)
-            torch.mul(grad_rows_TV, grad_T[rows].unsqueeze(-1), out=grad_TV[rows])
-        return grad_TV, None, None
+            torch.mul(grad_rows_TV, upstream_T1[rows], out=grad_TV[rows])
+        return grad_TV, None, None, None
 
 
 class _SampledTokenLogProb(torch.autograd.Function):

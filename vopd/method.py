@@ -125,6 +125,10 @@ class UpdateBatch:
     The three counts are global (all micro-batches, all ranks): they make the loss of one optimiser update the same
     for every split of its rows. FSDP averages gradients over ranks, hence `ranks` as a factor. Rows that `prepare`
     did not keep have a mask of zeros and are not counted.
+
+    `old_log_probs_BT` is the trainer's policy before the first update of the batch, where the method declares
+    `needs_old_log_probs`; `rollout_log_probs_BT` the policy that generated, as vLLM reported it, where it did. Both
+    are of the sampled tokens, without gradient, and 0 in the padding.
     """
 
     rows: int
@@ -132,6 +136,7 @@ class UpdateBatch:
     ranks: int
     advantages_BT: torch.Tensor | None = None
     old_log_probs_BT: torch.Tensor | None = None
+    rollout_log_probs_BT: torch.Tensor | None = None
     weights_B: torch.Tensor | None = None
     kept_B: torch.Tensor | None = None
 

@@ -47,6 +47,34 @@ def test_the_original_clips_each_entry_of_a_full_forward_kl_to_a_frozen_teacher(
     )
 
 
+def test_a_temperature_divides_the_logits_of_student_and_teacher() -> None:
+    method, given = method_of("ablations/opsd_original_temperature_1_1"), chunk()
+    assert method.record()["objective"] == "forward KL, full vocabulary, logits / 1.1"
+    p_CV = (given.student_logits_CV.exp() ** (1 / 1.1)).detach()
+    q_CV = given.scorer_logits["teacher"].exp() ** (1 / 1.1)
+    p_CV, q_CV = p_CV / p_CV.sum(-1, keepdim=True), q_CV / q_CV.sum(-1, keepdim=True)
+    terms_CV = q_CV * (q_CV / p_CV).log()
+    scored = method.score(given)["divergence"]
+    torch.testing.assert_close(scored, terms_CV.clamp(max=0.05).sum(-1))
+    (gradient_CV,) = torch.autograd.grad(scored.sum(), given.student_logits_CV)
+    passing_CV = q_CV * (terms_CV < 0.05)
+    torch.testing.assert_close(gradient_CV, (passing_CV.sum(-1, keepdim=True) * p_CV - passing_CV) / 1.1)
+
+
+def test_the_original_has_no_temperature_and_a_temperature_of_1_changes_no_bit() -> None:
+    assert method_of("opsd_original").settings.temperature == 1.0
+    given = chunk()
+    tempered = build({**load("opsd_original", []).method, "temperature": 1.0}).score(given)["divergence"]
+    student_CV, teacher_CV = given.student_logits_CV.detach(), given.scorer_logits["teacher"]
+    log_p, log_q = (x - x.logsumexp(-1, keepdim=True) for x in (student_CV, teacher_CV))
+    assert torch.equal(tempered, (log_q.exp() * (log_q - log_p)).clamp(max=0.05).sum(-1))
+
+
+def test_a_temperature_without_the_clip_is_refused() -> None:
+    with pytest.raises(UserError, match=r"set method\.clip"):
+        build({"module": "baselines.opsd", "temperature": 1.1})
+
+
 def test_a_clip_without_the_full_vocabulary_is_refused() -> None:
     with pytest.raises(UserError, match=r"method\.top_k=null"):
         build({"module": "baselines.opsd", "clip": 0.05})

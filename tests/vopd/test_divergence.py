@@ -511,22 +511,22 @@ def test_no_tokens_is_fine(k: int | None) -> None:
 # --- the other per-token numbers ---------------------------------------------------------------
 
 
+@pytest.mark.parametrize("temperature", [1.0, 1.1])
 @pytest.mark.parametrize("clip", [0.05, 0.5, float("inf")])
-def test_pointwise_forward_kl(clip: float) -> None:
+def test_pointwise_forward_kl(clip: float, temperature: float) -> None:
     student_TV, teacher_TV = _logits(13)
-    s, t = softmax(student_TV.numpy(), -1), softmax(teacher_TV.numpy(), -1)
+    s, t = (softmax(x.numpy() / temperature, -1) for x in (student_TV, teacher_TV))
     terms = t * np.log(t / s)
     assert (terms > 0.05).any()
     assert (terms < 0).any()
     leaf = student_TV.clone().requires_grad_()
-    value_T = pointwise_forward_kl(leaf, teacher_TV, clip)
+    value_T = pointwise_forward_kl(leaf, teacher_TV, clip, temperature)
     np.testing.assert_allclose(value_T.detach().numpy(), np.minimum(terms, clip).sum(-1), rtol=1e-11)
     (gradient_TV,) = torch.autograd.grad(value_T.sum(), leaf)
     kept = terms < clip
-    np.testing.assert_allclose(
-        gradient_TV.numpy(), s * (t * kept).sum(-1, keepdims=True) - t * kept, rtol=1e-10, atol=1e-13
-    )
-    if math.isinf(clip):
+    expected_TV = (s * (t * kept).sum(-1, keepdims=True) - t * kept) / temperature
+    np.testing.assert_allclose(gradient_TV.numpy(), expected_TV, rtol=1e-10, atol=1e-13)
+    if math.isinf(clip) and temperature == 1.0:
         torch.testing.assert_close(
             value_T, top_k_tail_divergence(student_TV, teacher_TV, None, 0.0).divergence_T
         )

@@ -1,10 +1,15 @@
 """Vision-OPD in the contract: the paper's defaults, its loss as the formula says it, and what it refuses."""
 
+import dataclasses
+import math
+from typing import Any
+
 import pytest
 import torch
 
+from vopd.config import load
 from vopd.errors import UserError
-from vopd.method import ScoreChunk, UpdateBatch, build, default_settings
+from vopd.method import Method, ScoreChunk, UpdateBatch, build, default_settings, sequence_mean
 from vopd.vision_opd import VisionOPD
 
 MODULE = {"module": "vopd.vision_opd"}
@@ -29,6 +34,8 @@ def test_defaults_are_the_papers() -> None:
         "teacher": "ema",
         "teacher_rate": 0.05,
         "teacher_view": "crop",
+        "aggregation": "sequence_mean",
+        "importance_limit": None,
     }
     method = build(MODULE)
     assert (method.rollout.view, method.advantage, method.needs_old_log_probs) == ("full", None, False)
@@ -71,6 +78,101 @@ def test_loss_is_the_mean_over_each_response_then_over_responses() -> None:
     assert loss.item() == (3.0 + 1.0) / 2
 
 
+def script(**settings: Any) -> Method:
+    """The recipe `vision_opd_authors_script`, with other settings if given."""
+    return build({**load("ablations/vision_opd_authors_script", []).method, **settings})
+
+
+def responses() -> tuple[torch.Tensor, torch.Tensor, UpdateBatch]:
+    """Divergences of three responses of 4, 1 and 2 tokens, their mask, and what the policies said of the tokens."""
+    generator = torch.Generator().manual_seed(5)
+    divergence_BT = torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    mask_BT = (torch.arange(4) < torch.tensor([4, 1, 2])[:, None]).double()
+    # Ratios from 0.3 to 3.5 to the rollout's policy, and one beyond what an exponential may be given.
+    rollout_BT = -torch.rand(3, 4, generator=generator, dtype=torch.float64)
+    ratio_BT = torch.linspace(0.3, 3.5, 12, dtype=torch.float64).view(3, 4)
+    old_BT = rollout_BT + ratio_BT.log()
+    old_BT[2, 0] = rollout_BT[2, 0] + 900.0
+    batch = UpdateBatch(rows=3, tokens=7, ranks=1, old_log_probs_BT=old_BT, rollout_log_probs_BT=rollout_BT)
+    return divergence_BT.requires_grad_(), mask_BT, batch
+
+
+def test_the_token_mean_weighs_every_token_of_the_update_alike() -> None:
+    method = build(load("ablations/vision_opd_token_mean", []).method)
+    assert not method.needs_old_log_probs
+    divergence_BT, mask_BT, batch = responses()
+    loss = method.loss({"divergence": divergence_BT}, mask_BT, batch)
+    tokens = [divergence_BT[b, t].item() for b, t in mask_BT.nonzero().tolist()]
+    assert loss.item() == pytest.approx(sum(tokens) / 7, rel=1e-12)
+    per_row = build(MODULE).loss({"divergence": divergence_BT}, mask_BT, batch)
+    assert loss.item() != pytest.approx(per_row.item(), rel=1e-3)
+
+
+def written_out(limit: float) -> float:
+    """The authors' loss token by token."""
+    divergence_BT, mask_BT, batch = responses()
+    total = 0.0
+    for b, t in mask_BT.nonzero().tolist():
+        log_ratio = (batch.old_log_probs_BT[b, t] - batch.rollout_log_probs_BT[b, t]).item()
+        total += divergence_BT[b, t].item() * min(math.exp(min(log_ratio, 20.0)), limit)
+    return total / 7
+
+
+def check_weights_are_truncated_at_2(method: Method) -> None:
+    divergence_BT, mask_BT, batch = responses()
+    loss = method.loss({"divergence": divergence_BT}, mask_BT, batch)
+    assert loss.item() == pytest.approx(written_out(2.0), rel=1e-12)
+    (gradient_BT,) = torch.autograd.grad(loss, divergence_BT)
+    assert gradient_BT.max().item() == pytest.approx(2.0 / 7)
+
+
+def test_the_authors_script_weights_tokens_by_the_ratio_to_the_rollouts_policy_up_to_2() -> None:
+    check_weights_are_truncated_at_2(script())
+
+
+@pytest.mark.parametrize("limit", [None, 3.0, math.inf])
+def test_importance_twin_weights_that_are_not_truncated_at_2_are_seen(limit: float | None) -> None:
+    with pytest.raises(AssertionError):
+        check_weights_are_truncated_at_2(script(importance_limit=limit))
+
+
+def test_the_authors_script_is_verls_rollout_correction_and_token_mean() -> None:
+    from verl.trainer.ppo.core_algos import agg_loss
+    from verl.trainer.ppo.rollout_corr_helper import compute_rollout_correction_weights
+
+    divergence_BT, mask_BT, batch = responses()
+    log_ratio_BT = batch.old_log_probs_BT - batch.rollout_log_probs_BT
+    weights_BT, _ = compute_rollout_correction_weights(log_ratio_BT, mask_BT, "token", 2.0)
+    theirs = agg_loss(divergence_BT * weights_BT, mask_BT, "token-mean", dp_size=1, batch_num_tokens=7)
+    ours = script().loss({"divergence": divergence_BT}, mask_BT, batch)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_no_gradient_goes_through_the_weights() -> None:
+    method = script()
+    assert method.needs_old_log_probs
+    divergence_BT, mask_BT, batch = responses()
+    old_BT = batch.old_log_probs_BT.requires_grad_()
+    batch = dataclasses.replace(batch, old_log_probs_BT=old_BT)
+    loss = method.loss({"divergence": divergence_BT}, mask_BT, batch)
+    assert torch.autograd.grad(loss, old_BT, allow_unused=True) == (None,)
+
+
+def test_without_the_settings_of_the_script_the_loss_is_the_same_to_the_bit() -> None:
+    divergence_BT, mask_BT, batch = responses()
+    loss = build(MODULE).loss({"divergence": divergence_BT}, mask_BT, batch)
+    assert torch.equal(loss, sequence_mean(divergence_BT, mask_BT, batch))
+
+
+def test_weights_without_log_probs_of_the_rollout_are_refused_with_a_sentence() -> None:
+    divergence_BT, mask_BT, batch = responses()
+    batch = dataclasses.replace(batch, rollout_log_probs_BT=None)
+    with pytest.raises(
+        UserError, match=r"these rollouts have no log-probs; set method\.importance_limit=null"
+    ):
+        script().loss({"divergence": divergence_BT}, mask_BT, batch)
+
+
 def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
     given = chunk()
     same = ScoreChunk(
@@ -89,6 +191,8 @@ def test_a_teacher_that_is_the_student_teaches_nothing() -> None:
         ({"teacher_view": "zoom"}, "method.teacher_view=zoom is not allowed; give one of full"),
         ({"teacher_rate": 0.0}, "method.teacher_rate=0.0 is not allowed; give above 0 to 1"),
         ({"top_k": "many"}, "method.top_k"),
+        ({"aggregation": "mean"}, "method.aggregation=mean is not allowed; give one of sequence_mean"),
+        ({"importance_limit": 0.0}, "method.importance_limit=0.0 is not allowed; give above 0"),
     ],
 )
 def test_bad_settings_are_refused_with_a_sentence(settings: dict[str, object], sentence: str) -> None:
@@ -113,6 +217,8 @@ def test_the_record_states_anchor_objective_and_normalisation() -> None:
         ({"teacher": "trust_region"}, "anchor", "trust_region(0.05) on crop"),
         ({"beta": 0.0}, "objective", "forward KL, student top-20 + tail"),
         ({"beta": 1.0}, "objective", "reverse KL, student top-20 + tail"),
+        ({"aggregation": "token_mean"}, "normalisation", "token mean"),
+        ({"importance_limit": 2.0}, "clip", "importance weights to the rollout's policy, at most 2"),
     ],
 )
 def test_the_record_names_what_an_ablation_is(settings: dict[str, object], key: str, said: str) -> None:

@@ -158,6 +158,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
             ranks=int(micro_batch["dp_size"]),
             advantages_BT=_pad(extras_N["advantages"], lengths) if "advantages" in extras_N else None,
             old_log_probs_BT=self._old_log_probs(per_token, extras_N, lengths),
+            rollout_log_probs_BT=self._rollout_log_probs(micro_batch, mask_BT, lengths),
             weights_B=self._of_rows(micro_batch, "weights"),
             kept_B=self._of_rows(micro_batch, "kept"),
         )
@@ -186,6 +187,15 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
             return None
         given_N = extras_N.get("old_log_probs")
         return per_token[LOG_PROB].detach() if given_N is None else _pad(given_N, lengths)
+
+    @staticmethod
+    def _rollout_log_probs(
+        micro_batch: TensorDict, like_BT: torch.Tensor, lengths: list[int]
+    ) -> torch.Tensor | None:
+        """What the rollout said of its own tokens, with type and device of `like_BT`; None where it said nothing."""
+        if "rollout_log_probs" not in micro_batch.keys():
+            return None
+        return _pad(torch.cat(_rows_of(micro_batch["rollout_log_probs"])).to(like_BT), lengths)
 
     def _of_rows(self, micro_batch: TensorDict, name: str) -> torch.Tensor | None:
         return micro_batch[name].to(self._device()) if name in micro_batch.keys() else None
@@ -341,8 +351,8 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         assert self.method is not None
         rollout, view = self.method.rollout, self.method.student_view
         comparable = rollout.weights == "current" and rollout.view == view and self.update_in_batch == 0
-        if "rollout_log_probs" in micro_batch.keys() and comparable:
-            rollout_BT = _pad(torch.cat(_rows_of(micro_batch["rollout_log_probs"])).to(mask_BT), lengths)
+        rollout_BT = self._rollout_log_probs(micro_batch, mask_BT, lengths)
+        if rollout_BT is not None and comparable:
             difference_BT = (rollout_BT - per_token[LOG_PROB]) * mask_BT
             self._sums["rollout/k3"] += ((difference_BT.exp() - 1 - difference_BT) * mask_BT).sum().item()
             probs_BT = ((rollout_BT.exp() - per_token[LOG_PROB].exp()) * mask_BT).abs()

@@ -587,6 +587,34 @@ def case_one_update_a_batch(s: Setting) -> dict[str, Any]:
     }
 
 
+def case_rollout_log_probs(s: Setting) -> dict[str, Any]:
+    """Vision-OPD as its authors' script, the policy's log-probs by so much above the rollout's; and without these."""
+    from vopd.errors import UserError
+    from vopd.method import build
+
+    settings = {
+        "module": "vopd.vision_opd",
+        "top_k": 20,
+        "aggregation": "token_mean",
+        "importance_limit": 2.0,
+    }
+    engine = build_engine(s.models["tied"], lr=0.0)
+    engine.attach(build(settings), chunk=3)
+    with engine.eval_mode():
+        own = list(engine.log_probs(mini_batch(s.fields)).unbind())
+    out: dict[str, Any] = {}
+    for ratio in (1.0, 1.5, 4.0):
+        fields = [f | {"rollout_log_probs": o - math.log(ratio)} for f, o in zip(s.fields, own, strict=True)]
+        out[f"{ratio}"] = update(engine, mini_batch(fields))
+        out[f"{ratio}_split"] = update(engine, mini_batch(fields, LONGEST, packed=False))
+    without = [{k: v for k, v in f.items() if k != "rollout_log_probs"} for f in s.fields]
+    try:
+        update(engine, mini_batch(without))
+    except UserError as error:
+        out["without"] = str(error)
+    return out
+
+
 def case_prepared(s: Setting) -> dict[str, Any]:
     """An update with two of four rows kept, of these two alone, with weights, and with none kept (twice as defect)."""
 

@@ -373,6 +373,23 @@ def test_the_pass_for_old_log_probs_is_made_where_a_batch_has_several_updates(
     assert worker.actor.log_probs.call_count == passes
 
 
+@pytest.mark.distributed
+def test_the_rollouts_log_probs_reach_the_loss_token_by_token(one_rank: Results) -> None:
+    """Weights 1, 1.5 and, where the ratio is 4, the limit 2."""
+    played = one_rank("rollout_log_probs")
+    tokens = torch.cat([row["divergence"] for row in played["1.0"]["rows"].values()])
+    for ratio, weight in (("1.0", 1.0), ("1.5", 1.5), ("4.0", 2.0)):
+        for split in ("", "_split"):
+            loss = played[f"{ratio}{split}"]["loss"]
+            assert loss == pytest.approx(weight * tokens.mean().item(), rel=1e-4), (ratio, split)
+
+
+@pytest.mark.distributed
+def test_a_loss_that_needs_the_rollouts_log_probs_says_that_there_are_none(one_rank: Results) -> None:
+    sentence = one_rank("rollout_log_probs")["without"]
+    assert "these rollouts have no log-probs" in sentence and "vision_opd.py, line" in sentence
+
+
 def check_same(played: dict[str, Any], first: str, second: str) -> None:
     assert played[first]["loss"] == pytest.approx(played[second]["loss"], rel=1e-5)
     for name, grad in played[second]["grads"].items():
