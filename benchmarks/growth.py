@@ -3,10 +3,9 @@
     python -m benchmarks.growth OUT.png [--rounds 2] [--no-runs]
 
 Head, one thread, top 100, chunk 128: seconds of forward and backward over tokens and over k, beside its four matrix
-products; peak memory over the vocabulary and over tokens, beside one chunk of logits of student, teacher and gradient.
-Step: whole runs of Vision-OPD on the miniature, seconds of the quickest step over tokens trained,
-beside a line through the origin and the largest. `--no-runs` leaves these out (they take a minute each). The numbers are
-printed as JSON as well.
+products; peak memory over the vocabulary and over tokens, beside three copies of a chunk of logits. Step: whole runs
+of Vision-OPD on the miniature, seconds of the quickest step over tokens trained, beside a line through the origin and the
+largest. `--no-runs` leaves these out (they take a minute each). The numbers are printed as JSON as well.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ MEMORY_OVER = {
 BATCHES = ((4, 2), (8, 2), (8, 4), (16, 4), (32, 4))  # prompts, rollouts
 SETTINGS = (
     "train.steps=3", "train.warmup_steps=1", "evaluate.test_rows=4", "evaluate.holdout_rows=4",
-    "evaluate.validation_rows=4", "evaluate.every=0", "export=null", "data.prepare=null",
+    "evaluate.validation_rows=4", "evaluate.every=0", "export=", "data.prepare=null",
 )  # fmt: skip
 
 Points = list[dict[str, float]]
