@@ -2,9 +2,9 @@
 
     python -m benchmarks.growth OUT.png [--rounds 2] [--no-runs]
 
-Head, one thread, top 100, chunk 128: seconds of forward and backward over tokens and over k, beside its four matrix
-products; peak memory over the vocabulary and over tokens, beside three copies of a chunk of logits. Step: whole runs
-of Vision-OPD on the miniature, seconds of the quickest step over tokens trained, beside a line through the origin and the
+Head, one thread, top 100, chunk 128: seconds of forward and backward over tokens and over k, beside its four
+products; peak memory over the vocabulary and over tokens, beside three copies of a chunk of logits. Step: whole runs of
+Vision-OPD on the miniature, seconds of the quickest step over tokens trained, beside a line through the origin and the
 largest. `--no-runs` leaves these out (they take a minute each). The numbers are printed as JSON as well.
 """
 

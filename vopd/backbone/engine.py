@@ -354,7 +354,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         rollout_BT = self._rollout_log_probs(micro_batch, mask_BT, lengths)
         if rollout_BT is not None and comparable:
             difference_BT = (rollout_BT - per_token[LOG_PROB]) * mask_BT
-            self._sums["rollout/k3"] += ((difference_BT.exp() - 1 - difference_BT) * mask_BT).sum().item()
+            self._sums["rollout/k3"] += ((torch.expm1(difference_BT) - difference_BT) * mask_BT).sum().item()
             probs_BT = ((rollout_BT.exp() - per_token[LOG_PROB].exp()) * mask_BT).abs()
             self._sums["rollout/probs_diff"] += probs_BT.sum().item()
             self._sums["max/rollout/probs_diff"] = max(
