@@ -1,21 +1,23 @@
 """GRPO through our recipe and through verl's own `python -m verl.trainer.main_ppo`: seconds by phase, and their ratio.
 
-    python -m benchmarks.against_verl [--steps 6] [--prompts 32] [--rollouts 4] [--rounds 2] [--out FOLDER]
+    python -m benchmarks.against_verl [--steps 7] [--prompts 32] [--rollouts 4] [--rounds 2] [--out FOLDER]
 
-Both train the miniature's model on the same prompts in the same order, a whole process tree each, in turns; the first
-update of each run is left out of the seconds. verl is given the very settings that our run hands to it (its
-`verl_config.yaml`) with the keys of `stock_settings` changed: its own trainer, data set, agent loop and loss.
+Both train the miniature's model on the same prompts in the same order, a whole process tree each, in turns. verl is
+given the very settings that our run hands to it (its `verl_config.yaml`) with the keys of `stock_settings` changed: its
+own trainer, data set, agent loop and loss, and no evaluation.
 
 verl 0.9.1 as it is does not run on a CPU. What it is lent is in `benchmarks/stock_verl`: our platform, vLLM worker,
-delta rule and threads (`vopd/backbone/cpu`), and our 0.02 s between two looks at the queue, where verl's constant is
-two seconds. Without these it would take more than twice as long, so the ratio leaves out what they gain. Ours in the
-ratio are: one copy of a prompt and of its picture for all its rollouts, the head on response positions alone, no pass
-for old log-probs where the batch makes one update. verl's pass is its default (`bypass_mode` would replace it by the
-log-probs of the rollout, another estimator). Start-up is each side's own: ours checks the data, forks its workers from
-one process and answers a few questions before training; verl starts eight processes that import everything.
+delta rule and threads (`vopd/backbone/cpu`), and our 0.02 s between two looks at the queue, where verl has a constant
+of two seconds. So the ratio leaves out what these gain. In it are, on our side: one copy of a prompt and of its picture
+for all its rollouts, the head on response positions alone, no pass for old log-probs where a batch makes one update.
+verl makes that pass by default (its `bypass_mode` takes the rollout's log-probs instead, another estimator). Start-up
+is each side's own: ours checks the data, forks its workers from one process and answers six questions before it
+trains; each of verl's processes imports for itself.
 
 Losses and gradients are compared on equal responses: our runs record their rollouts, and the first update of each of
-verl's runs is made on those of ours. From the second update on verl samples, without seeds, so that the samples differ.
+verl's runs is made on those of ours. From the second update on verl samples, without seeds, so that the samples differ;
+the first two updates are left out of the seconds on both sides. Of the learning rate's warm-up verl begins with 0 and
+we with the first step above it, which changes no figure here.
 """
 
 from __future__ import annotations
@@ -69,6 +71,8 @@ ONCE = (
 )  # fmt: skip
 POLL_SECONDS = 0.02  # as in vopd/backbone/trainer.py, which takes half a minute to import
 LOOK_SECONDS = 0.05
+WARM_UP = 2
+"""Updates at a run's start that are left out of the seconds."""
 AGENT = {"name": "recorded", "_target_": "benchmarks.stock_verl.recorded_agent.RecordedAgent"}
 
 
@@ -78,7 +82,8 @@ class Run:
 
     Attributes:
         start: seconds from its start to the end of the first update.
-        loop: seconds from the end of an update to that of the next one, without the last, behind which we evaluate.
+        loop: seconds from the end of an update to that of the next one, warm-up left out, and the last one, behind
+            which we evaluate.
         updates: phase or fact -> value, one mapping an update.
     """
 
@@ -273,7 +278,7 @@ def run(side: str, start: float, ends: list[float], lines: Sequence[Mapping[str,
     place = (OURS, STOCK).index(side)
     names = {what: both[place] for what, both in (PHASES | FACTS).items()}
     updates = [{what: float(line[key]) if key else 0.0 for what, key in names.items()} for line in lines]
-    loop = [later - earlier for earlier, later in pairwise(ends[:-1])]
+    loop = [later - earlier for earlier, later in pairwise(ends[WARM_UP - 1 : -1])]
     return Run(side, ends[0] - start, loop, updates)
 
 
@@ -281,8 +286,8 @@ def run(side: str, start: float, ends: list[float], lines: Sequence[Mapping[str,
 
 
 def values(runs: Sequence[Run], side: str, what: str) -> list[float]:
-    """Of every update but each run's first."""
-    return [update[what] for one in runs if one.side == side for update in one.updates[1:]]
+    """Of every update after the warm-up."""
+    return [update[what] for one in runs if one.side == side for update in one.updates[WARM_UP:]]
 
 
 def medians(runs: Sequence[Run], what: str) -> tuple[float, float]:
@@ -349,15 +354,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--prompts", type=int, default=32)
     parser.add_argument("--rollouts", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="an empty folder for logs, settings and result.json")
     args = parser.parse_args()
-    if args.steps < 3:
-        parser.error("--steps must be at least 3: the first and the last one are left out of a figure")
+    if args.steps < WARM_UP + 2:
+        parser.error(f"--steps must be at least {WARM_UP + 2}: {WARM_UP} updates are warm-up")
     folder = (args.out or Path(tempfile.mkdtemp(prefix="against-verl-"))).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):

@@ -103,8 +103,8 @@ def played(side: str, seconds: list[float]) -> Run:
     return run(side, 90.0, ends, lines)  # type: ignore[arg-type]
 
 
-def test_the_first_update_and_the_evaluation_behind_the_last_are_left_out() -> None:
-    one = played(OURS, [50.0, 2.0, 4.0, 9.0])
+def test_the_warm_up_and_the_evaluation_behind_the_last_update_are_left_out() -> None:
+    one = played(OURS, [50.0, 20.0, 2.0, 4.0, 9.0])
     assert one.start == 60.0 and one.loop == [2.0, 4.0]
     assert against_verl.values([one], OURS, "step") == [2.0, 4.0, 9.0]
     assert one.updates[0]["old log-probs"] == 0.0
@@ -122,8 +122,8 @@ def test_a_metric_that_verl_no_longer_writes_is_an_error() -> None:
 
 def test_the_ratio_is_the_geometric_mean_of_the_rounds() -> None:
     rounds = [
-        [played(OURS, [9.0, 1.0, 1.0]), played(STOCK, [9.0, 2.0, 2.0])],
-        [played(STOCK, [9.0, 4.0, 4.0]), played(OURS, [9.0, 8.0, 8.0])],
+        [played(OURS, [9.0, 9.0, 1.0, 1.0]), played(STOCK, [9.0, 9.0, 2.0, 2.0])],
+        [played(STOCK, [9.0, 9.0, 4.0, 4.0]), played(OURS, [9.0, 9.0, 8.0, 8.0])],
     ]
     said = "\n".join(table(rounds))
     assert "Step, ours / verl: 1.000 (rounds: 0.500, 2.000; goal: at most 1.02)" in said

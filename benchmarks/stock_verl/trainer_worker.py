@@ -1,8 +1,8 @@
 """What verl's trainer worker lacks on a CPU (`actor_rollout_ref.model.external_lib`, imported before its model).
 
 verl would open its process group with the backend `cpu:gloo,cpu:gloo`, which torch refuses, and leaves it alone where
-there is one. Threads and delta rule are those of our worker (`vopd/backbone/worker.py`, `cpu/delta_rule.py`): without
-them every update takes about twice as long.
+there is one. Threads and delta rule are those of our worker (`vopd/backbone/worker.py`, `cpu/delta_rule.py`), so that
+their gain is no part of a comparison.
 """
 
 from __future__ import annotations
