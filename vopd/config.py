@@ -293,6 +293,9 @@ def _faults(config: DictConfig) -> Iterator[str]:
             f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {ranks} "
             f"device{'s' * (ranks > 1)} of hardware.nodes x hardware.devices_per_node."
         )
+    for split in ("test", "holdout"):
+        if config.evaluate[f"{split}_rows"] == 1:
+            yield f"evaluate.{split}_rows=1 allows no interval; give 2 or more, or 0 for all of the split."
     if not config.run_dir.strip():
         yield "run_dir is empty; give a folder, or leave it out."
     if hardware.device != "cpu":

@@ -47,6 +47,8 @@ CASES = (
     run("no tokens in a chunk", "train.chunk=0 is not allowed", "train.chunk=0"),
     run("saving every -1 updates", "train.save_every=-1 is not allowed", "train.save_every=-1"),
     run("gradient clipped to nothing", "train.grad_clip=0.0 is not allowed; give above 0", "train.grad_clip=0"),
+    run("a test of one question", "evaluate.test_rows=1 allows no interval", "evaluate.test_rows=1"),
+    run("one held-out question", "evaluate.holdout_rows=1 allows no interval", "evaluate.holdout_rows=1"),
     run("updates that do not divide a batch", "cannot be dealt out evenly", "train.updates_per_batch=3"),
     run("ranks that do not divide a batch", "on 3 devices", "hardware.devices_per_node=3"),
     run("top_p of 0", "rollout.top_p=0.0 is not allowed; give above 0 to 1", "rollout.top_p=0"),
