@@ -53,7 +53,8 @@ class _ChunkedScore(torch.autograd.Function):
             for chunk in ctx.chunks:
                 for column, number_C in enumerate(chunk.score(logits, context, kept)):
                     per_token_NM[chunk.rows, column] = number_C
-            ctx.last_logits = logits.hand_over() if differentiable else (None, None)
+            handed = logits.hand_over()
+            ctx.last_logits = handed if differentiable else (None, None)
         return per_token_NM
 
     @staticmethod

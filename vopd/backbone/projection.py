@@ -99,8 +99,13 @@ class Logits:
         return self._rows() * len(self._student.weight_VH) * self.dtype.itemsize
 
     def hand_over(self) -> tuple[slice | None, Tensor | None]:
-        """The student's last rows and its buffer, for `take_over`."""
-        return self._held.get(STUDENT), self._buffers.get(STUDENT)
+        """The student's last rows and its buffer, for `take_over`; all buffers are let go here.
+
+        Autograd's hooks hold on to this object until the backward.
+        """
+        handed = self._held.get(STUDENT), self._buffers.get(STUDENT)
+        self._held, self._buffers = {}, {}
+        return handed
 
     def take_over(self, rows: slice | None, buffer_CV: Tensor | None) -> None:
         """Begin with logits that are there already."""
