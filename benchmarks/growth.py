@@ -3,7 +3,7 @@
     python -m benchmarks.growth OUT.png [--rounds 2] [--no-runs]
 
 Head, one thread, top 100, chunk 128: seconds of forward and backward over tokens and over k, beside its four
-products; peak memory over the vocabulary and over tokens, beside three copies of a chunk of logits. Step: whole runs of
+products; peak memory over the vocabulary and over tokens, beside two copies of a chunk of logits. Step: whole runs of
 Vision-OPD on the miniature, seconds of the quickest step over tokens trained, beside a line through the origin and the
 largest. `--no-runs` leaves these out (they take a minute each). The numbers are printed as JSON as well.
 """
@@ -58,13 +58,13 @@ def head_seconds(name: str, rounds: int) -> Points:
 
 
 def head_memory(name: str) -> Points:
-    """Peak MiB of our head, in a process of its own, and three copies of a chunk of logits."""
+    """Peak MiB of our head, in a process of its own, and two copies of a chunk of logits."""
     points: Points = []
     args = argparse.Namespace(device="cpu", chunks=[CHUNK])
     for value in MEMORY_OVER[name]:
         vocabulary, tokens = (value, TOKENS) if name == "vocabulary" else (VOCABULARY, value)
         peak = head.memory(f"ours, top {head.TOP_K}, chunk {CHUNK}", (tokens, 64, vocabulary), args)
-        points.append({name: value, "measured": peak, "theory": 3 * CHUNK * vocabulary * 4 / head.MIB})
+        points.append({name: value, "measured": peak, "theory": 2 * CHUNK * vocabulary * 4 / head.MIB})
     return points
 
 
