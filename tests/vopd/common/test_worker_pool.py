@@ -15,12 +15,22 @@ from vopd.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
-import os, sys, time
+import os, signal, sys, time
+from multiprocessing import popen_forkserver
 from vopd.common import worker_pool
 from vopd.common.command import reports_errors
 
+class Interrupted(popen_forkserver.Popen):
+    def _launch(self, process):
+        super()._launch(process)
+        os.killpg(0, signal.SIGINT)
+
 @reports_errors("program")
 def main():
+    if sys.argv[1] == "now":
+        popen_forkserver.Popen = Interrupted
+        with worker_pool.workers([]) as pool:
+            list(worker_pool.in_order(pool, time.sleep, [0.1] * 1000))
     with worker_pool.workers([]) as pool:
         print(pool.submit(os.getpid).result(), flush=True)
         list(worker_pool.in_order(pool, time.sleep, [float(sys.argv[1])] * 1000))
@@ -84,3 +94,16 @@ def test_ctrl_c_is_answered_by_the_parent_alone() -> None:
     _, said = process.communicate(timeout=60)
     assert (process.returncode, said.decode()) == (130, "program: interrupted.\n")
     assert psutil.wait_procs(helpers, timeout=60)[1] == []
+
+
+def test_ctrl_c_while_a_worker_is_begun_is_answered_by_the_parent_alone() -> None:
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", PROGRAM, "now"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (130, "program: interrupted.\n")
