@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from vopd.backbone import stop_requests, verl_internals
+from vopd.backbone import stop_requests, stored_views, verl_internals
 
 METRIC = "correct"
 THROWN = tuple(
@@ -54,6 +54,8 @@ class GroupBuffer(verl_internals.ReplayBuffer):
             if reason is not None:
                 self.thrown[f"rollouts_{reason}"] += 1
                 self.thrown[f"tokens_{reason}"] += tag["response_len"]
+        if partition_id == "train" and uids:
+            stored_views.clear(uids)
         super()._clear_groups(partition_id, uids)
 
     def _wait_for_next_poll(self, partition_id: str, last_debug_time: float) -> float:

@@ -1,8 +1,8 @@
 """Rollouts: a triplet row in; sampled responses, their rewards and every rendered view out, into TransferQueue.
 
-verl's agent-loop worker does the bookkeeping of groups; this subclass decides what one request is. It renders each
-view of a triplet once for all n rollouts, gives every request its own seed, and stores the prompt ids that vLLM
-sampled from, so that the trainer scores exactly these.
+verl's agent-loop worker hands prompts out; this subclass decides what becomes of one. It renders each view of a triplet
+once for all n rollouts and stores it once (`stored_views`), gives every request its own seed, and stores the prompt ids
+that vLLM sampled from, so that the trainer scores exactly these.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import ray
 import torch
 import transfer_queue as tq
 from omegaconf import OmegaConf
+from vllm.sampling_params import RequestOutputKind
 
-from vopd.backbone import verl_internals
+from vopd.backbone import stored_views, verl_internals
 from vopd.backbone.rendering import Rendered, render
 from vopd.backbone.replay_buffer import METRIC
 from vopd.backbone.rows import Answer, Fields, Prompt, Recorded, Tag, TrainingFields, Trajectory
@@ -32,6 +33,10 @@ from vopd.views import VIEWS
 
 if TYPE_CHECKING:
     from data.schema import Triplet
+
+
+IDS_ALONE = {"detokenize": False, "output_kind": RequestOutputKind.FINAL_ONLY}
+"""vLLM would make text of every token, and tell of every token's arrival; only the ids at the end are read."""
 
 
 class Request(TypedDict):
@@ -104,20 +109,45 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
         trajectory: Trajectory,
         trace: bool = False,
     ) -> None:
-        """Render every view once, then let verl run the group's n rollouts."""
-        views = prompt["views"].split(",")
+        """Render every view once, answer n times, store the group in one go, and tell the trainer how it ended.
+
+        verl stores each response by itself; what the queue does for one response takes longer than a short one.
+        """
+        partition = "val" if trajectory["validate"] else "train"
+        status = "failure"
         try:
-            rendered = await asyncio.get_running_loop().run_in_executor(
-                None, self._render, prompt["row"], views
-            )
-        except Exception as error:
-            # The trainer waits for every group: tell it, then let the error reach the log.
+            await self._run_group(prompt, sampling_params, trajectory, partition)
+            status = "finished"
+        except (
+            Exception
+        ) as error:  # the trainer waits for every group: it is told, then the error reaches the log
             self._note(error)
-            partition = "val" if trajectory["validate"] else "train"
-            await tq.async_kv_put(key=prompt["uid"], partition_id=partition, tag={"status": "failure"})
             raise
-        request = {**prompt, "views": views, "rendered": rendered}
-        await super()._run_prompt(request, sampling_params, trajectory, trace)
+        finally:
+            await tq.async_kv_put(key=prompt["uid"], partition_id=partition, tag={"status": status})
+
+    async def _run_group(
+        self, prompt: Prompt, sampling_params: dict[str, Any], trajectory: Trajectory, partition: str
+    ) -> None:
+        views = prompt["views"].split(",")
+        rendered = await asyncio.get_running_loop().run_in_executor(None, self._render, prompt["row"], views)
+        rollout = self.config.actor_rollout_ref.rollout
+        count = rollout.val_kwargs.n if trajectory["validate"] else rollout.n
+        requests = [
+            cast(Request, {**prompt, "views": views, "rendered": rendered, "session_id": i})
+            for i in range(count)
+        ]
+        # All of them settle before the trainer hears of a failure: none may write after the group is dropped.
+        outputs = await asyncio.gather(
+            *(self._respond(sampling_params, trajectory, request) for request in requests),
+            return_exceptions=True,
+        )
+        for output in outputs:
+            if isinstance(output, BaseException):
+                raise output
+        if not trajectory["validate"]:
+            await stored_views.put(prompt["uid"], {view: r.for_training() for view, r in rendered.items()})
+        await self._store(outputs, requests, partition)
 
     def _render(self, row: Triplet, views: list[str]) -> dict[str, Rendered]:
         decoded = decode(row)
@@ -130,65 +160,50 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
             for view in views
         }
 
-    async def _run_agent_loop(
-        self,
-        sampling_params: dict[str, Any],
-        trajectory: Trajectory,
-        *,
-        agent_name: str,
-        trace: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        """One request to vLLM, or one recorded response. The first view is the one that generates."""
-        try:
-            await self._run_request(sampling_params, trajectory, cast(Request, kwargs))
-        except Exception as error:  # verl marks the group as failed, and forgets why
-            self._note(error)
-            raise
-
-    async def _run_request(
+    async def _respond(
         self, sampling_params: dict[str, Any], trajectory: Trajectory, request: Request
-    ) -> None:
+    ) -> Any:
+        """One request to vLLM, or one recorded response. The first view is the one that generates."""
         row, rollout = request["row"], request["session_id"]
-        view = request["views"][0]
         if "recorded" in request:
             recorded = request["recorded"]
             tokens, log_probs = recorded["tokens"][rollout], recorded["log_probs"][rollout]
-            output: Any = SimpleNamespace(token_ids=tokens, log_probs=log_probs, extra_fields={})
-        else:
-            rendered = request["rendered"][view]
-            seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
-            limit = {} if trajectory["validate"] else {"max_tokens": training_limit(self.config.vopd)}
-            output = await self.llm_client.generate(
-                request_id=uuid4().hex,
-                prompt_ids=rendered.prompt_ids_P.tolist(),
-                sampling_params={**sampling_params, **limit, "seed": seed},
-                image_data=rendered.images,
-            )
-        await self._store(output, trajectory, request)
+            return SimpleNamespace(token_ids=tokens, log_probs=log_probs, extra_fields={})
+        rendered = request["rendered"][request["views"][0]]
+        seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
+        limit = {} if trajectory["validate"] else {"max_tokens": training_limit(self.config.vopd)}
+        return await self.llm_client.generate(
+            request_id=uuid4().hex,
+            prompt_ids=rendered.prompt_ids_P.tolist(),
+            sampling_params={**sampling_params, **IDS_ALONE, **limit, "seed": seed},
+            image_data=rendered.images,
+        )
 
-    async def _store(self, output: Any, trajectory: Trajectory, request: Request) -> None:
-        view = request["views"][0]
-        response_R = torch.tensor(output.token_ids, dtype=torch.int64)
-        record = self._record(output.token_ids, request["row"], view)
-        fields: Fields = {"record": record}
-        if not trajectory["validate"]:
-            fields = self._training_fields(output, response_R, record, request)
-        prompt_len = len(request["rendered"][view].prompt_ids_P)
-        tag: Tag = {
-            "status": "success",
-            "prompt_len": prompt_len,
-            "response_len": len(response_R),
-            "seq_len": prompt_len + len(response_R),
-            "global_steps": request["global_steps"],
-            "min_global_steps": output.extra_fields.get("min_global_steps"),
-            "max_global_steps": output.extra_fields.get("max_global_steps"),
-        }
+    async def _store(self, outputs: list[Any], requests: list[Request], partition: str) -> None:
+        fields: list[Fields] = []
+        tags: list[Tag] = []
+        for output, request in zip(outputs, requests, strict=True):
+            view = request["views"][0]
+            record = self._record(output.token_ids, request["row"], view)
+            training = partition == "train"
+            fields.append(self._training_fields(output, record, request) if training else {"record": record})
+            prompt_len, response_len = len(request["rendered"][view].prompt_ids_P), len(output.token_ids)
+            tags.append(
+                {
+                    "status": "success",
+                    "prompt_len": prompt_len,
+                    "response_len": response_len,
+                    "seq_len": prompt_len + response_len,
+                    "global_steps": request["global_steps"],
+                    "min_global_steps": output.extra_fields.get("min_global_steps"),
+                    "max_global_steps": output.extra_fields.get("max_global_steps"),
+                }
+            )
         await tq.async_kv_batch_put(
-            keys=[f"{request['uid']}_{request['session_id']}_0"],
-            fields=verl_internals.list_of_dict_to_tensordict([fields]),
-            tags=[tag],
-            partition_id="val" if trajectory["validate"] else "train",
+            keys=[f"{request['uid']}_{request['session_id']}_0" for request in requests],
+            fields=verl_internals.list_of_dict_to_tensordict(fields),
+            tags=tags,
+            partition_id=partition,
         )
 
     def _record(self, token_ids: list[int], row: Triplet, view: str) -> Answer:
@@ -209,13 +224,12 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
             "correct": is_correct(parsed, row["answer"], row["answer_type"]),
         }
 
-    def _training_fields(
-        self, output: Any, response_R: torch.Tensor, record: Answer, request: Request
-    ) -> TrainingFields:
-        rendered = request["rendered"]
-        prompt_P = rendered[request["views"][0]].prompt_ids_P
+    def _training_fields(self, output: Any, record: Answer, request: Request) -> TrainingFields:
+        prompt_P = request["rendered"][request["views"][0]].prompt_ids_P
+        response_R = torch.tensor(output.token_ids, dtype=torch.int64)
         return {
             "record": record,
+            "uid": request["uid"],
             "prompts": prompt_P,
             "responses": response_R,
             "input_ids": torch.cat([prompt_P, response_R]),
@@ -224,7 +238,6 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
             "rollout_log_probs": torch.tensor(output.log_probs, dtype=torch.float32),
             # Where verl's group filter looks for its metric.
             "extra_fields": {"reward_extra_info": {METRIC: float(record["correct"])}},
-            "rendered": {view: r.for_training() for view, r in rendered.items()},
         }
 
 

@@ -1,7 +1,7 @@
 """What travels between trainer, rollout workers and TransferQueue, by its keys.
 
 A `Prompt` goes to a rollout worker. For each of its responses the worker puts `Fields` (in training `TrainingFields`)
-and a `Tag` into the queue, under the key `PROMPT_ROLLOUT_TURN`.
+and a `Tag` into the queue, under the key `PROMPT_ROLLOUT_TURN`; in training also the prompt's views, once.
 
 Legend: P prompt tokens, R response tokens, L = P + R.
 """
@@ -81,10 +81,11 @@ class Fields(TypedDict):
 class TrainingFields(Fields):
     """What is stored of a response to train on.
 
-    prompts: (P,). responses, response_mask, loss_mask, rollout_log_probs: (R,). input_ids: (L,). rendered: by view.
-    extra_fields: where verl's filter of groups looks for its metric.
+    uid: the prompt's number, under which its views are stored. prompts: (P,). responses, response_mask, loss_mask,
+    rollout_log_probs: (R,). input_ids: (L,). extra_fields: where verl's filter of groups looks for its metric.
     """
 
+    uid: str
     prompts: torch.Tensor
     responses: torch.Tensor
     input_ids: torch.Tensor
@@ -92,7 +93,6 @@ class TrainingFields(Fields):
     loss_mask: torch.Tensor
     rollout_log_probs: torch.Tensor
     extra_fields: dict[str, Any]
-    rendered: dict[str, RenderedView]
 
 
 class Tag(TypedDict):

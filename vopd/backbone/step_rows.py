@@ -78,6 +78,11 @@ def sort_key(key: str) -> tuple[str, int]:
     return uid, int(session)
 
 
+def prompts_of(keys: list[str]) -> set[str]:
+    """The numbers of the prompts that these rows answer."""
+    return {sort_key(key)[0] for key in keys}
+
+
 def store(batch: KVBatchMeta, folder: Path, step: int, seconds: float) -> None:
     """Write a step's rollouts in canonical order; `seconds` is what it took to generate them."""
     keys = sorted(batch.keys, key=sort_key)

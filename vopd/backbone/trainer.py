@@ -24,7 +24,7 @@ from verl.utils.debug import marked_timer
 from verl.utils.metric import reduce_metrics
 
 from vopd import method as contract
-from vopd.backbone import recorded_rollouts, stop_requests, verl_internals
+from vopd.backbone import recorded_rollouts, stop_requests, stored_views, verl_internals
 from vopd.backbone.evaluations import Evaluations, Questions
 from vopd.backbone.progress import Progress
 from vopd.backbone.prompt_stream import PromptStream
@@ -34,7 +34,15 @@ from vopd.backbone.rollout_servers import ServerManager
 from vopd.backbone.rows import Answer
 from vopd.backbone.run_history import History
 from vopd.backbone.saving import Finished, Saving
-from vopd.backbone.step_rows import arrange, records_of, row_fields, sort_key, step_rollouts, store
+from vopd.backbone.step_rows import (
+    arrange,
+    prompts_of,
+    records_of,
+    row_fields,
+    sort_key,
+    step_rollouts,
+    store,
+)
 from vopd.backbone.tracking import Trackers
 from vopd.backbone.update_record import update_line
 from vopd.backbone.worker import MethodWorker
@@ -47,7 +55,7 @@ from vopd.method_checks import checked_rewards
 NAME = "vopd"
 LOOK_SECONDS = 5.0
 POLL_SECONDS = 0.02  # verl waits 2 s between looks at the queue: most of a step on a small model
-UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "rendered")
+UPDATE_FIELDS = ("input_ids", "responses", "response_mask", "loss_mask", "rollout_log_probs", "uid")
 
 
 @verl_internals.register_trainer(NAME)
@@ -167,6 +175,7 @@ class Trainer(verl_internals.PPOTrainerSync):
                 )
                 store(self._complete(done, len(rows)), folder, step, time.perf_counter() - start)
                 tq.kv_clear(keys=done.keys, partition_id="train")
+                stored_views.clear(prompts_of(done.keys))
             self.progress.generation(step, steps)
 
     # ---- one step -----------------------------------------------------------------------------------------------
@@ -238,6 +247,7 @@ class Trainer(verl_internals.PPOTrainerSync):
             dataloader_kwargs={"shuffle": False},
         )
         output = self.actor_rollout_wg.update_actor(batch)
+        stored_views.clear(prompts_of(batch.keys))
         update = reduce_metrics(dict(output["metrics"]))
         for name in ("scorer_tokens", "update_rows"):
             update[name] *= updates  # a sum over the batch, not a mean over its updates

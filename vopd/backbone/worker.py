@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from huggingface_hub import save_torch_state_dict
 from tensordict import TensorDict
+from tensordict.tensorclass import NonTensorStack
 
 from vopd import method
-from vopd.backbone import verl_internals, weight_sync
+from vopd.backbone import stored_views, verl_internals, weight_sync
 from vopd.backbone.engine import ScoringEngine
 from vopd.backbone.weight_sockets import own
 from vopd.common import heartbeat
@@ -75,6 +76,7 @@ class MethodWorker(verl_internals.ActorRolloutRefWorker):
     def update_actor(self, data: TensorDict) -> TensorDict:
         engine = self.actor.engine
         engine.update_in_batch = 0
+        data["rendered"] = NonTensorStack(*stored_views.of_rows(list(data["uid"])))
         if engine.method.needs_old_log_probs and self.config.vopd.train.updates_per_batch > 1:
             data["old_log_probs"] = self.actor.log_probs(data)
         return super().update_actor(data)

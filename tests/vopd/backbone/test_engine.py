@@ -361,13 +361,14 @@ def test_with_one_update_a_batch_the_old_log_probs_are_the_updates_own(one_rank:
 def test_the_pass_for_old_log_probs_is_made_where_a_batch_has_several_updates(
     updates: int, passes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vopd.backbone.worker import MethodWorker, verl_internals
+    from vopd.backbone.worker import MethodWorker, stored_views, verl_internals
 
+    monkeypatch.setattr(stored_views, "of_rows", lambda uids: [{"full": {}} for _ in uids])
     worker = MethodWorker.__new__(MethodWorker)
     worker.actor = mock.Mock()
     worker.actor.engine.method.needs_old_log_probs = True
     worker.config = OmegaConf.create({"vopd": {"train": {"updates_per_batch": updates}}})
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = {"uid": ["1", "1"]}
     monkeypatch.setattr(verl_internals.ActorRolloutRefWorker, "update_actor", lambda _self, given: given)
     assert ("old_log_probs" in worker.update_actor(data)) == (passes > 0)
     assert worker.actor.log_probs.call_count == passes

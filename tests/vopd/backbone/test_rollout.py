@@ -13,6 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from vopd.backbone import rollout as module
+from vopd.backbone import stored_views
 from vopd.backbone.rollout import ViewRolloutWorker, decode
 from vopd.errors import UserError
 
@@ -61,6 +62,7 @@ class Played:
     def __init__(self, processor: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests: list[dict[str, Any]] = []
         self.stored: list[dict[str, Any]] = []
+        self.views: list[dict[str, Any]] = []
         self.statuses: list[str] = []
         self.rendered: list[str] = []
         render = module.render
@@ -73,7 +75,11 @@ class Played:
             self.statuses.append(tag["status"])
 
         async def batch_put(keys: Any, fields: Any, tags: Any, partition_id: str) -> None:
-            self.stored.append({"key": keys[0], "fields": fields, "tag": tags[0], "partition": partition_id})
+            rows = [{"key": k, "fields": fields[i], "tag": tags[i]} for i, k in enumerate(keys)]
+            if partition_id == stored_views.PARTITION:
+                self.views.extend(rows)
+            else:
+                self.stored.extend(row | {"partition": partition_id} for row in rows)
 
         async def generate(**request: Any) -> Any:
             self.requests.append(request)
@@ -119,13 +125,13 @@ def test_each_view_is_rendered_once_for_all_rollouts(played: Played, row: dict[s
 def test_rendering_twin_rendering_per_rollout_is_seen(
     played: Played, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = ViewRolloutWorker._run_agent_loop
+    exact = ViewRolloutWorker._respond
 
-    async def wasteful(self: Any, sampling_params: Any, trajectory: Any, **kwargs: Any) -> None:
-        kwargs["rendered"] = self._render(kwargs["row"], kwargs["views"])
-        await exact(self, sampling_params, trajectory, **kwargs)
+    async def wasteful(self: Any, sampling_params: Any, trajectory: Any, request: Any) -> Any:
+        request["rendered"] = self._render(request["row"], request["views"])
+        return await exact(self, sampling_params, trajectory, request)
 
-    monkeypatch.setattr(ViewRolloutWorker, "_run_agent_loop", wasteful)
+    monkeypatch.setattr(ViewRolloutWorker, "_respond", wasteful)
     with pytest.raises(AssertionError):
         check_each_view_rendered_once(played, row)
 
@@ -149,10 +155,12 @@ def test_one_seed_for_all_rollouts_is_seen(
 
 def check_trainer_scores_what_was_sampled_from(played: Played, row: dict[str, Any]) -> None:
     played.run(row)
+    (views,) = played.views
+    assert (views["key"], len(played.stored)) == ("7", ROLLOUTS)
     for request, stored in zip(played.requests, played.stored, strict=True):
-        fields = stored["fields"][0]
+        fields = stored["fields"]
         prompt = request["prompt_ids"]
-        assert fields["rendered"]["full"]["prompt_ids"].tolist() == prompt
+        assert (fields["uid"], views["fields"]["rendered"]["full"]["prompt_ids"].tolist()) == ("7", prompt)
         assert fields["input_ids"].tolist() == [*prompt, 20, 21, 2]
         assert fields["prompts"].tolist() == prompt
         assert request["image_data"][0].size == (96, 64)
@@ -165,14 +173,16 @@ def test_the_trainer_scores_the_ids_that_were_sampled_from(played: Played, row: 
 def test_pixels_twin_a_prompt_rendered_again_with_other_pixels_is_seen(
     played: Played, row: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    exact = ViewRolloutWorker._training_fields
+    exact = stored_views.put
 
-    def again(self: Any, output: Any, response_R: Any, record: Any, kwargs: Any) -> Any:
-        image = kwargs["rendered"]["full"].images[0].resize((64, 64))
-        other = module.render(self.processor, module.VIEWS["full"](row | {"image": image}), "a", 4096, {})
-        return exact(self, output, response_R, record, kwargs | {"rendered": {"full": other}})
+    async def again(uid: str, views: Any) -> None:
+        small = module.decode(row)["image"].resize((64, 64))
+        other = module.render(
+            played.worker.processor, module.VIEWS["full"](row | {"image": small}), "a", 4096, {}
+        )
+        await exact(uid, views | {"full": other.for_training()})
 
-    monkeypatch.setattr(ViewRolloutWorker, "_training_fields", again)
+    monkeypatch.setattr(stored_views, "put", again)
     with pytest.raises(AssertionError):
         check_trainer_scores_what_was_sampled_from(played, row)
 
@@ -180,13 +190,14 @@ def test_pixels_twin_a_prompt_rendered_again_with_other_pixels_is_seen(
 def test_what_is_stored_for_training(played: Played, row: dict[str, Any]) -> None:
     played.run(row)
     first = played.stored[0]
-    fields = first["fields"][0]
+    fields = first["fields"]
     assert sorted(s["key"] for s in played.stored) == [f"7_{n}_0" for n in range(ROLLOUTS)]
     assert (first["partition"], first["tag"]["response_len"]) == ("train", 3)
     assert fields["rollout_log_probs"].tolist() == [-1.0, -2.0, -3.0]
     assert fields["response_mask"].tolist() == fields["loss_mask"].tolist() == [1, 1, 1]
-    assert set(fields["rendered"]) == {"full", "crop"}
-    assert played.statuses == ["running", "finished"]
+    (views,) = played.views
+    assert set(views["fields"]["rendered"]) == {"full", "crop"}
+    assert played.statuses == ["finished"]
 
 
 def test_evaluation_stores_the_record_alone(played: Played, row: dict[str, Any]) -> None:
@@ -194,6 +205,7 @@ def test_evaluation_stores_the_record_alone(played: Played, row: dict[str, Any])
     (stored,) = played.stored
     assert stored["partition"] == "val"
     assert set(stored["fields"].keys()) == {"record"}
+    assert played.views == []
 
 
 def test_a_failing_prompt_is_reported_to_the_trainer_and_to_the_log(
@@ -216,8 +228,9 @@ def test_why_a_request_failed_is_kept_for_the_trainer(played: Played, row: dict[
         raise ValueError("too long for vLLM")
 
     played.worker.llm_client = SimpleNamespace(generate=refuse)
-    played.run(row)
-    assert played.statuses[-1] == "failure"
+    with pytest.raises(ValueError, match="too long for vLLM"):
+        played.run(row)
+    assert (played.statuses, played.stored) == (["failure"], [])
     assert {f.sentence for f in asyncio.run(played.worker.failures())} == {"ValueError: too long for vLLM"}
 
 
@@ -247,7 +260,7 @@ def test_decode_gives_rgb_pictures_and_leaves_the_row(row: dict[str, Any]) -> No
 
 def test_positions_and_pixels_of_both_views_travel(played: Played, row: dict[str, Any]) -> None:
     played.run(row)
-    for values in played.stored[0]["fields"][0]["rendered"].values():
+    for values in played.views[0]["fields"]["rendered"].values():
         assert values["position_ids"].shape == (4, len(values["prompt_ids"]))
         patches = values["multi_modal_inputs"]["image_grid_thw"].prod()
         assert values["multi_modal_inputs"]["pixel_values"].shape[0] == patches
@@ -264,11 +277,38 @@ def test_a_recorded_response_takes_the_place_of_the_request(played: Played, row:
     asyncio.run(played.worker._run_prompt(prompt, {}, {"step": 3, "validate": False}))
     assert played.requests == []
     for stored in played.stored:
-        i, fields = int(stored["key"].split("_")[1]), stored["fields"][0]
+        i, fields = int(stored["key"].split("_")[1]), stored["fields"]
         assert fields["responses"].tolist() == recorded["tokens"][i]
         assert fields["rollout_log_probs"].tolist() == recorded["log_probs"][i]
         verdict = fields["extra_fields"]["reward_extra_info"]["correct"]
         assert verdict == float(fields["record"]["correct"])
+
+
+def test_vllm_is_asked_for_ids_alone_at_the_end(played: Played, row: dict[str, Any]) -> None:
+    from vllm.sampling_params import RequestOutputKind
+
+    played.run(row)
+    for request in played.requests:
+        given = request["sampling_params"]
+        assert (given["detokenize"], given["output_kind"]) == (False, RequestOutputKind.FINAL_ONLY)
+
+
+def test_a_group_is_told_of_when_all_its_rollouts_have_settled(played: Played, row: dict[str, Any]) -> None:
+    settled = []
+
+    async def slow_or_refused(**request: Any) -> Any:
+        first = not settled
+        settled.append(request)
+        if first:
+            raise ValueError("refused")
+        await asyncio.sleep(0.01)
+        assert played.statuses == []
+        return SimpleNamespace(token_ids=[2], log_probs=[-1.0], extra_fields={})
+
+    played.worker.llm_client = SimpleNamespace(generate=slow_or_refused)
+    with pytest.raises(ValueError, match="refused"):
+        played.run(row)
+    assert (len(settled), played.statuses) == (ROLLOUTS, ["failure"])
 
 
 def test_training_may_have_a_shorter_limit_than_evaluation(played: Played, row: dict[str, Any]) -> None:

@@ -39,12 +39,6 @@ OVERRIDES = [
         "_run_prompt",
         "self prompt sampling_params trajectory trace",
     ),
-    (
-        ViewRolloutWorker,
-        verl_internals.AgentLoopWorker,
-        "_run_agent_loop",
-        "self sampling_params trajectory agent_name",
-    ),
     (ViewRolloutManager, verl_internals.AgentLoopManagerTQ, "_init_agent_loop_workers", "self"),
     (Trainer, verl_internals.PPOTrainerSync, "__init__", "self config"),
     (Trainer, verl_internals.PPOTrainerSync, "_build_replay_buffer", "self"),
