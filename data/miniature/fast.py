@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen3_5ForConditionalGeneration
 
-from vopd.backbone.cpu.delta_rule import gated_delta_rule, unit
+from vopd.backbone.delta_rule import gated_delta_rule, unit
 
 
 def _norm(x: Tensor, module: torch.nn.Module) -> Tensor:

@@ -23,11 +23,9 @@ from tensordict.tensorclass import NonTensorStack
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from vopd.backbone import delta_rule, shards, verl_internals
 from vopd.backbone import model_inputs as inputs
-from vopd.backbone import shards, verl_internals
-from vopd.backbone.cpu import delta_rule
 from vopd.backbone.head import GatherContext, active, install_head
-from vopd.backbone.packing import respect_boundaries
 from vopd.backbone.rendering import with_response
 from vopd.backbone.rows import RenderedView
 from vopd.backbone.scoring import Component, ScoringContext
@@ -54,11 +52,9 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
 
     def _build_module(self) -> nn.Module:
         module = super()._build_module()
-        respect_boundaries(module)
         self.head = install_head(module)
         self.vision = SharedVision(module)
-        if verl_internals.get_device_name() == "cpu":
-            delta_rule.install(module)
+        delta_rule.install(module)
         self.prompts = SharedPrompts(module)
         return module
 

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vopd.backbone.cpu.delta_rule import gated_delta_rule, wide
+from vopd.backbone.causal_convolution import causal_convolution
+from vopd.backbone.delta_rule import gated_delta_rule, wide
 
 
 @dataclass(frozen=True)
@@ -91,10 +92,7 @@ class Layout:
         place_GK = self.prompt_G[:, None] + torch.arange(reach, device=x.device)
         tail_GKC = before_GKC[torch.arange(len(prompt_GPC), device=x.device)[:, None], place_GK]
         after_BRC = torch.cat([tail_GKC.repeat_interleave(self.n, 0), response_BRC], 1)
-        sides = [
-            F.conv1d(side.transpose(1, 2), weight[:, None], bias, groups=len(weight)).transpose(1, 2)
-            for side in (before_GKC, after_BRC)
-        ]
+        sides = [causal_convolution(side, weight, bias) for side in (before_GKC, after_BRC)]
         return F.silu(self.join(*sides)).transpose(1, 2)
 
     def delta_rule(

@@ -18,7 +18,6 @@ from torch import nn
 from vopd.backbone.engine import warmup_factor
 from vopd.backbone.head import ScoringHead, active
 from vopd.backbone.model_inputs import response_positions
-from vopd.backbone.packing import honest, swallows_boundaries
 from vopd.backbone.projection import Projection
 from vopd.backbone.scoring import Component, ScoringContext
 from vopd.divergence import top_k_tail_divergence
@@ -102,19 +101,6 @@ def test_warm_up_never_starts_at_zero() -> None:
 def test_warm_up_twin_a_schedule_that_starts_at_zero_is_seen() -> None:
     with pytest.raises(AssertionError):
         check_first_rate(lambda step, warmup: min(1.0, step / max(warmup, 1)))
-
-
-def test_a_delta_rule_that_swallows_boundaries_is_given_its_real_signature() -> None:
-    def swallowing(query: Any, key: Any, value: Any, g: Any = None, beta: Any = None, **kwargs: Any) -> Any:
-        return query, kwargs["output_final_state"]
-
-    def with_boundaries(query: Any, cu_seqlens: Any = None, **kwargs: Any) -> Any: ...
-
-    assert swallows_boundaries(swallowing)
-    assert not swallows_boundaries(with_boundaries)
-    assert not swallows_boundaries(honest(swallowing))
-    one = torch.ones(1)
-    assert honest(swallowing)(one, one, one, g=one, beta=one, output_final_state=True) == (one, True)
 
 
 # ---- the engine against plain transformers

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from vopd.backbone.cpu.delta_rule import gated_delta_rule
+from vopd.backbone.delta_rule import gated_delta_rule
 from vopd.backbone.model_inputs import shared
 from vopd.backbone.shared_prompts import Layout, SharedPrompts
 

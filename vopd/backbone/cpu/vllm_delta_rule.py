@@ -4,8 +4,8 @@ vLLM 0.24 computes them on a CPU in bf16 alone ("CPU GDN attention requires BF16
 whole model. That is slow wherever the processor has no bf16 instructions (most laptops), and lets the composition of
 a batch tip a sampled token. This is its `cpu_gdn_attention_core` in plain torch, all requests of a step together.
 
-Shape suffixes: N requests (decode: one token each), T tokens of the longest, L tokens of all, C channels of q, k and v,
-K width of the convolution, H value heads, D head size.
+Shape suffixes: N requests (decode: one token each), T tokens of the longest, S = T + K - 1, L tokens of all, C channels
+of q, k and v, K width of the convolution, H value heads, D head size.
 """
 
 from __future__ import annotations
@@ -17,18 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vopd.backbone.cpu.delta_rule import gated_delta_rule, unit
+from vopd.backbone.causal_convolution import causal_convolution
+from vopd.backbone.delta_rule import gated_delta_rule, unit
 
 
-def convolve(padded_NCT: Tensor, weight_CK: Tensor, bias_C: Tensor | None) -> Tensor:
-    """Causal depthwise convolution and SiLU (N, T, C) of inputs with the K - 1 earlier ones in front."""
-    return F.silu(F.conv1d(padded_NCT, weight_CK[:, None], bias_C, groups=len(weight_CK))).transpose(1, 2)
-
-
-def last_inputs(padded_NCT: Tensor, lengths_N: Tensor, width: int) -> Tensor:
-    """The K - 1 inputs (N, C, K - 1) that each request's next token will be convolved with; `width` is K - 1."""
+def last_inputs(padded_NSC: Tensor, lengths_N: Tensor, width: int) -> Tensor:
+    """The K - 1 inputs (N, K - 1, C) that each request's next token will be convolved with; `width` is K - 1."""
     index_NK = lengths_N[:, None] + torch.arange(width)
-    return padded_NCT.gather(-1, index_NK[:, None].expand(-1, padded_NCT.shape[1], -1))
+    return padded_NSC[torch.arange(len(padded_NSC))[:, None], index_NK]
 
 
 def one_step(
@@ -75,7 +71,10 @@ class _Layer:
         width = self.weight_CK.shape[-1] - 1
         padded_NCK = torch.cat([self.conv_SCK[slots_N, :, :width], x_NC[..., None]], -1)
         self.conv_SCK[slots_N, :, :width] = padded_NCK[..., 1:]
-        y_NC = convolve(padded_NCK, self.weight_CK, self.bias_C)[:, 0]
+        y_NC = (padded_NCK * self.weight_CK).sum(-1)
+        if self.bias_C is not None:
+            y_NC = y_NC + self.bias_C
+        y_NC = F.silu(y_NC)
         o_NHD, state_NHDD = one_step(*self.split(y_NC), *self.gates(a_NH, b_NH), self.state_SHDD[slots_N])
         self.state_SHDD[slots_N] = state_NHDD
         return o_NHD
@@ -95,10 +94,11 @@ class _Layer:
         fresh_N = ~old_N
         before_NCK = self.conv_SCK[slots_N, :, :width].masked_fill(fresh_N[:, None, None], 0.0)
         state_NHDD = self.state_SHDD[slots_N].masked_fill(fresh_N[:, None, None, None], 0.0)
-        padded_NCT = torch.cat([before_NCK, x_NTC.transpose(1, 2)], -1)
-        y_NTC = convolve(padded_NCT, self.weight_CK, self.bias_C)
+        padded_NSC = torch.cat([before_NCK.transpose(1, 2), x_NTC], 1)
+        y_NTC = F.silu(causal_convolution(padded_NSC, self.weight_CK, self.bias_C))
         o_NTHD, state_NHDD = gated_delta_rule(*self.split(y_NTC), g_NTH, beta_NTH, state_NHDD)
-        self.conv_SCK[slots_N, :, :width] = last_inputs(padded_NCT, torch.tensor(lengths), width)
+        last_NKC = last_inputs(padded_NSC, torch.tensor(lengths), width)
+        self.conv_SCK[slots_N, :, :width] = last_NKC.transpose(1, 2)
         self.state_SHDD[slots_N] = state_NHDD
         return torch.cat([o_THD[:n] for o_THD, n in zip(o_NTHD, lengths, strict=True)])
 

@@ -1,8 +1,10 @@
-"""The chunked gated delta rule in plain torch, fast on a CPU: what Qwen3.5's linear-attention layers compute.
+"""The chunked gated delta rule in plain torch: what Qwen3.5's linear-attention layers compute without a fast kernel.
 
 transformers' fallback solves each chunk's triangular system by a Python loop over its rows, whose backward fills the
-whole system once per row; on the miniature that is half of a training step. Here one triangular solve does it.
-On GPUs the layers keep their own kernel.
+whole system once per row, and takes each chunk out of the whole sequence by an index, whose backward fills the whole
+sequence once per chunk: time and traffic grow with the square of the length. Here one triangular solve does the first
+and one `unbind` the second. It also takes any keyword and ignores it, `cu_seqlens` among them, so that the state of one
+packed sequence would run on into the next; this one says what it takes, and verl calls it once per sequence.
 
 Shape suffixes: B rows, T tokens, H heads, D head size of keys (and of values).
 """
@@ -13,7 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-CHUNK = 32
+LONGEST_CHUNK = 40
+
+
+def chunking(length: int) -> tuple[int, int]:
+    """How many chunks and of how many tokens: as few as `LONGEST_CHUNK` allows, alike, so that little is padding."""
+    chunks = max(-(-length // LONGEST_CHUNK), 1)
+    return chunks, max(-(-length // chunks), 1)
 
 
 def gated_delta_rule(
@@ -26,19 +34,26 @@ def gated_delta_rule(
 ) -> tuple[Tensor, Tensor]:
     """S_t = e^g_t S_{t-1} (I - b k k^T) + b v k^T, read by q (arXiv:2412.06464); q and k normalised here.
 
-    Starts from `state_BHDD`, or from zero. Returns o (B, T, H, D) and the last state (B, H, D_k, D_v).
+    Starts from `state_BHDD`, or from zero; computes in the type of its inputs, under autocast too. Returns o
+    (B, T, H, D) and the last state (B, H, D_k, D_v).
     """
+    with torch.autocast(q_BTHD.device.type, enabled=False):
+        return _chunked(q_BTHD, k_BTHD, v_BTHD, g_BTH, beta_BTH, state_BHDD)
+
+
+def _chunked(
+    q_BTHD: Tensor, k_BTHD: Tensor, v_BTHD: Tensor, g_BTH: Tensor, beta_BTH: Tensor, state_BHDD: Tensor | None
+) -> tuple[Tensor, Tensor]:
     batch, length, heads, dim = k_BTHD.shape
-    pad = -length % CHUNK
-    chunks = (length + pad) // CHUNK
+    chunks, size = chunking(length)
 
     def split(x: Tensor) -> Tensor:
-        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, pad))
-        return x.transpose(1, 2).reshape(batch, heads, chunks, CHUNK, *x.shape[3:])
+        x = F.pad(x, (0, 0) * (x.ndim - 2) + (0, chunks * size - length))
+        return x.transpose(1, 2).reshape(batch, heads, chunks, size, *x.shape[3:])
 
     q, k, v = split(unit(q_BTHD) * dim**-0.5), split(unit(k_BTHD)), split(v_BTHD)
     beta, decay = split(beta_BTH)[..., None], split(g_BTH).cumsum(-1)
-    lower = torch.ones(CHUNK, CHUNK, dtype=torch.bool, device=q.device).tril()
+    lower = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     ratio = (decay[..., :, None] - decay[..., None, :]).masked_fill(~lower, -torch.inf).exp()
     growth = decay.exp()[..., None]
     k_T = k.transpose(-1, -2)
@@ -47,16 +62,17 @@ def gated_delta_rule(
     solved = torch.linalg.solve_triangular(mixing, right, upper=False, unitriangular=True)
     value, key = solved.split([v.shape[-1], dim], -1)
     local = (q @ k_T) * ratio
-    q_grown = q * growth
     k_left = (k * (decay[..., -1:] - decay).exp()[..., None]).transpose(-1, -2)
     kept = decay[..., -1].exp()[..., None, None]
     state = q.new_zeros(batch, heads, dim, v.shape[-1]) if state_BHDD is None else state_BHDD
     out = []
-    for i in range(chunks):
-        fresh = value[:, :, i] - key[:, :, i] @ state
-        out.append(q_grown[:, :, i] @ state + local[:, :, i] @ fresh)
-        state = state * kept[:, :, i] + k_left[:, :, i] @ fresh
-    o = torch.stack(out, 2).reshape(batch, heads, chunks * CHUNK, -1)[:, :, :length]
+    # Unbound once: an index in the loop would fill a gradient of the whole sequence for every chunk.
+    parts = (x.unbind(2) for x in (value, key, q * growth, local, kept, k_left))
+    for value_c, key_c, q_c, local_c, kept_c, k_left_c in zip(*parts, strict=True):
+        fresh = value_c - key_c @ state
+        out.append(q_c @ state + local_c @ fresh)
+        state = state * kept_c + k_left_c @ fresh
+    o = torch.stack(out, 2).reshape(batch, heads, chunks * size, -1)[:, :, :length]
     return o.transpose(1, 2), state
 
 
@@ -80,10 +96,7 @@ def _as_called_by_the_layer(
     output_final_state: bool = False,
     use_qk_l2norm_in_kernel: bool = True,
 ) -> tuple[Tensor, None]:
-    """As the layer calls it in training: no state in, none out, queries and keys normalised inside.
-
-    It takes no `cu_seqlens`, so verl calls it once per packed sequence (see vopd/backbone/packing.py).
-    """
+    """As the layer calls it in training: no state in, none out, queries and keys normalised inside."""
     if initial_state is not None or output_final_state or not use_qk_l2norm_in_kernel:
         raise NotImplementedError(
             "this delta rule serves training only: no cache, normalised queries and keys"
@@ -93,8 +106,13 @@ def _as_called_by_the_layer(
 
 
 def install(model: nn.Module) -> int:
-    """Give every linear-attention layer of `model` this rule; returns how many there were."""
-    layers = [m for m in model.modules() if hasattr(m, "chunk_gated_delta_rule")]
+    """Give this rule to every linear-attention layer that has transformers' own; returns how many there were."""
+    layers = [m for m in model.modules() if is_plain(getattr(m, "chunk_gated_delta_rule", None))]
     for layer in layers:
         layer.chunk_gated_delta_rule = _as_called_by_the_layer  # type: ignore[assignment]
     return len(layers)
+
+
+def is_plain(rule: object) -> bool:
+    """Whether a layer's rule is transformers' own in plain torch, not a kernel of another package."""
+    return getattr(rule, "__module__", "").startswith("transformers.")
