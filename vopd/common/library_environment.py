@@ -18,6 +18,7 @@ CPU = {
     "OMP_NUM_THREADS": "1",
     # The trainer uses more (worker.py). Threads that spin while they wait take the cores from everything else.
     "OMP_WAIT_POLICY": "PASSIVE",
+    "GOMP_SPINCOUNT": "1000",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "TORCHDYNAMO_DISABLE": "1",
