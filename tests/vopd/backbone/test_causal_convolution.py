@@ -27,7 +27,9 @@ def test_equals_torch(rows: int, length: int, channels: int, width: int, with_bi
     torch.testing.assert_close(ours, theirs)
     loss_BTC = torch.randn(ours.shape, generator=made, dtype=torch.float64)
     grads = zip(
-        torch.autograd.grad(ours, inputs, loss_BTC), torch.autograd.grad(theirs, inputs, loss_BTC), strict=True
+        torch.autograd.grad(ours, inputs, loss_BTC),
+        torch.autograd.grad(theirs, inputs, loss_BTC),
+        strict=True,
     )
     for one, other in grads:
         torch.testing.assert_close(one, other)

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.qwen3_5 import modeling_qwen3_5 as hf
-
 from verl.models.transformers.qwen3_5 import _call_accepts_kwarg
 
 from vopd.backbone.delta_rule import LONGEST_CHUNK, chunking, gated_delta_rule, install
@@ -40,7 +39,9 @@ def call(layer: nn.Module, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out.square().sum(), tensors)]
 
 
-@pytest.mark.parametrize("length", [1, LONGEST_CHUNK - 1, LONGEST_CHUNK, LONGEST_CHUNK + 1, 3 * LONGEST_CHUNK + 5])
+@pytest.mark.parametrize(
+    "length", [1, LONGEST_CHUNK - 1, LONGEST_CHUNK, LONGEST_CHUNK + 1, 3 * LONGEST_CHUNK + 5]
+)
 def test_equals_transformers(length: int) -> None:
     fast = Layer()
     assert install(fast) == 1

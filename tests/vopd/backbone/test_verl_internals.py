@@ -245,6 +245,7 @@ ADDED = (
     "actor_rollout_ref.rollout.engine_kwargs",
     "actor_rollout_ref.model.override_config",
     "actor_rollout_ref.actor.fsdp_config.mixed_precision",
+    "actor_rollout_ref.actor.optim.override_optimizer_config",
     "ray_kwargs.ray_init",
 )
 FIELDS = {
