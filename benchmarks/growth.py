@@ -37,7 +37,7 @@ MEMORY_OVER = {
 BATCHES = ((4, 2), (8, 2), (8, 4), (16, 4), (32, 4))  # prompts, rollouts
 SETTINGS = (
     "train.steps=3", "train.warmup_steps=1", "evaluate.test_rows=4", "evaluate.holdout_rows=4",
-    "evaluate.validation_rows=4", "evaluate.every=0", "export=", "data.prepare=null",
+    "evaluate.validation_rows=4", "evaluate.every=0", "export=''", "data.prepare=null",
 )  # fmt: skip
 
 Points = list[dict[str, float]]

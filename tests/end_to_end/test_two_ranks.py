@@ -1,4 +1,4 @@
-"""Two FSDP2 ranks and two rollout servers through the whole stack: the same prompts, finite and agreeing numbers."""
+"""Two FSDP2 ranks, rollout servers, rollout workers and storage units through the whole stack: agreeing numbers."""
 
 import json
 import math
@@ -18,7 +18,13 @@ def test_two_ranks_train_through_the_whole_stack(
     tmp_path: Path, overrides_for: Callable[..., list[str]]
 ) -> None:
     folder = tmp_path / "run"
-    overrides = overrides_for(folder, "hardware.devices_per_node=2", "train.steps=2")
+    overrides = overrides_for(
+        folder,
+        "hardware.devices_per_node=2",
+        "train.steps=2",
+        "verl.actor_rollout_ref.rollout.agent.num_workers=2",
+        "verl.transfer_queue.backend.SimpleStorage.num_data_storage_units=2",
+    )
     command = [sys.executable, "-P", "-m", "vopd", "run", "vision_opd", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=900)
     log = folder / "log.txt"
@@ -29,6 +35,7 @@ def test_two_ranks_train_through_the_whole_stack(
     assert [line["step"] for line in steps] == [1, 2]
     for line in steps:
         assert line["rollouts"] == 16 and line["skipped_updates"] == 0
+        assert line["images_encoded"] == 2 * line["prompts"]  # by student and teacher, on one rank alone
         assert all(math.isfinite(v) for v in line.values() if isinstance(v, int | float))
     assert all(abs(line["rollout/k3"]) < 1e-6 for line in steps)
     shards = folder / "checkpoints" / "global_step_2" / "actor"

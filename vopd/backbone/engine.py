@@ -23,7 +23,7 @@ from tensordict.tensorclass import NonTensorStack
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vopd.backbone import delta_rule, shards, verl_internals
+from vopd.backbone import delta_rule, pixels, shards, verl_internals
 from vopd.backbone import model_inputs as inputs
 from vopd.backbone.head import GatherContext, active, install_head
 from vopd.backbone.rendering import with_response
@@ -72,6 +72,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         self.store_names = stores(method.scorers.values())
         self.teachers = TeacherWeights(self.module, self.store_names)
         self.update_in_batch = 0
+        self._sums: dict[str, float] = defaultdict(float)
 
     # ---- one optimiser update -----------------------------------------------------------------------------------
 
@@ -82,8 +83,9 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         start = time.perf_counter()
         self.optimizer_zero_grad()
         self._number_rows(data)
-        self._sums: dict[str, float] = defaultdict(float)
+        self._sums = defaultdict(float)
         kept = self._drop_rows(data)
+        self._keep_together(data, data)
         self._scorer_hidden, self._scorer_head = self._score_with_teachers(data)
         scored = time.perf_counter()
         outputs = self.forward_backward_batch(data, loss_function, forward_only=False)
@@ -108,6 +110,18 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
     def _number_rows(self, data: TensorDict) -> None:
         self._rows: list[dict[str, RenderedView]] = list(data["rendered"])
         data["row_index"] = torch.arange(len(self._rows))
+
+    def _keep_together(self, view_data: TensorDict, data: TensorDict) -> None:
+        """Have `view_data`'s micro-batches hold rollouts of one prompt together: its image is encoded once for them."""
+        if "uid" not in data.keys() or not data["use_dynamic_bsz"]:
+            return
+        lengths = [len(ids) for ids in _rows_of(view_data["input_ids"])]
+        most = inputs.together(list(data["uid"]), lengths, int(data["max_token_len_per_gpu"]))
+        agreed = torch.tensor(most, device=self._device())
+        torch.distributed.all_reduce(
+            agreed, op=torch.distributed.ReduceOp.MIN, group=self.get_data_parallel_group()
+        )
+        verl_internals.assign_non_tensor(view_data, force_group_size=int(agreed))
 
     def _drop_rows(self, data: TensorDict) -> int:
         """Rows of the update that count, on all ranks; the others lose their mask (`Method.prepare`)."""
@@ -258,6 +272,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         for key in ("use_dynamic_bsz", "max_token_len_per_gpu", "micro_batch_size_per_gpu", "sp_size"):
             if key in data.keys():
                 verl_internals.assign_non_tensor(view_data, **{key: data[key]})
+        self._keep_together(view_data, data)
         micro_batches, _ = verl_internals.prepare_micro_batches(
             data=view_data, dp_group=self.get_data_parallel_group(), same_micro_num_in_dp=True
         )
@@ -296,7 +311,8 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         lay_out = inputs.packed if packed else inputs.shared
         rows = lay_out(rendered, _rows_of(micro_batch["responses"]))
         first, number_of_row = inputs.unique_rows([prompt["key"] for prompt in rows.prompts])
-        images = [dict(rows.prompts[row]["multi_modal_inputs"]) for row in first]
+        images = [pixels.unpacked(rows.prompts[row]["multi_modal_inputs"]) for row in first]
+        self._sums["images_encoded"] += len(images)
         batch = TensorDict({"input_ids": _nested(rows.ids)}, batch_size=[len(rows.ids)])
         batch["multi_modal_inputs"] = NonTensorStack(
             *images, *[{} for _ in range(len(rows.ids) - len(images))]
@@ -365,11 +381,11 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         torch.distributed.all_reduce(sum_S, group=group)
         total = dict(zip(sorted(sums), sum_S.tolist(), strict=True))
         tokens = max(total.pop("tokens"), 1.0)
-        scorer_tokens = total.pop("scorer_tokens", 0.0)
+        scorer_tokens, encoded = total.pop("scorer_tokens", 0.0), total.pop("images_encoded", 0.0)
         metrics: dict[str, Any] = {k: [v if k == "loss" else v / tokens] for k, v in total.items()}
         metrics["update_loss"] = metrics.pop("loss")
         metrics["update_tokens"] = [tokens]
-        metrics["scorer_tokens"] = [scorer_tokens]
+        metrics["scorer_tokens"], metrics["images_encoded"] = [scorer_tokens], [encoded]
         metrics["skipped_updates"] = [0.0 if finite else 1.0]
         for key in (k for k in self._sums if k.startswith("max/")):
             value = torch.tensor(self._sums[key], device=self._device())

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -88,3 +89,20 @@ def unique_rows(keys: Sequence[Any]) -> tuple[list[int], list[int]]:
     numbers: dict[Any, int] = {}
     unique_B = [numbers.setdefault(key, len(numbers)) for key in keys]
     return [unique_B.index(number) for number in range(len(numbers))], unique_B
+
+
+def together(prompts_B: Sequence[Any], lengths_B: Sequence[int], limit: int) -> int:
+    """How many rows, one behind the other, a micro-batch of `limit` tokens can always take of one prompt.
+
+    The largest divisor of the rollouts a prompt for which no such run of rows is over the limit; 1 where prompts have
+    different numbers of rollouts. A row over the limit counts as one.
+    """
+    runs = [len(list(run)) for _, run in groupby(prompts_B)]
+    size = runs[0] if len(set(runs)) == 1 else 1
+    divisors = [d for d in range(size, 0, -1) if size % d == 0]
+    fits = (
+        d
+        for d in divisors
+        if d == 1 or max(sum(lengths_B[i : i + d]) for i in range(0, len(lengths_B), d)) <= limit
+    )
+    return next(fits)

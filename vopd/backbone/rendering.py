@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from vopd.backbone import pixels
 from vopd.backbone.rows import RenderedView
 from vopd.common import control_tokens
 from vopd.errors import UserError
@@ -33,7 +34,7 @@ class Rendered:
         key: equal for prompts with equal images; the n rollouts of a prompt share one encoding of them.
         prompt_ids_P: token ids, image placeholders expanded.
         position_ids_4P: rotary positions of the prompt.
-        multi_modal_inputs: pixel_values, image_grid_thw, ... as the processor made them.
+        multi_modal_inputs: pixels, image_grid_thw, ... as the processor made them, packed (`pixels`).
         images: the images in the order of their placeholders, for vLLM.
     """
 
@@ -74,9 +75,11 @@ def render(processor: Any, messages: Messages, row_id: str, limit: int, template
             f"Row {row_id}: its prompt has {ids_1P.shape[1]} tokens, the limit is {limit}; raise "
             "rollout.max_prompt_tokens or drop the row."
         )
-    pixels = b"".join(inputs[name].numpy().tobytes() for name in sorted(inputs))
-    key = hashlib.blake2b(pixels, digest_size=16).hexdigest()
-    return Rendered(key, ids_1P[0], _positions(processor, ids_1P, mask_1P, inputs), inputs, images)
+    positions_4P = _positions(processor, ids_1P, mask_1P, inputs)
+    inputs = pixels.packed(inputs, getattr(processor, "image_processor", None))
+    content = b"".join(inputs[name].numpy().tobytes() for name in sorted(inputs))
+    key = hashlib.blake2b(content, digest_size=16).hexdigest()
+    return Rendered(key, ids_1P[0], positions_4P, inputs, images)
 
 
 def _positions(

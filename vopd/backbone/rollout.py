@@ -12,7 +12,6 @@ import os
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NotRequired, TypedDict, cast
-from uuid import uuid4
 
 import ray
 import torch
@@ -23,6 +22,7 @@ from vllm.sampling_params import RequestOutputKind
 from vopd.backbone import stored_views, verl_internals
 from vopd.backbone.rendering import Rendered, render
 from vopd.backbone.replay_buffer import METRIC
+from vopd.backbone.rollout_servers import request_id
 from vopd.backbone.rows import Answer, Fields, Prompt, Recorded, Tag, TrainingFields, Trajectory
 from vopd.common import heartbeat, images
 from vopd.common.failures import Failure, explain
@@ -64,6 +64,13 @@ def decode(row: Triplet) -> Triplet:
         except images.PictureError as error:
             raise UserError(f"Row {row['id']}, column {column}: {error}") from error
     return cast("Triplet", decoded)
+
+
+def tensor_bytes(held: object) -> int:
+    """Bytes of all tensors in nested mappings."""
+    if isinstance(held, torch.Tensor):
+        return held.nbytes
+    return sum(map(tensor_bytes, held.values())) if isinstance(held, dict) else 0
 
 
 def training_limit(settings: Any) -> int:
@@ -145,9 +152,12 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
         for output in outputs:
             if isinstance(output, BaseException):
                 raise output
+        share = 0.0
         if not trajectory["validate"]:
-            await stored_views.put(prompt["uid"], {view: r.for_training() for view, r in rendered.items()})
-        await self._store(outputs, requests, partition)
+            stored = {view: r.for_training() for view, r in rendered.items()}
+            await stored_views.put(prompt["uid"], stored)
+            share = tensor_bytes(stored) / count
+        await self._store(outputs, requests, partition, share)
 
     def _render(self, row: Triplet, views: list[str]) -> dict[str, Rendered]:
         decoded = decode(row)
@@ -173,13 +183,13 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
         seed = request_seed(self.config.vopd.seed, trajectory["step"], row["id"], rollout)
         limit = {} if trajectory["validate"] else {"max_tokens": training_limit(self.config.vopd)}
         return await self.llm_client.generate(
-            request_id=uuid4().hex,
+            request_id=request_id(request["uid"]),
             prompt_ids=rendered.prompt_ids_P.tolist(),
             sampling_params={**sampling_params, **IDS_ALONE, **limit, "seed": seed},
             image_data=rendered.images,
         )
 
-    async def _store(self, outputs: list[Any], requests: list[Request], partition: str) -> None:
+    async def _store(self, outputs: list[Any], requests: list[Request], partition: str, share: float) -> None:
         fields: list[Fields] = []
         tags: list[Tag] = []
         for output, request in zip(outputs, requests, strict=True):
@@ -197,6 +207,7 @@ class ViewRolloutWorker(verl_internals.AgentLoopWorker):
                     "global_steps": request["global_steps"],
                     "min_global_steps": output.extra_fields.get("min_global_steps"),
                     "max_global_steps": output.extra_fields.get("max_global_steps"),
+                    "stored_bytes": tensor_bytes(fields[-1]) + share,
                 }
             )
         await tq.async_kv_batch_put(

@@ -63,7 +63,7 @@ class Answer(TypedDict):
 class RenderedView(TypedDict):
     """A rendered prompt as the trainer needs it (`vopd.backbone.rendering.Rendered`).
 
-    prompt_ids: (P,). position_ids: (4, P).
+    prompt_ids: (P,). position_ids: (4, P). multi_modal_inputs: packed (`vopd.backbone.pixels`).
     """
 
     key: str
@@ -99,6 +99,7 @@ class Tag(TypedDict):
     """What the queue says of a response without its tensors; lengths in tokens.
 
     min_global_steps, max_global_steps: updates of the weights that sampled it; None for a recorded response.
+    stored_bytes: of what the queue holds of it, with its share of the prompt's views.
     """
 
     status: str
@@ -108,3 +109,4 @@ class Tag(TypedDict):
     global_steps: int
     min_global_steps: int | None
     max_global_steps: int | None
+    stored_bytes: float

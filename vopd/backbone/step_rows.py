@@ -24,19 +24,30 @@ from vopd.method_checks import checked
 def arrange(batch: KVBatchMeta, ranks: int, updates: int) -> KVBatchMeta:
     """Canonical order (prompt stream, rollout index), then equal shares per rank inside each mini-batch.
 
-    A mini-batch holds the same rows for every number of ranks; within it, ranks get balanced token counts.
+    A mini-batch holds the same rows for every number of ranks; within it, ranks get balanced token counts, and whole
+    prompts where their number can be dealt out evenly: a rank then encodes each of its images once for all rollouts.
     """
     order = sorted(range(len(batch)), key=lambda i: sort_key(batch.keys[i]))
     size = len(batch) // updates
     shares: dict[int, list[int]] = defaultdict(list)
     for start in range(0, len(batch), size):
         mini = order[start : start + size]
-        lengths = [batch.tags[i]["seq_len"] for i in mini]
+        units = _units([batch.keys[i] for i in mini], ranks)
+        lengths = [sum(batch.tags[mini[j]]["seq_len"] for j in unit) for unit in units]
         parts = verl_internals.get_seqlen_balanced_partitions(lengths, k_partitions=ranks, equal_size=True)
         for rank, part in enumerate(parts):
-            shares[rank].extend(mini[j] for j in sorted(part))
+            shares[rank].extend(mini[j] for u in sorted(part) for j in units[u])
     batch.reorder([i for rank in range(ranks) for i in shares[rank]])
     return batch
+
+
+def _units(keys: list[str], ranks: int) -> list[list[int]]:
+    """Places of the rows that stay together: a prompt's, where ranks can have equally many prompts; else each row."""
+    prompts: dict[str, list[int]] = defaultdict(list)
+    for place, key in enumerate(keys):
+        prompts[sort_key(key)[0]].append(place)
+    even = len({len(places) for places in prompts.values()}) == 1 and len(prompts) % ranks == 0
+    return list(prompts.values()) if even else [[place] for place in range(len(keys))]
 
 
 def step_rollouts(keys: list[str], records: list[Answer], limit: int) -> Rollouts:

@@ -249,7 +249,7 @@ class Trainer(verl_internals.PPOTrainerSync):
         output = self.actor_rollout_wg.update_actor(batch)
         stored_views.clear(prompts_of(batch.keys))
         update = reduce_metrics(dict(output["metrics"]))
-        for name in ("scorer_tokens", "update_rows"):
+        for name in ("scorer_tokens", "update_rows", "images_encoded"):
             update[name] *= updates  # a sum over the batch, not a mean over its updates
         update["updates"] = round(updates * (1 - update["skipped_updates"] - update["empty_updates"]))
         metrics.update({f"update/{k}": v for k, v in update.items()})

@@ -26,7 +26,7 @@ def update_line(
         epoch: counting from 0.
         group_size: rollouts a prompt.
         records: one a rollout, as the rollout workers wrote them.
-        tags: one a rollout, with `prompt_len` in tokens.
+        tags: one a rollout, with `prompt_len` in tokens and `stored_bytes`.
         discarded: tokens of rollouts that were sampled and not trained on, by why.
         metrics: what the update returned.
         seconds: by phase.
@@ -40,6 +40,7 @@ def update_line(
         "tokens_generated": sum(lengths) + discarded["tokens_evicted"] + discarded["tokens_surplus"],
         **discarded,
         "tokens_prompt": sum(t["prompt_len"] for t in tags if "prompt_len" in t),
+        "stored_bytes": round(sum(t.get("stored_bytes", 0.0) for t in tags)),
         "response_length": sum(lengths) / len(lengths),
         "response_length_max": max(lengths),
         "truncated": sum(r["truncated"] for r in records) / len(records),

@@ -363,6 +363,39 @@ def case_packing(s: Setting) -> dict[str, Any]:
     return out
 
 
+def case_together(s: Setting) -> dict[str, Any]:
+    """Two prompts with two rollouts each, in two micro-batches: with the prompts' numbers and without."""
+    engine = s.attach(s.methods["probe"]("crop", "initial"))
+    generator = torch.Generator().manual_seed(5)
+    rows = []
+    for prompt, length in ((0, 40), (1, 4)):  # balanced by length alone, a micro-batch takes one row of each
+        for _ in range(2):
+            response_R = torch.randint(10, 1024, (length,), generator=generator)
+            given = s.fields[prompt]
+            ones = torch.ones_like(response_R)
+            rows.append(
+                given
+                | {
+                    "input_ids": torch.cat([given["rendered"]["full"]["prompt_ids"], response_R]),
+                    "responses": response_R,
+                    "response_mask": ones,
+                    "loss_mask": ones,
+                    "rollout_log_probs": torch.full((length,), -6.9),
+                    "uid": str(prompt),
+                }
+            )
+    limit = sum(len(row["input_ids"]) for row in rows) - 1
+    out = {}
+    for name, fields in (
+        ("with", rows),
+        ("without", [{k: v for k, v in row.items() if k != "uid"} for row in rows]),
+    ):
+        data = mini_batch(fields, limit, packed=False)
+        played = update(engine, data)
+        out[name] = {"loss": played["loss"], "encoded": played["metrics"]["images_encoded"]}
+    return out
+
+
 def case_positions(s: Setting) -> dict[str, Any]:
     """The teacher with its own positions, with the student's, and everything read one token late."""
     from vopd.backbone import model_inputs as module
@@ -661,7 +694,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
     from verl.workers.config import FSDPActorConfig
     from verl.workers.utils.losses import ppo_loss
 
-    from vopd.backbone import verl_internals
+    from vopd.backbone import pixels, verl_internals
     from vopd.backbone.step_rows import row_fields, step_rollouts
     from vopd.method import build
 
@@ -726,7 +759,7 @@ def case_stock(s: Setting) -> dict[str, Any]:
                     "loss_mask": f["loss_mask"],
                     "old_log_probs": old[i],
                     "advantages": verls_BT[i, : lengths[i]],
-                    "multi_modal_inputs": full["multi_modal_inputs"],
+                    "multi_modal_inputs": pixels.unpacked(full["multi_modal_inputs"]),
                 }
             )
         from vopd.backbone.rendering import with_response

@@ -277,6 +277,16 @@ def test_packed_sequences_score_as_padded_ones(one_rank: Results, check_packing:
 
 
 @pytest.mark.distributed
+def test_rollouts_of_a_prompt_share_a_micro_batch_and_the_encoding_of_their_images(one_rank: Results) -> None:
+    """Two prompts, seen by student and teacher: 4 encodings. Cut anywhere, each of the student's rows needs its own;
+    the teacher's, which are shorter, fit into one micro-batch."""
+    played = one_rank("together")
+    assert played["with"]["encoded"] == [4.0]
+    assert played["without"]["encoded"] == [6.0]
+    assert played["with"]["loss"] == pytest.approx(played["without"]["loss"], rel=1e-5)
+
+
+@pytest.mark.distributed
 def test_packing_twin_a_leaking_state_is_seen(one_rank: Results, check_packing: Any) -> None:
     with pytest.raises(AssertionError):
         check_packing(one_rank("packing"), "packed_defect")

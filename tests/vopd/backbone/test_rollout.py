@@ -12,8 +12,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
+from vopd.backbone import pixels, stored_views
 from vopd.backbone import rollout as module
-from vopd.backbone import stored_views
 from vopd.backbone.rollout import ViewRolloutWorker, decode
 from vopd.errors import UserError
 
@@ -262,9 +262,22 @@ def test_positions_and_pixels_of_both_views_travel(played: Played, row: dict[str
     played.run(row)
     for values in played.views[0]["fields"]["rendered"].values():
         assert values["position_ids"].shape == (4, len(values["prompt_ids"]))
-        patches = values["multi_modal_inputs"]["image_grid_thw"].prod()
-        assert values["multi_modal_inputs"]["pixel_values"].shape[0] == patches
-        assert torch.isfinite(values["multi_modal_inputs"]["pixel_values"]).all()
+        inputs = pixels.unpacked(values["multi_modal_inputs"])
+        assert len(inputs["pixel_values"]) == inputs["image_grid_thw"].prod()
+        assert torch.isfinite(inputs["pixel_values"]).all()
+
+
+def test_what_is_stored_is_counted_views_once(played: Played, row: dict[str, Any]) -> None:
+    played.run(row)
+    rendered = played.views[0]["fields"]["rendered"].values()
+    views = sum(
+        t.nbytes
+        for v in rendered
+        for t in [v["prompt_ids"], v["position_ids"], *v["multi_modal_inputs"].values()]
+    )
+    tensors = ("prompts", "responses", "input_ids", "response_mask", "loss_mask", "rollout_log_probs")
+    rows = sum(stored["fields"][name].nbytes for stored in played.stored for name in tensors)
+    assert sum(stored["tag"]["stored_bytes"] for stored in played.stored) == pytest.approx(views + rows)
 
 
 def test_a_recorded_response_takes_the_place_of_the_request(played: Played, row: dict[str, Any]) -> None:

@@ -1,12 +1,15 @@
 """Encoding an image once for all rollouts of its prompt changes neither values nor gradients."""
 
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 from vopd.backbone.engine import SharedVision
-from vopd.backbone.model_inputs import unique_rows
+from vopd.backbone.model_inputs import together, unique_rows
 
 
 class Tower(nn.Module):
@@ -64,3 +67,22 @@ def test_outside_the_block_the_tower_is_left_alone() -> None:
     model = Model()
     SharedVision(model)
     assert len(model.model.visual(torch.randn(8, 3)).pooler_output) == 2
+
+
+@given(st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 6, 8]), st.integers(1, 400), st.randoms())
+def test_rows_that_a_micro_batch_can_take_together(
+    prompts: int, rollouts: int, limit: int, random: Any
+) -> None:
+    names = [prompt for prompt in range(prompts) for _ in range(rollouts)]
+    lengths = [random.randint(1, 100) for _ in names]
+    found = together(names, lengths, limit)
+    assert rollouts % found == 0
+    if found > 1:
+        assert all(sum(lengths[i : i + found]) <= limit for i in range(0, len(names), found))
+    larger = [d for d in range(found + 1, rollouts + 1) if rollouts % d == 0]
+    for d in larger:
+        assert any(sum(lengths[i : i + d]) > limit for i in range(0, len(names), d))
+
+
+def test_prompts_with_different_numbers_of_rollouts_are_cut_anywhere() -> None:
+    assert together(["a", "a", "b"], [1, 1, 1], 100) == 1

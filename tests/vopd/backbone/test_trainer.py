@@ -24,7 +24,7 @@ from transfer_queue import KVBatchMeta
 from verl.trainer.ppo.utils import create_rl_sampler
 from verl.trainer.ppo.v1 import replay_buffer
 
-from vopd.backbone import checkpoints, stop_requests, verl_internals
+from vopd.backbone import checkpoints, step_rows, stop_requests, verl_internals
 from vopd.backbone.evaluations import Evaluations
 from vopd.backbone.prompt_stream import PromptStream
 from vopd.backbone.replay_buffer import METRIC, GroupBuffer
@@ -117,6 +117,28 @@ def test_a_mini_batch_holds_the_same_rows_for_one_and_two_ranks(order: list[int]
     for u in range(updates):
         mine = two[u * share : (u + 1) * share] + two[4 + u * share : 4 + (u + 1) * share]
         assert sorted(mine) == sorted(one[u * size : (u + 1) * size])
+
+
+def prompts_of_ranks(keys: list[str], ranks: int) -> list[set[str]]:
+    share = len(keys) // ranks
+    return [{key.split("_")[0] for key in keys[r * share : (r + 1) * share]} for r in range(ranks)]
+
+
+@given(st.permutations(range(32)), st.sampled_from([1, 2, 4, 8]))
+def test_a_rank_gets_whole_prompts(order: list[int], ranks: int) -> None:
+    shares = prompts_of_ranks(arrange(batch(order, n=4), ranks, 1).keys, ranks)
+    assert [len(share) for share in shares] == [8 // ranks] * ranks
+
+
+def test_twin_rows_dealt_out_one_by_one_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step_rows, "_units", lambda keys, ranks: [[place] for place in range(len(keys))])
+    shares = prompts_of_ranks(arrange(batch(list(range(32)), n=4), 4, 1).keys, 4)
+    assert [len(share) for share in shares] != [2] * 4
+
+
+def test_rows_are_dealt_out_one_by_one_where_prompts_cannot_be() -> None:
+    arranged = arrange(batch(list(range(12)), n=4), 2, 1)  # three prompts, two ranks
+    assert len(arranged.keys) == 12 and len(set(arranged.keys[:6])) == 6
 
 
 def test_rollouts_are_sorted_by_prompt_then_by_number() -> None:
