@@ -103,6 +103,14 @@ def draw(axes: Axes, points: Points, name: str, unit: str, title: str) -> None:
     colour = ORANGE if unit == "MiB" else BLUE
     axes.plot(x, [point["measured"] for point in points], color=colour, marker="o", label="measured")
     axes.set(xscale="log", yscale="log", xlabel=name, ylabel=unit, title=title)
+    axes.set_xticks(x, labels=[f"{value:,.0f}" for value in x])
+    seen = [point[kind] for point in points for kind in ("theory", "measured")]
+    least, most = min(seen), max(seen)
+    axes.set_ylim(least / 1.6, most * 1.6)
+    marks = [factor * 10.0**power for power in range(-3, 5) for factor in (1, 2, 5)]
+    shown = [mark for mark in marks if least / 1.6 <= mark <= most * 1.6]
+    axes.set_yticks(shown, labels=[f"{mark:,g}" for mark in shown])
+    axes.minorticks_off()
     axes.legend(frameon=False)
 
 
@@ -126,15 +134,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def save(out: Path, panels: Sequence[tuple[Points, str, str, str]]) -> None:
-    """Draw all panels side by side into one picture."""
+    """Draw all panels into one picture, three to a line."""
     import matplotlib
 
     with matplotlib.rc_context(STYLE):
-        drawing = figure(4 * len(panels), 3.4)
-        axes: Any = drawing.subplots(1, len(panels), squeeze=False)
-        for place, panel in zip(axes[0], panels, strict=True):
+        lines = math.ceil(len(panels) / 3)
+        drawing = figure(13, 3.6 * lines)
+        axes: Any = drawing.subplots(lines, 3, squeeze=False)
+        for place in axes.flat[len(panels) :]:
+            place.set_axis_off()
+        for place, panel in zip(axes.flat, panels, strict=False):
             draw(place, *panel)
-        drawing.savefig(out, dpi=110)
+        drawing.savefig(out, dpi=80)
 
 
 if __name__ == "__main__":
