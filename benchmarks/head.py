@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from vopd import divergence
+from vopd.backbone.delta_rule import wide
 from vopd.backbone.head import ScoringHead, active
 from vopd.backbone.scoring import Component, ScoringContext
 from vopd.method import Method, ScoreChunk
@@ -104,9 +105,9 @@ def ours(top_k: int | None, chunk: int) -> Way:
 
 def full_logits(given: Inputs) -> object:
     """The published formula: all logits at once, student's top k, the tail as log(1 - sum), autograd."""
-    student_NV = (given.hidden_NH @ given.weight_VH.t()).float()
+    student_NV = wide(given.hidden_NH @ given.weight_VH.t())
     with torch.no_grad():
-        teacher_NV = (given.teacher_NH @ given.teacher_VH.t()).float().log_softmax(-1)
+        teacher_NV = wide(given.teacher_NH @ given.teacher_VH.t()).log_softmax(-1)
     student_NV = student_NV.log_softmax(-1)
     support_NK = student_NV.detach().topk(TOP_K, dim=-1).indices
     buckets = []
