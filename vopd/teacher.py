@@ -17,6 +17,9 @@ from vopd.method import Scorer
 
 Component = tuple[str, float]
 """(name of a weight store, coefficient of its log-probs in the scorer's distribution)."""
+Pair = tuple[torch.Tensor, torch.Tensor]
+"""The same shard of student and teacher."""
+PIECE = 2**22  # numbers that change places at a time: 16 MiB
 
 
 def components(scorer: Scorer) -> tuple[Component, ...]:
@@ -68,23 +71,71 @@ class TeacherWeights:
     def in_place_of(self, module: nn.Module, name: str) -> Iterator[None]:
         """Within the block the module holds store `name`; the student's weights come back afterwards.
 
-        Values are exchanged, not copied: with an fp32 student the exchange is exact and costs one tensor of memory.
+        Values are exchanged, not copied: with an fp32 student the exchange is exact. An error inside the block leaves
+        it as it is, also where the way back fails (a GPU in error refuses all work).
+
+        Raises:
+            TypeError: the student's weights are not fp32; nothing was exchanged.
         """
         if name == "current":
             yield
             return
-        self._exchange(module, name)
+        pairs = self._pairs(module, name)
+        buffer = _Buffer()
+        buffer.exchange(pairs)
         try:
             yield
-        finally:
-            self._exchange(module, name)
+        except BaseException as error:
+            try:
+                buffer.exchange(pairs)
+            except RuntimeError as second:
+                error.add_note(f"The student's weights could not be put back: {second}")
+            raise
+        buffer.exchange(pairs)
+
+    def _pairs(self, module: nn.Module, name: str) -> list[Pair]:
+        """Student and teacher shard of every parameter, as they are now.
+
+        Taken once for both ways: an error in the model's forward leaves FSDP2's gathered parameters, of another type
+        and shape, where the shards were.
+        """
+        pairs = []
+        for key, parameter in module.named_parameters():
+            student = local(parameter)
+            if student.dtype != torch.float32:
+                raise TypeError(f"{key} is {student.dtype}; keep the student's master weights in fp32.")
+            pairs.append((student, self.shards[name][key]))
+        return pairs
+
+
+class _Buffer:
+    """Memory through which two tensors change values piece by piece; held from the way in to the way back.
+
+    The way back needs no memory of its own, and so works where the block ran out of it.
+    """
+
+    def __init__(self) -> None:
+        self._pieces: dict[torch.device, torch.Tensor] = {}
 
     @torch.no_grad()
-    def _exchange(self, module: nn.Module, name: str) -> None:
-        for key, parameter in module.named_parameters():
-            shard, student = self.shards[name][key], local(parameter)
-            if student.dtype != shard.dtype:
-                raise TypeError(f"{key} is {student.dtype}; keep the student's master weights in fp32.")
-            kept = student.clone()
-            student.copy_(shard)
-            shard.copy_(kept)
+    def exchange(self, pairs: Iterable[Pair]) -> None:
+        for student, teacher in pairs:
+            for left, right in zip(*_cut(student, teacher), strict=True):
+                kept = self._kept(left)
+                left.copy_(right)
+                right.copy_(kept)
+
+    def _kept(self, values: torch.Tensor) -> torch.Tensor:
+        """A copy, in the buffer where it fits."""
+        if values.numel() > PIECE:
+            return values.clone()
+        if values.device not in self._pieces:
+            self._pieces[values.device] = torch.empty(PIECE, dtype=torch.float32, device=values.device)
+        return self._pieces[values.device][: values.numel()].view(values.shape).copy_(values)
+
+
+def _cut(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Views of at most PIECE numbers; a tensor with gaps or another order in memory stays whole."""
+    if all(tensor.is_contiguous() for tensor in tensors):
+        return [tensor.view(-1).split(PIECE) for tensor in tensors]
+    return [(tensor,) for tensor in tensors]

@@ -115,6 +115,79 @@ def test_exchange_comes_back_after_an_exception() -> None:
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
+def as_after_a_failed_forward(module: nn.Module) -> None:
+    """FSDP2 leaves gathered parameters of the type of computation in place of the shards."""
+    for part in list(module.modules()):
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            setattr(part, name, nn.Parameter(parameter.detach().bfloat16()))
+
+
+def test_an_error_in_a_teachers_pass_surfaces_as_itself_and_the_shards_come_back() -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("initial",))
+    kept = copy.deepcopy(teachers.shards["initial"])
+    step(module, 1.0)
+    shards = dict(module.named_parameters())
+    before = copy.deepcopy(shards)
+
+    def run_out_of_memory() -> None:
+        with teachers.in_place_of(module, "initial"):
+            as_after_a_failed_forward(module)
+            raise torch.OutOfMemoryError("on purpose")
+
+    with pytest.raises(torch.OutOfMemoryError, match="on purpose"):
+        run_out_of_memory()
+    assert all(torch.equal(before[k], p) for k, p in shards.items())
+    assert all(torch.equal(kept[k], p) for k, p in teachers.shards["initial"].items())
+
+
+def test_where_the_way_back_fails_too_the_first_error_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("initial",))
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("the GPU is in error")
+
+    def fail() -> None:
+        with teachers.in_place_of(module, "initial"):
+            monkeypatch.setattr("vopd.teacher._Buffer.exchange", refuse)
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose") as caught:
+        fail()
+    assert "the GPU is in error" in caught.value.__notes__[0]
+
+
+def test_the_way_back_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = student()
+    teachers = TeacherWeights(module, ("initial",))
+    step(module, 1.0)
+    before = copy.deepcopy(module.state_dict())
+
+    def none_left(*_: object, **__: object) -> torch.Tensor:
+        raise torch.OutOfMemoryError("none left")
+
+    with teachers.in_place_of(module, "initial"):
+        monkeypatch.setattr(torch, "empty", none_left)
+        monkeypatch.setattr(torch.Tensor, "clone", none_left)
+    monkeypatch.undo()
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def test_large_and_permuted_tensors_change_places_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vopd.teacher.PIECE", 5)
+    module = student()
+    module[0].weight = nn.Parameter(module[0].weight.detach().t())
+    teachers = TeacherWeights(module, ("initial",))
+    first = copy.deepcopy(module.state_dict())
+    step(module, 1.0)
+    second = copy.deepcopy(module.state_dict())
+    with teachers.in_place_of(module, "initial"):
+        assert all(torch.equal(first[k], v) for k, v in module.state_dict().items())
+    assert all(torch.equal(second[k], v) for k, v in module.state_dict().items())
+    assert all(torch.equal(first[k], v) for k, v in teachers.shards["initial"].items())
+
+
 def test_current_is_the_student_itself() -> None:
     module = student()
     teachers = TeacherWeights(module, ("current",))
