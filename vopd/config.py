@@ -74,6 +74,8 @@ class Train:
     max_tokens_per_micro_batch: int = within(16384, 1, 100_000_000)
     packed: bool = True
     gradient_checkpointing: bool = True
+    # Keep teachers in the host's memory: 4 bytes a parameter and teacher of GPU memory less, two copies a pass.
+    teachers_on_host: bool = False
     # A checkpoint every so many updates (0: not by count), every so many minutes, and before an evaluation.
     save_every: int = within(50, 0, 1_000_000)
     save_minutes: float = above(3.0, 0, 1_000_000)
@@ -298,8 +300,11 @@ def _faults(config: DictConfig) -> Iterator[str]:
             yield f"evaluate.{split}_rows=1 allows no interval; give 2 or more, or 0 for all of the split."
     if not config.run_dir.strip():
         yield "run_dir is empty; give a folder, or leave it out."
+    yield from _offload_faults(config)
     if hardware.device != "cpu":
         return
+    if train.teachers_on_host:
+        yield "train.teachers_on_host=true needs hardware.device=cuda; on a CPU teachers are on the host anyway."
     if hardware.nodes > 1:
         yield f"hardware.nodes={hardware.nodes} needs hardware.device=cuda; a run on CPUs has one machine."
     if ranks > MOST_CPU_RANKS:
@@ -328,6 +333,20 @@ def _sampling_faults(config: DictConfig) -> Iterator[str]:
     for key in ("temperature", "top_p", "top_k", "repetition_penalty"):
         if key in own:
             yield f"verl.actor_rollout_ref.rollout.{key} is not to be set: rollout.temperature and rollout.top_p {why}"
+
+
+def _offload_faults(config: DictConfig) -> Iterator[str]:
+    """verl's own ways to keep weights and momenta on the host."""
+    key = "verl.actor_rollout_ref.actor.fsdp_config"
+    own = OmegaConf.select(config, key) or {}
+    if own.get("offload_policy"):
+        yield (
+            f"{key}.offload_policy=true is not supported: FSDP2 reads its copies on the host while teachers change "
+            f"places with them; take {key}.param_offload=true and {key}.optimizer_offload=true."
+        )
+    for name in ("param_offload", "optimizer_offload"):
+        if own.get(name) and config.hardware.device == "cpu":
+            yield f"{key}.{name}=true needs hardware.device=cuda; on a CPU everything is on the host."
 
 
 def _recipe(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -42,30 +42,47 @@ def local(parameter: torch.Tensor) -> torch.Tensor:
     return data.to_local() if hasattr(data, "to_local") else data
 
 
+def settle() -> None:
+    """Wait for copies between host and GPU: verl moves offloaded weights without waiting for them."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class TeacherWeights:
     """All weight stores but `current`, as {store: {parameter name: fp32 shard}}.
+
+    A shard stays where it was made: beside the student's, in pinned memory of the host, or on the host because the
+    student lay there when it was read (verl's `param_offload`).
 
     Args:
         module: the (sharded) student; read at construction, so make this before the first update.
         names: stores to keep, e.g. `("ema:0.05", "initial")`.
+        on_host: keep them in the host's memory, pinned where the student is on a GPU.
     """
 
-    def __init__(self, module: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, names: Iterable[str], on_host: bool = False) -> None:
+        settle()
+        copied = _on_host if on_host else _beside
         self.shards: dict[str, dict[str, torch.Tensor]] = {
-            name: {key: local(p).to(torch.float32, copy=True) for key, p in module.named_parameters()}
+            name: {key: copied(local(p)) for key, p in module.named_parameters()}
             for name in names
             if name != "current"
         }
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """theta_T <- (1 - rate) theta_T + rate theta_S for every ema store; call after an applied step only."""
+        """theta_T <- (1 - rate) theta_T + rate theta_S for every ema store; call after an applied step only.
+
+        Computed where the teacher's shard is.
+        """
+        settle()
         for name, shards in self.shards.items():
             if not name.startswith("ema:"):
                 continue
             rate = float(name.removeprefix("ema:"))
             for key, parameter in module.named_parameters():
-                shards[key].lerp_(local(parameter).to(shards[key].dtype), rate)
+                shard = shards[key]
+                shard.lerp_(local(parameter).to(shard.device, shard.dtype), rate)
 
     @contextmanager
     def in_place_of(self, module: nn.Module, name: str) -> Iterator[None]:
@@ -119,6 +136,7 @@ class _Buffer:
 
     @torch.no_grad()
     def exchange(self, pairs: Iterable[Pair]) -> None:
+        settle()
         for student, teacher in pairs:
             for left, right in zip(*_cut(student, teacher), strict=True):
                 kept = self._kept(left)
@@ -130,8 +148,17 @@ class _Buffer:
         if values.numel() > PIECE:
             return values.clone()
         if values.device not in self._pieces:
-            self._pieces[values.device] = torch.empty(PIECE, dtype=torch.float32, device=values.device)
+            self._pieces[values.device] = values.new_empty(PIECE)
         return self._pieces[values.device][: values.numel()].view(values.shape).copy_(values)
+
+
+def _beside(shard: torch.Tensor) -> torch.Tensor:
+    return shard.to(torch.float32, copy=True)
+
+
+def _on_host(shard: torch.Tensor) -> torch.Tensor:
+    copy = shard.to("cpu", torch.float32, copy=True)
+    return copy.pin_memory() if shard.is_cuda else copy
 
 
 def _cut(*tensors: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:

@@ -16,6 +16,7 @@ from vopd.errors import UserError
 
 SOURCES = sorted((ROOT / "vopd").rglob("*.py"))
 MAPPINGS = sorted((ROOT / "vopd" / "backbone").glob("*.yaml"))
+FSDP = "verl.actor_rollout_ref.actor.fsdp_config"
 
 
 @pytest.fixture
@@ -106,6 +107,13 @@ def test_every_recipe_loads_with_every_profile(name: str, profile: str) -> None:
     assert not OmegaConf.missing_keys(config)
 
 
+def test_offload_is_taken_on_gpus() -> None:
+    given = ["train.teachers_on_host=true", f"{FSDP}.param_offload=true", f"{FSDP}.optimizer_offload=true"]
+    config = load("vision_opd", ["hardware.device=cuda", *given])
+    assert config.train.teachers_on_host
+    assert config.verl.actor_rollout_ref.actor.fsdp_config.optimizer_offload
+
+
 # ---- what is refused -----------------------------------------------------------------------------------------------
 
 
@@ -120,6 +128,19 @@ def test_every_recipe_loads_with_every_profile(name: str, profile: str) -> None:
         ("vision_opd", ["train.lr=fast"], "'fast'"),
         ("vision_opd", ["train.steps=2.5"], "2.5"),
         ("vision_opd", ["train={"], "not understood"),
+        ("vision_opd", ["train.teachers_on_host=true"], "needs hardware.device=cuda"),
+        ("vision_opd", [f"{FSDP}.param_offload=true"], "param_offload=true needs hardware.device=cuda"),
+        ("vision_opd", [f"{FSDP}.optimizer_offload=true"], "optimizer_offload=true needs hardware"),
+        (
+            "vision_opd",
+            [f"{FSDP}.offload_policy=true"],
+            "offload_policy=true is not supported.*param_offload",
+        ),
+        (
+            "vision_opd",
+            ["hardware.device=cuda", f"{FSDP}.offload_policy=true"],
+            "offload_policy=true is not supported",
+        ),
     ],
 )
 def test_bad_overrides_are_refused_with_a_sentence(name: str, overrides: list[str], sentence: str) -> None:

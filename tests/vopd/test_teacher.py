@@ -1,12 +1,14 @@
 """Teacher weights: exact exchange, float32 averages, and what a scorer mixes."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vopd.backbone.head import ScoringHead, active
 from vopd.backbone.scoring import Component, ScoringContext
@@ -170,6 +172,7 @@ def test_the_way_back_needs_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     with teachers.in_place_of(module, "initial"):
         monkeypatch.setattr(torch, "empty", none_left)
         monkeypatch.setattr(torch.Tensor, "clone", none_left)
+        monkeypatch.setattr(torch.Tensor, "new_empty", none_left)
     monkeypatch.undo()
     assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
@@ -222,3 +225,82 @@ def test_trust_region_is_the_normalised_geometric_mixture(rate: float) -> None:
     p = {name: (hidden[name] @ weight[name].t()).softmax(-1) for name in hidden}
     wanted = p["initial"] ** (1 - rate) * p["current"] ** rate
     torch.testing.assert_close(torch.cat(mixed), wanted / wanted.sum(-1, keepdim=True))
+
+
+# ---- student on a device, teachers on the host -----------------------------------------------------------------------
+
+
+class Far(torch.Tensor):
+    """A tensor with values on a device that is not the host: only copies may have operands on both."""
+
+    held: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, held: torch.Tensor) -> "Far":
+        far = torch.Tensor._make_wrapper_subclass(
+            cls, held.shape, strides=held.stride(), dtype=held.dtype, device="meta"
+        )
+        far.held = held
+        return far
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        name = func.overloadpacket.__name__
+        devices = {type(x) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 and name != "copy_":
+            raise RuntimeError(f"{name} of tensors on two devices")
+        given, named = tree_map_only(Far, lambda x: x.held, (args, kwargs))
+        device = named.pop("device", None)
+        found = func(*given, **named)
+        if name.endswith("_"):
+            return args[0]
+        return found if str(device) == "cpu" else tree_map_only(torch.Tensor, Far, found)
+
+
+class FarStudent(nn.Module):
+    """Parameters on a device."""
+
+    def __init__(self, near: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in near.named_parameters():
+            self.register_parameter(name.replace(".", "_"), nn.Parameter(Far(parameter.detach().clone())))
+
+    def values(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().held.clone() for name, p in self.named_parameters()}
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_values_travel_between_the_students_device_and_the_teachers(on_host: bool) -> None:
+    module = FarStudent(student())
+    start = module.values()
+    teachers = TeacherWeights(module, ("ema:0.25", "initial"), on_host)
+    shards = teachers.shards["ema:0.25"]
+    assert {type(shard) for shard in shards.values()} == {torch.Tensor if on_host else Far}
+    step(module, 1.0)
+    moved = module.values()
+    teachers.update(module)
+    with teachers.in_place_of(module, "ema:0.25"):
+        average = module.values()
+        held = {k: shard if on_host else shard.held for k, shard in shards.items()}
+        assert all(torch.equal(held[k], moved[k]) for k in moved)
+    for key in start:
+        wanted = 0.75 * start[key].double() + 0.25 * moved[key].double()
+        torch.testing.assert_close(average[key].double(), wanted, rtol=1e-6, atol=1e-7)
+    with teachers.in_place_of(module, "initial"):
+        assert all(torch.equal(module.values()[k], start[k]) for k in start)
+    assert all(torch.equal(module.values()[k], moved[k]) for k in moved)
+
+
+def test_twin_an_average_across_devices_is_seen() -> None:
+    module = FarStudent(student())
+    shards = TeacherWeights(module, ("ema:0.25",), on_host=True).shards["ema:0.25"]
+    key, parameter = next(module.named_parameters())
+    with pytest.raises(RuntimeError, match="two devices"):
+        shards[key].lerp_(parameter.detach(), 0.25)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_teachers_of_a_student_on_a_gpu_are_pinned() -> None:
+    shards = TeacherWeights(student().cuda(), ("initial",), on_host=True).shards["initial"]
+    assert all(shard.is_pinned() for shard in shards.values())

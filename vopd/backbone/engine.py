@@ -33,7 +33,7 @@ from vopd.backbone.shared_prompts import SharedPrompts
 from vopd.divergence import entropy, sampled_token_log_prob
 from vopd.method import Method, ScoreChunk, UpdateBatch, calling
 from vopd.method_checks import checked_loss, checked_scores
-from vopd.teacher import TeacherWeights, components, stores
+from vopd.teacher import TeacherWeights, components, settle, stores
 
 # Always scored beside a method's own outputs: whether rollout and trainer agree, whether the policy collapses. A
 # method that needs a gradient through one of them returns it itself under this name.
@@ -64,13 +64,13 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
             return super()._build_lr_scheduler(optimizer)
         return LambdaLR(optimizer, lambda step: warmup_factor(step, config.lr_warmup_steps))
 
-    def attach(self, method: Method, chunk: int) -> None:
+    def attach(self, method: Method, chunk: int, teachers_on_host: bool = False) -> None:
         """Train with `method` from here on. Call after `initialize`, before the first update."""
         self.method = method
         self.names = tuple(dict.fromkeys((*method.outputs, LOG_PROB, ENTROPY)))
         self.chunk = chunk
         self.store_names = stores(method.scorers.values())
-        self.teachers = TeacherWeights(self.module, self.store_names)
+        self.teachers = TeacherWeights(self.module, self.store_names, teachers_on_host)
         self.update_in_batch = 0
         self._sums: dict[str, float] = defaultdict(float)
 
@@ -419,6 +419,7 @@ class ScoringEngine(verl_internals.FSDPEngineWithLMHead):
         torch.distributed.barrier()
 
     def _state(self) -> shards.State:
+        settle()
         teachers = self.teachers.shards if self.method is not None else {}
         return shards.State(self.module, self.optimizer, self.lr_scheduler, teachers)
 

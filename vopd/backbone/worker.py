@@ -63,7 +63,8 @@ class MethodWorker(verl_internals.ActorRolloutRefWorker):
         self._attach()
 
     def _attach(self) -> None:
-        self.actor.engine.attach(method.of(self.config.vopd), self.config.vopd.train.chunk)
+        train = self.config.vopd.train
+        self.actor.engine.attach(method.of(self.config.vopd), train.chunk, train.teachers_on_host)
         # Nothing of ours draws from these; a library that did would do so alike in every run of a seed.
         seed = self.config.vopd.seed + self.rank
         random.seed(seed)
