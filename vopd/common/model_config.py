@@ -11,7 +11,7 @@ from vopd.errors import UserError
 
 
 def read(model: str) -> dict[str, Any]:
-    """The language model's part of a model's config.json.
+    """The language model's part of a model's config.json, with what stands beside it.
 
     Args:
         model: a folder, or an id on the hub, of which that one file is fetched.
@@ -19,11 +19,16 @@ def read(model: str) -> dict[str, Any]:
     Raises:
         UserError: there is no such folder or id, or no readable config.json.
     """
+    config = whole(model)
+    return {**config, **(config.get("text_config") or {})}
+
+
+def whole(model: str) -> dict[str, Any]:
+    """A model's config.json as it is; arguments and errors as of `read`."""
     file = Path(model) / "config.json" if Path(model).is_dir() else _from_hub(model)
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        text = config.get("text_config") or {}
-        return {**config, **text}
+        return {**config, "text_config": {**(config.get("text_config") or {})}}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{file}: not readable as a model's settings ({error}).") from error
 
