@@ -295,6 +295,14 @@ def _faults(config: DictConfig) -> Iterator[str]:
             f"rollout.tensor_parallel={rollout.tensor_parallel} does not divide the {ranks} "
             f"device{'s' * (ranks > 1)} of hardware.nodes x hardware.devices_per_node."
         )
+    if (
+        longest := rollout.max_prompt_tokens + rollout.max_response_tokens
+    ) > train.max_tokens_per_micro_batch:
+        yield (
+            f"rollout.max_prompt_tokens={rollout.max_prompt_tokens} + rollout.max_response_tokens="
+            f"{rollout.max_response_tokens} are {longest} tokens, more than train.max_tokens_per_micro_batch="
+            f"{train.max_tokens_per_micro_batch}, which holds whole rows; give that {longest} or more, or shorten them."
+        )
     for split in ("test", "holdout"):
         if config.evaluate[f"{split}_rows"] == 1:
             yield f"evaluate.{split}_rows=1 allows no interval; give 2 or more, or 0 for all of the split."

@@ -268,3 +268,9 @@ def test_settings_twin_a_key_that_nothing_reads_is_seen() -> None:
         check_every_key_is_read(run)
     with pytest.raises(AssertionError, match="sede"):
         check_every_key_is_read(make_dataclass("Run", [("sede", int, field(default=0))], bases=(Run,)))
+
+
+def test_a_row_must_fit_into_a_micro_batch() -> None:
+    said = refusal("grpo", ["train.max_tokens_per_micro_batch=199"])
+    assert "are 200 tokens, more than train.max_tokens_per_micro_batch=199" in said
+    assert refusal("grpo", ["train.max_tokens_per_micro_batch=200"]) == ""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import socket
+import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from vopd.errors import UserError
 
@@ -34,16 +37,29 @@ def whole(model: str) -> dict[str, Any]:
 
 
 def _from_hub(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
+        if isinstance(there := try_to_load_from_cache(model, "config.json"), str):
+            return Path(there)
+        if not constants.HF_HUB_OFFLINE:
+            _find_host(constants.ENDPOINT)
         return Path(hf_hub_download(model, "config.json"))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         said = " ".join(str(error).split())[:200]
         raise UserError(
             f"model.path={model}: no such folder, and not available from the hub ({said}); give a model's folder."
         ) from error
+
+
+def _find_host(address: str) -> None:
+    """Raise OSError where the hub's host has no address: its client would try for half a minute.
+
+    A proxy finds hosts by itself.
+    """
+    if not urllib.request.getproxies():
+        socket.getaddrinfo(urlsplit(address).hostname, None)
 
 
 def check(

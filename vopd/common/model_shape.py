@@ -1,4 +1,4 @@
-"""The shape of a Qwen3.5 model, read from its config.json without torch: how many parameters each part has, and how wide.
+"""The shape of a Qwen3.5 model, read from its config.json without torch: parameters and widths of each part.
 
 Counts are those of transformers' classes (a test holds them to the real ones on torch's meta device). Parameters of the
 multi-token prediction that some checkpoints carry are not loaded by transformers and not counted.
@@ -118,7 +118,13 @@ class Vision:
     def block(self) -> int:
         """Parameters of one block: two norms, attention, MLP."""
         attention = 4 * self.hidden * self.hidden + 4 * self.hidden
-        return 4 * self.hidden + attention + 2 * self.hidden * self.intermediate + self.intermediate + self.hidden
+        return (
+            4 * self.hidden
+            + attention
+            + 2 * self.hidden * self.intermediate
+            + self.intermediate
+            + self.hidden
+        )
 
     @property
     def ends(self) -> int:
@@ -171,7 +177,8 @@ class ModelShape:
             "head": 0 if self.tied else self.embedding,
             "attention layers": self.attention_layers * self.attention.parameters(h),
             "GatedDeltaNet layers": self.delta_layers * self.delta.parameters(h),
-            "MLP" if not self.feed_forward.experts else "experts": self.layers * self.feed_forward.parameters(h),
+            "MLP" if not self.feed_forward.experts else "experts": self.layers
+            * self.feed_forward.parameters(h),
             "norms": (2 * self.layers + 1) * h,
         }
 
@@ -184,7 +191,9 @@ class ModelShape:
     def body(self) -> int:
         """Parameters that a token of the language model is multiplied with, without embedding and head."""
         h = self.hidden
-        mixing = self.attention_layers * self.attention.parameters(h) + self.delta_layers * self.delta.parameters(h)
+        mixing = self.attention_layers * self.attention.parameters(
+            h
+        ) + self.delta_layers * self.delta.parameters(h)
         return mixing + self.layers * self.feed_forward.active(h)
 
     @property
@@ -265,7 +274,9 @@ class _Section:
     def __getitem__(self, key: str) -> int:
         value = self.values.get(key)
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UserError(f"{self.name}.{key} is {value!r}, not a whole number above 0; copy config.json again.")
+            raise UserError(
+                f"{self.name}.{key} is {value!r}, not a whole number above 0; copy config.json again."
+            )
         return value
 
 

@@ -1,7 +1,9 @@
-"""`vopd check RECIPE|FILE.yaml [key=value ...]`: all that a run checks before it starts, and nothing started.
+"""`vopd check RECIPE|FILE.yaml [key=value ...]`: what a run would take and whether it could start, and nothing started.
 
-Settings, recipe, machine, model, data (prepared if they are generated) and the length of every prompt. Exit code 0,
-or 2 with the sentence that the run would end with. Example: vopd check RECIPE hardware.device=cuda
+Prints what would run, an estimate of memory, disk and seconds with the formula of each figure, and what was looked at:
+settings, recipe, machine, model, data (prepared if they are generated) and the length of every prompt. Exit code 0, or
+2 with the sentence that the run would end with. The same: `vopd run RECIPE ... check=true`. The estimate needs the
+model's config.json alone (model.path=FOLDER). Example: vopd check RECIPE hardware.device=cuda
 """
 
 from __future__ import annotations
@@ -18,6 +20,5 @@ def main(arguments: list[str]) -> int:
         print(__doc__)
         return 0
     console = Terminal()
-    Run(arguments[0], arguments[1:], console).check()
-    console.print(f"{arguments[0]}: settings, data, model and machine are as a run needs them")
+    Run(arguments[0], arguments[1:], console).only_check()
     return 0

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -41,6 +41,9 @@ from vopd.method import final_views, place
 from vopd.runner import lock, result_checks, run_fingerprint, supervisor, trackers
 from vopd.runner.run_folder import RunFolder, differences, that_matter
 
+if TYPE_CHECKING:
+    from vopd.runner.estimate import Estimate
+
 COLUMNS = ("id", "image", "crop", "question", "options", "answer", "answer_type", "family", "split")
 SPLITS = ("train", "validation", "test")
 HOLD_OUT = "holdout"  # a family that training never sees; a data set need not have one
@@ -60,6 +63,9 @@ def main(arguments: list[str]) -> int:
         if not arguments or arguments[0] in ("-h", "--help"):
             print(help_text())
             return 0
+        if (words := check_alone(arguments)) is not None:
+            Run(words[0], words[1:], console).only_check()
+            return 0
         if "--help" in arguments or "-h" in arguments:
             print(OmegaConf.to_yaml(load(arguments[0], [a for a in arguments[1:] if not a.startswith("-")])))
             return 0
@@ -73,11 +79,26 @@ def main(arguments: list[str]) -> int:
         return INTERRUPTED
 
 
+def check_alone(arguments: list[str]) -> list[str] | None:
+    """The arguments without `check=true` where it is among them: the run is only checked. None for a run.
+
+    Raises:
+        UserError: another value than true.
+    """
+    given = [argument for argument in arguments if argument.startswith("check=")]
+    if not given:
+        return None
+    if set(given) != {"check=true"}:
+        raise UserError(f"{given[0]}: only check=true is known; leave it out for the run itself.")
+    return [argument for argument in arguments if argument not in given]
+
+
 def help_text() -> str:
     """Usage and every setting that all recipes share, with its default on the miniature."""
     return (
         "usage: vopd run RECIPE|FILE.yaml [key=value ...]   (the same: bash scripts/run_recipe.sh ...)\n"
-        "       vopd run RECIPE --help                      settings of that recipe, the method's own among them\n\n"
+        "       vopd run RECIPE --help                      settings of that recipe, the method's own among them\n"
+        "       vopd run RECIPE [key=value ...] check=true  what it would take, and whether it could start here\n\n"
         "examples: vopd run vision_opd seed=1 train.steps=20 run_dir=runs/short\n"
         "          vopd run my_recipe.yaml profile=qwen3_5_4b_8gpu\n\n"
         f"recipes: {', '.join(recipes())}\n\n"
@@ -235,6 +256,7 @@ class Run:
             tokens,
             config.rollout.tensor_parallel,
         )
+        self._check_size()
         if config.rollout.replay:
             recorded_rollouts.check(
                 Path(config.rollout.replay), config.train.steps, config.train.prompts, config.train.rollouts
@@ -245,6 +267,49 @@ class Run:
         preflight.check_enough_rows(Path(config.data.folder) / "train.parquet", config.train.prompts)
         self.data_hash()
         self._check_prompts()
+
+    def only_check(self) -> None:
+        """Print what the run would take and what is here, then check as a run does before it starts.
+
+        Raises:
+            UserError: as `check`, or a `verl.` setting that verl refuses.
+        """
+        from vopd.runner import check_report  # pulls in torch
+
+        self._say("\n".join(check_report.lines(self.config, self.method, self.estimate())))
+        self.check()
+        check_report.check_verl(self.config)
+        self._say(f"{self.config.recipe}: settings, data, model and machine are as a run needs them")
+
+    def estimate(self) -> Estimate | str:
+        """What the run will take, or why that cannot be said."""
+        from vopd.common import model_shape
+        from vopd.runner.estimate import estimate
+
+        try:
+            shape = model_shape.read(self.config.model.path)
+        except UserError as error:
+            return str(error)
+        return estimate(self.config, self.method, shape)
+
+    def _check_size(self) -> None:
+        """Refuse GPUs, memory or a disk that are too small for what the run is estimated to take."""
+        from vopd.common import gpu_checks
+
+        hardware, found = self.config.hardware, self.estimate()
+        if hardware.device == "cuda" and hardware.nodes == 1:
+            gpus = gpu_checks.gpus(gpu_checks.visible_devices())[: hardware.devices_per_node]
+            gpu_checks.check_driver(gpus, gpu_checks.torch_cuda())
+            gpu_checks.check_compiler(gpu_checks.compiler(os.environ), gpu_checks.python_header())
+            if not isinstance(found, str):
+                share = self.config.rollout.memory_share
+                beside, least = found.beside_rollout_bytes, found.least_rollout.value
+                gpu_checks.check_memory(gpus, beside, found.update_bytes, least, share)
+        if isinstance(found, str):
+            self.console.print(f"nothing is estimated: {found}", markup=False, soft_wrap=True)
+            return
+        environment_checks.check_disk(self.folder, round(found.disk_bytes / 1e9, 1))
+        environment_checks.check_memory(round(found.host_bytes / 2**30, 1), self.config.profile)
 
     def prepare_data(self) -> None:
         """Run the module that makes the data, if the profile names one and the data is not someone else's."""

@@ -37,7 +37,9 @@ EXPERTS = WIDE | {
 }  # fmt: skip
 
 
-def config(text: dict[str, Any], tied: bool, kind: str = "qwen3_5", tower: dict[str, Any] = TOWER) -> dict[str, Any]:
+def config(
+    text: dict[str, Any], tied: bool, kind: str = "qwen3_5", tower: dict[str, Any] = TOWER
+) -> dict[str, Any]:
     tower = tower | {"out_hidden_size": text["hidden_size"]}
     return {
         "model_type": kind,
@@ -87,7 +89,9 @@ def test_every_part_has_as_many_parameters_as_in_the_real_model(name: str) -> No
     assert found.layers == len(model.model.language_model.layers)
     layers = [sum(p.numel() for p in layer.parameters()) for layer in model.model.language_model.layers]
     assert found.largest_layer == max(layers)
-    assert {sum(p.numel() for p in block.parameters()) for block in model.model.visual.blocks} == {found.vision.block}
+    assert {sum(p.numel() for p in block.parameters()) for block in model.model.visual.blocks} == {
+        found.vision.block
+    }
 
 
 def test_a_twin_that_unties_the_head_does_not_agree_with_the_real_model() -> None:
@@ -98,7 +102,9 @@ def test_a_twin_that_unties_the_head_does_not_agree_with_the_real_model() -> Non
 
 def test_a_token_passes_through_the_chosen_experts_alone() -> None:
     found = model_shape.shape(CONFIGS["experts, untied"])
-    everything = model_shape.shape(config(EXPERTS | {"num_experts_per_tok": 256}, tied=False, kind="qwen3_5_moe"))
+    everything = model_shape.shape(
+        config(EXPERTS | {"num_experts_per_tok": 256}, tied=False, kind="qwen3_5_moe")
+    )
     assert found.body < everything.body
     assert found.parameters == everything.parameters
 
