@@ -76,6 +76,8 @@ class Train:
     gradient_checkpointing: bool = True
     # Keep teachers in the host's memory: 4 bytes a parameter and teacher of GPU memory less, two copies a pass.
     teachers_on_host: bool = False
+    # Reduce gradients over the ranks once an update, not once a micro-batch; whole gradients then stay on every rank.
+    reduce_once: bool = False
     # A checkpoint every so many updates (0: not by count), every so many minutes, and before an evaluation.
     save_every: int = within(50, 0, 1_000_000)
     save_minutes: float = above(3.0, 0, 1_000_000)

@@ -6,24 +6,32 @@ Each check takes what it judges and raises `UserError` (exit code 2) naming the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 from data import schema
 from vopd.errors import UserError
 
 MASKED_ATTENTION = ("sdpa", "eager")
+PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 
 
 def check_attention(packed: bool, attention: str) -> None:
     """Padded rows share one copy of a prompt by a mask per row, which not every implementation of attention takes.
 
     Raises:
-        UserError: another implementation without packing.
+        UserError: another implementation without packing, or one whose package is not installed.
     """
     if not packed and attention not in MASKED_ATTENTION:
         raise UserError(
             f"model.attention={attention} cannot be used with train.packed=false; take "
             f"{' or '.join(MASKED_ATTENTION)}, or train.packed=true."
+        )
+    package = PACKAGES.get(attention)
+    if package and find_spec(package) is None:
+        raise UserError(
+            f"model.attention={attention} needs the package {package}, which is not installed; install it into "
+            "the environment, or take model.attention=sdpa."
         )
 
 

@@ -17,7 +17,7 @@ import torch
 os.environ.setdefault("VERL_PLATFORM", "cpu")  # read when verl is first imported
 
 SCRIPT = Path(__file__).with_name("engine_case.py")
-ON_TWO_RANKS = ("micro_batches", "packing", "ema_one", "non_finite", "checkpoint")
+ON_TWO_RANKS = ("micro_batches", "reduce_once", "packing", "ema_one", "non_finite", "checkpoint")
 
 
 @pytest.fixture(scope="session")

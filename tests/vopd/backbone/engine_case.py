@@ -351,6 +351,23 @@ def case_micro_batches(s: Setting) -> dict[str, Any]:
     return out
 
 
+def case_reduce_once(s: Setting) -> dict[str, Any]:
+    """Loss, gradient and number of reductions of one update in several micro-batches, reduced each time and once."""
+    engine, out = s.attach(s.methods["probe"]("crop", "ema")), {}
+    reduce = torch.distributed.reduce_scatter_tensor
+    for once in (False, True):
+        # The settings refuse assignment.
+        object.__setattr__(engine.engine_config, "use_no_sync_for_gradient_accumulation", once)
+        with mock.patch.object(torch.distributed, "reduce_scatter_tensor", side_effect=reduce) as counted:
+            played = update(engine, mini_batch(s.fields, LONGEST))
+        out[str(once)] = {
+            "loss": played["loss"],
+            "grads": played["grads"],
+            "reductions": counted.call_count,
+        }
+    return out
+
+
 def case_packing(s: Setting) -> dict[str, Any]:
     """Per-token numbers with all rows in one sequence, row by row, and packed with a leaking state."""
     engine = s.attach(s.methods["probe"]("crop", "initial"))

@@ -52,6 +52,15 @@ def test_split_twin_a_mean_per_micro_batch_is_seen(
         )
 
 
+def test_gradients_reduced_once_are_those_reduced_each_time(two_ranks: Results) -> None:
+    each, once = (two_ranks("reduce_once")[str(way)] for way in (False, True))
+    assert 0 < 2 * once["reductions"] <= each["reductions"]
+    assert once["loss"] == pytest.approx(each["loss"], rel=1e-6)
+    assert once["grads"].keys() == each["grads"].keys()
+    for name, grad in each["grads"].items():
+        assert (once["grads"][name] - grad).norm() <= 1e-5 * grad.norm(), name
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_packed_sequences_score_as_padded_ones(two_ranks: Results, check_packing: Any, rank: int) -> None:
     check_packing(two_ranks("packing", rank), "packed")

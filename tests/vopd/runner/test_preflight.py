@@ -323,3 +323,12 @@ def test_nothing_of_ours_loads_code_or_pickles():
             ):
                 wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}: {called}")
     assert wrong == []
+
+
+def test_attention_of_a_package_that_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="flash_attention_2 needs the package flash_attn"):
+        preflight.check_attention(True, "flash_attention_2")
+    preflight.check_attention(True, "sdpa")
+    monkeypatch.setattr(preflight, "find_spec", lambda name: name)
+    preflight.check_attention(True, "flash_attention_2")
