@@ -113,6 +113,7 @@ class Vision:
     out: int
     merge: int
     patch_values: int
+    patch_bytes: int  # of its pixels: an image has one frame
 
     @property
     def block(self) -> int:
@@ -304,4 +305,5 @@ def _vision(part: _Section) -> Vision:
         out=part["out_hidden_size"],
         merge=part["spatial_merge_size"],
         patch_values=part["in_channels"] * sides("temporal_patch_size", 1) * sides("patch_size", 2),
+        patch_bytes=part["in_channels"] * sides("patch_size", 2),
     )

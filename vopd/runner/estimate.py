@@ -365,9 +365,9 @@ class _Run:
         shape, views, prompts = self.shape, len(self.method.views), self.config.train.prompts
         patches = self.image_tokens * shape.vision.merge**2
         return Figure(
-            "a step's views", 3 * prompts * views * patches * shape.vision.patch_values * FP32, "B",
+            "a step's views", 3 * prompts * views * patches * shape.vision.patch_bytes, "B",
             f"3 places (worker, queue, ranks) x {prompts} prompts x {views} views x {patches:,} patches x "
-            f"{shape.vision.patch_values:,} x 4",
+            f"{shape.vision.patch_bytes:,}",
         )  # fmt: skip
 
     def _loading(self) -> Figure:
